@@ -1,0 +1,79 @@
+"""Writing files so that a reader never sees half of one, and naming what is in them.
+
+In: bytes, text, JSON values. Out: files that are either the old or the new content, whole.
+Invariant: nothing in this project opens a result file for writing except through here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+JsonValue = None | bool | int | float | str | list['JsonValue'] | dict[str, 'JsonValue']
+
+
+@contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """Give a temporary path beside ``path`` that becomes ``path`` when the block succeeds.
+
+    The temporary name keeps the suffixes, so that libraries that look at them behave the same.
+    On any exception the temporary file is removed and ``path`` is left as it was.
+
+    Raises:
+        OSError: The folder cannot be written, or the disk is full.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix='.tmp-', suffix=f'-{path.name}', dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open('rb') as stream:
+            os.fsync(stream.fileno())
+        # mkstemp makes private files; results are for everyone the umask allows.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path | str, content: bytes) -> None:
+    """Replace ``path`` by ``content`` in one step."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(path: Path | str, content: str) -> None:
+    """Replace ``path`` by UTF-8 ``content`` in one step."""
+    write_bytes(path, content.encode())
+
+
+def write_json(path: Path | str, value: JsonValue, *, indent: int | None = 1) -> None:
+    """Replace ``path`` by ``value`` as JSON in one step.
+
+    Raises:
+        ValueError: ``value`` has a NaN or an infinity, which JSON cannot express.
+    """
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + '\n')
+
+
+def text_hash(text: str) -> str:
+    """Return the first 16 hex digits of the SHA-256 of ``text``."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_hash(path: Path | str) -> str:
+    """Return the whole SHA-256 of a file as 64 hex digits, read in pieces."""
+    digest = hashlib.sha256()
+    with Path(path).open('rb') as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
