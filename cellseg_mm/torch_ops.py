@@ -1,0 +1,560 @@
+"""NMS and RoIAlign in plain torch, with the signatures of mmcv's compiled ops.
+
+In: the tensors that ``mmcv.ops`` hands to its extension module. Out: the same results on any device,
+without a compiler. Invariant: every formula follows mmcv's C++ in its order of operations, so sample
+positions, kept boxes and their order are those of the compiled ops.
+
+RoIAlign is linear in the features: an output bin is a weighted sum of pixels. Forward and backward
+are therefore one sparse matrix and its transpose, and ``embedding_bag`` multiplies them by
+features laid out as (pixel, channel). The weights are separable in y and x, which is what makes
+them cheap to build.
+
+Source: mmcv/ops/csrc/pytorch/cpu/{nms,roi_align}.cpp of onedl-mmcv 2.3.6, Apache-2.0 (semantics).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+# Boxes per step of the NMS sweep: a (256, 4096) float32 IoU matrix is 4 MiB, about a core's cache.
+NMS_BLOCK = 256
+# Entries of the sparse RoIAlign matrix built at once: 4 Mi of int64 + float32 are 48 MiB.
+ROI_ENTRIES = 1 << 22
+# What mmcv returns for a bin without samples in max mode.
+MAX_POOL_EMPTY = -10000.0
+
+
+@torch.no_grad()
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
+    """Keep boxes that no kept box of higher score overlaps by more than the threshold.
+
+    Args:
+        boxes: (N, 4) floating point, xyxy px.
+        scores: (N,) floating point.
+        iou_threshold: Compared in the precision of the boxes, as mmcv does; equal survives.
+        offset: 0 or 1, added to every width and height.
+
+    Returns:
+        (K,) int64, kept boxes by falling score; equal scores in the order of the input.
+    """
+    if boxes.numel() == 0:
+        return torch.empty(0, dtype=torch.int64, device=boxes.device)
+    boxes = boxes.float() if boxes.dtype in (torch.float16, torch.bfloat16) else boxes
+    order = torch.sort(scores, descending=True, stable=True).indices
+    corners = boxes[order].t().contiguous()  # (4, N) by falling score
+    kept = torch.zeros(len(order), dtype=torch.bool, device=boxes.device)
+    for group in _separate_groups(corners, iou_threshold, offset):
+        kept[group[_sweep(corners[:, group], iou_threshold, offset)]] = True
+    return order[kept]
+
+
+def _separate_groups(corners: Tensor, iou_threshold: float, offset: int) -> Iterator[Tensor]:
+    """Yield index sets, each in rising order, that no overlap crosses in x.
+
+    ``batched_nms`` moves every class and every FPN level to coordinates of its own, so sorting by
+    the left edge finds the groups and saves the comparisons between them.
+    """
+    n = corners.shape[1]
+    if n <= NMS_BLOCK or iou_threshold < 0 or not bool(torch.isfinite(corners).all()):
+        yield torch.arange(n, device=corners.device)
+        return
+    left, by_left = torch.sort(corners[0])
+    reach = torch.cummax(corners[2][by_left] + offset, 0).values
+    cuts = (left[1:] > reach[:-1]).nonzero().flatten() + 1
+    for part in torch.tensor_split(by_left, cuts.cpu()):
+        yield part.sort().values
+
+
+def _sweep(corners: Tensor, iou_threshold: float, offset: int) -> Tensor:
+    """Return the indices that survive greedy NMS of boxes sorted by falling score."""
+    alive = torch.arange(corners.shape[1], device=corners.device)
+    kept = []
+    while len(alive):
+        block, alive = alive[:NMS_BLOCK], alive[NMS_BLOCK:]
+        block = block[
+            _greedy(_overlaps(corners[:, block], corners[:, block], iou_threshold, offset))
+        ]
+        kept.append(block)
+        if len(alive):
+            hits = _overlaps(corners[:, block], corners[:, alive], iou_threshold, offset)
+            alive = alive[~hits.any(dim=0)]
+    return torch.cat(kept)
+
+
+def _greedy(overlaps: Tensor) -> Tensor:
+    """Solve one block: (n, n) bool, row suppresses column, to (n,) bool kept.
+
+    A box is kept unless a kept earlier box suppresses it. Starting from "all kept" and applying
+    that rule to all boxes at once is right for box i after i rounds at most, and stops as soon as
+    nothing changes: after as many rounds as the longest chain of suppressions, usually below ten.
+    """
+    before = overlaps.triu(1)
+    kept = torch.ones(len(overlaps), dtype=torch.bool, device=overlaps.device)
+    while True:
+        again = ~before[kept].any(dim=0)
+        if torch.equal(again, kept):
+            return kept
+        kept = again
+
+
+def _overlaps(first: Tensor, second: Tensor, iou_threshold: float, offset: int) -> Tensor:
+    """Compare (4, A) and (4, B) corners: (A, B) bool, IoU above the threshold."""
+    x1, y1, x2, y2 = (edge[:, None] for edge in first)
+    u1, v1, u2, v2 = second
+    width = torch.minimum(x2, u2).sub_(torch.maximum(x1, u1))
+    height = torch.minimum(y2, v2).sub_(torch.maximum(y1, v1))
+    if offset:
+        width, height = width.add_(offset), height.add_(offset)
+    inter = width.clamp_(min=0).mul_(height.clamp_(min=0))
+    union = ((x2 - x1 + offset) * (y2 - y1 + offset)) + (u2 - u1 + offset) * (v2 - v1 + offset)
+    return inter.div_(union.sub_(inter)) > iou_threshold
+
+
+@torch.no_grad()
+def softnms(
+    boxes: Tensor,
+    scores: Tensor,
+    dets: Tensor,
+    iou_threshold: float,
+    sigma: float,
+    min_score: float,
+    method: int,
+    offset: int,
+) -> Tensor:
+    """Lower the scores of overlapping boxes instead of dropping them; fill ``dets``.
+
+    Args:
+        boxes: (N, 4) xyxy px, on the CPU as mmcv sends them.
+        scores: (N,).
+        dets: (N, 5) output; its first K rows become box and lowered score.
+        iou_threshold: For the methods 0 and 1; equal is lowered.
+        sigma: For method 2.
+        min_score: A box whose lowered score is below is dropped.
+        method: 0 naive, 1 linear, 2 Gaussian.
+        offset: 0 or 1, added to every width and height.
+
+    Returns:
+        (K,) int64 in the order of selection; equal scores in the order of the input (mmcv's own
+        order of ties depends on which boxes it swapped before).
+    """
+    left = torch.arange(len(boxes), device=boxes.device)
+    scores = scores.clone()
+    picked = []
+    while len(left):
+        best = int(scores[left].argmax())
+        index = left[best]
+        left = torch.cat((left[:best], left[best + 1 :]))
+        dets[len(picked), :4] = boxes[index]
+        dets[len(picked), 4] = scores[index]
+        picked.append(index)
+        iou = _iou_with(boxes[index], boxes[left], offset)
+        if method == 2:
+            scores[left] *= torch.exp(-(iou * iou) / sigma)
+        else:
+            lowered = 1 - iou if method == 1 else torch.zeros_like(iou)
+            scores[left] *= torch.where(iou >= iou_threshold, lowered, torch.ones_like(iou))
+        left = left[~(scores[left] < min_score)]
+    return torch.stack(picked) if picked else left
+
+
+def _iou_with(box: Tensor, boxes: Tensor, offset: int) -> Tensor:
+    """Return the IoU of one (4,) box with (N, 4) boxes."""
+    low = torch.maximum(box[:2], boxes[:, :2])
+    high = torch.minimum(box[2:], boxes[:, 2:])
+    inter = (high - low + offset).clamp_(min=0).prod(dim=1)
+    area = (box[2:] - box[:2] + offset).prod()
+    return inter / (area + (boxes[:, 2:] - boxes[:, :2] + offset).prod(dim=1) - inter)
+
+
+@dataclass(frozen=True, slots=True)
+class _Axis:
+    """One axis of n RoIs that share a sampling grid.
+
+    Attributes:
+        start: (n,) first edge in feature pixels.
+        size: (n,) length in feature pixels.
+        bins: Output bins along this axis.
+        grid: Samples per bin along this axis, at least 1.
+        extent: Feature pixels along this axis.
+    """
+
+    start: Tensor
+    size: Tensor
+    bins: int
+    grid: int
+    extent: int
+
+    def samples(self) -> Tensor:
+        """Return the sample positions, (n, bins, grid), in mmcv's order of operations."""
+        bin_size = (self.size / self.bins)[:, None, None]
+        number = torch.arange(self.bins, device=bin_size.device, dtype=bin_size.dtype)
+        within = torch.arange(self.grid, device=bin_size.device, dtype=bin_size.dtype) + 0.5
+        first = self.start[:, None, None] + number[:, None] * bin_size
+        return first + within * bin_size / self.grid
+
+    def neighbours(self) -> tuple[Tensor, Tensor]:
+        """Return both pixels of every sample, (n, bins, grid, 2) int64, and their weights."""
+        position = self.samples()
+        inside = (position >= -1) & (position <= self.extent)
+        position = torch.where(inside, position, 0).clamp_(0, self.extent - 1)
+        low = position.long()
+        share = position - low
+        pixels = torch.stack((low, (low + 1).clamp_(max=self.extent - 1)), dim=-1)
+        return pixels, torch.stack((1 - share, share), dim=-1) * inside[..., None]
+
+    def merged(self) -> tuple[Tensor, Tensor]:
+        """Return (n, bins, K) pixels and weights of the mean over a bin's samples.
+
+        Neighbouring samples share pixels: an adaptive grid of g samples touches g + 1 pixels, not
+        2 g, so adding up their weights first quarters the work of dense grids in two dimensions.
+        """
+        pixels, weights = self.neighbours()
+        pixels, weights = pixels.flatten(2), weights.flatten(2) / self.grid
+        first = pixels.amin(dim=2, keepdim=True)
+        shift = pixels - first
+        n_pixels = int(shift.max()) + 1
+        if n_pixels >= pixels.shape[2]:
+            return pixels, weights
+        summed = weights.new_zeros((*weights.shape[:2], n_pixels)).scatter_add_(2, shift, weights)
+        span = torch.arange(n_pixels, device=pixels.device)
+        return (first + span).clamp_(max=self.extent - 1), summed
+
+
+@dataclass(frozen=True, slots=True)
+class _Rois:
+    """RoIs on one feature map, in feature pixels.
+
+    Attributes:
+        image: (N,) int64, index of the image in the batch.
+        start_yx: (N, 2) first edges.
+        size_yx: (N, 2) lengths.
+        grid_yx: (N, 2) int64, samples per bin; not positive means a bin without samples.
+        bins_hw: Output size.
+        shape: (B, C, H, W) of the features.
+    """
+
+    image: Tensor
+    start_yx: Tensor
+    size_yx: Tensor
+    grid_yx: Tensor
+    bins_hw: tuple[int, int]
+    shape: tuple[int, int, int, int]
+
+    def groups(self) -> Iterator[tuple[Tensor, _Axis, _Axis]]:
+        """Yield (index, y axis, x axis) of RoIs that share a grid, in pieces that fit in memory."""
+        filled = (self.grid_yx > 0).all(dim=1).nonzero().flatten()
+        pairs, which = torch.unique(self.grid_yx[filled], dim=0, return_inverse=True)
+        for number, (grid_y, grid_x) in enumerate(pairs.tolist()):
+            members = filled[which == number]
+            per_roi = self.bins_hw[0] * self.bins_hw[1] * 4 * grid_y * grid_x
+            for index in members.split(max(1, ROI_ENTRIES // per_roi)):
+                yield index, self._axis(index, 0, grid_y), self._axis(index, 1, grid_x)
+
+    def _axis(self, index: Tensor, axis: int, grid: int) -> _Axis:
+        start, size = self.start_yx[index, axis], self.size_yx[index, axis]
+        return _Axis(start, size, self.bins_hw[axis], grid, self.shape[2 + axis])
+
+    def matrix(self, index: Tensor, y: _Axis, x: _Axis) -> tuple[Tensor, Tensor]:
+        """Return (n * bins, K) pixel numbers in the batch, int64, and their weights."""
+        rows, row_weights = y.merged()  # (n, P, Ky)
+        columns, column_weights = x.merged()  # (n, Q, Kx)
+        height, width = self.shape[2:]
+        rows = (rows + (self.image[index] * height)[:, None, None]) * width
+        pixels = rows[:, :, None, :, None] + columns[:, None, :, None, :]  # (n, P, Q, Ky, Kx)
+        weights = row_weights[:, :, None, :, None] * column_weights[:, None, :, None, :]
+        n_bags = len(index) * y.bins * x.bins
+        return pixels.reshape(n_bags, -1), weights.reshape(n_bags, -1)
+
+
+def _read_rois(
+    rois: Tensor,
+    shape: torch.Size,
+    bins_hw: tuple[int, int],
+    *,
+    spatial_scale: float,
+    sampling_ratio: int,
+    aligned: bool,
+    dtype: torch.dtype,
+) -> _Rois:
+    """Turn (N, 5) image-pixel RoIs into feature pixels, as mmcv's C++ does."""
+    # mmcv passes the scale as a C float, also when the features are double.
+    scale = float(torch.tensor(spatial_scale, dtype=torch.float32))
+    shift = 0.5 if aligned else 0.0
+    edges = rois[:, 1:].to(dtype) * scale - shift
+    start_yx, end_yx = edges[:, [1, 0]], edges[:, [3, 2]]
+    size_yx = end_yx - start_yx
+    if not aligned:
+        size_yx = size_yx.clamp(min=1)
+    bins = torch.tensor(bins_hw, device=rois.device, dtype=dtype)
+    if sampling_ratio > 0:
+        grid = torch.full_like(size_yx, sampling_ratio)
+    else:
+        grid = (size_yx / bins).float().ceil()  # ceilf of a float also for doubles
+    grid = torch.where(torch.isfinite(size_yx), grid, 0).long()
+    return _Rois(rois[:, 0].long(), start_yx, size_yx, grid, bins_hw, tuple(shape))
+
+
+def _working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the precision to compute in: half types would round positions to whole pixels."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+@torch.no_grad()
+def roi_align_forward(
+    input: Tensor,
+    rois: Tensor,
+    output: Tensor,
+    argmax_y: Tensor,
+    argmax_x: Tensor,
+    aligned_height: int,
+    aligned_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    pool_mode: int,
+    aligned: bool,
+) -> None:
+    """Fill ``output`` with the RoIs' features, resampled to a fixed size.
+
+    Args:
+        input: (B, C, H, W) features, floating point.
+        rois: (N, 5) image index and xyxy in image px.
+        output: (N, C, P, Q), zeros; filled.
+        argmax_y: (N, C, P, Q), filled in max mode with the y of the largest sample.
+        argmax_x: The same for x.
+        aligned_height: P.
+        aligned_width: Q.
+        spatial_scale: Feature pixels per image pixel.
+        sampling_ratio: Samples per bin and axis; 0 = as many as the bin has feature pixels.
+        pool_mode: 0 maximum, 1 mean of a bin's samples.
+        aligned: Pixel centres at +0.5.
+    """
+    dtype = _working_dtype(input.dtype)
+    read = _read_rois(
+        rois,
+        input.shape,
+        (aligned_height, aligned_width),
+        spatial_scale=spatial_scale,
+        sampling_ratio=sampling_ratio,
+        aligned=aligned,
+        dtype=dtype,
+    )
+    if pool_mode == 0:
+        output.fill_(MAX_POOL_EMPTY)
+        argmax_y.fill_(-1)
+        argmax_x.fill_(-1)
+    features = input.permute(0, 2, 3, 1).reshape(-1, input.shape[1]).to(dtype)  # (B H W, C)
+    for index, y, x in read.groups():
+        if pool_mode == 0:
+            best, at_y, at_x = _largest_samples(features, read, index, y, x)
+            output[index], argmax_y[index], argmax_x[index] = (
+                best.to(output.dtype),
+                at_y.to(argmax_y.dtype),
+                at_x.to(argmax_x.dtype),
+            )
+            continue
+        pixels, weights = read.matrix(index, y, x)
+        pooled = _weighted_sums(features, pixels, weights)
+        pooled = pooled.view(len(index), y.bins, x.bins, -1).permute(0, 3, 1, 2)
+        output[index] = pooled.to(output.dtype)
+
+
+def _weighted_sums(features: Tensor, pixels: Tensor, weights: Tensor) -> Tensor:
+    """Multiply a sparse matrix, (R, K) pixels and weights, by (S, C) features to (R, C)."""
+    return functional.embedding_bag(pixels, features, per_sample_weights=weights, mode='sum')
+
+
+def _largest_samples(
+    features: Tensor, rois: _Rois, index: Tensor, y: _Axis, x: _Axis
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the largest sample of every bin and channel and its y and x, (n, C, P, Q) each."""
+    height, width = rois.shape[2:]
+    rows, row_weights = y.neighbours()  # (n, P, g, 2)
+    columns, column_weights = x.neighbours()
+    rows = (rows + (rois.image[index] * height)[:, None, None, None]) * width
+    # (n, P, Q, gy, gx, 2, 2)
+    pixels = rows[:, :, None, :, None, :, None] + columns[:, None, :, None, :, None, :]
+    weights = (
+        row_weights[:, :, None, :, None, :, None] * column_weights[:, None, :, None, :, None, :]
+    )
+    values = _weighted_sums(features, pixels.reshape(-1, 4), weights.reshape(-1, 4))
+    values = values.view(len(index), y.bins, x.bins, y.grid * x.grid, -1)
+    # The first of equal samples, as in mmcv: argmax alone does not promise which.
+    best = values.amax(dim=3, keepdim=True)
+    which = (values == best).to(torch.uint8).argmax(dim=3)  # (n, P, Q, C)
+    every = torch.arange(len(index), device=which.device)[:, None, None, None]
+    bin_y = torch.arange(y.bins, device=which.device)[:, None, None]
+    bin_x = torch.arange(x.bins, device=which.device)[:, None]
+    at_y = y.samples()[every, bin_y, which // x.grid]
+    at_x = x.samples()[every, bin_x, which % x.grid]
+    return tuple(part.permute(0, 3, 1, 2) for part in (best.squeeze(3), at_y, at_x))
+
+
+@torch.no_grad()
+def roi_align_backward(
+    grad_output: Tensor,
+    rois: Tensor,
+    argmax_y: Tensor,
+    argmax_x: Tensor,
+    grad_input: Tensor,
+    aligned_height: int,
+    aligned_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    pool_mode: int,
+    aligned: bool,
+) -> None:
+    """Add the gradient of :func:`roi_align_forward` to ``grad_input``, (B, C, H, W).
+
+    ``grad_output`` is (N, C, P, Q); the others are as in the forward pass.
+    """
+    dtype = _working_dtype(grad_output.dtype)
+    if pool_mode == 0:
+        _scatter_largest(grad_output.to(dtype), rois, argmax_y, argmax_x, grad_input)
+        return
+    read = _read_rois(
+        rois,
+        grad_input.shape,
+        (aligned_height, aligned_width),
+        spatial_scale=spatial_scale,
+        sampling_ratio=sampling_ratio,
+        aligned=aligned,
+        dtype=dtype,
+    )
+    n_channels, (height, width) = grad_input.shape[1], grad_input.shape[2:]
+    grads = grad_output.permute(0, 2, 3, 1).reshape(-1, n_channels).to(dtype)  # (N P Q, C)
+    for index, pixels, weights in _joined(read):
+        summed = _transposed_sums(grads, index, pixels, weights, len(grad_input) * height * width)
+        summed = summed.view(len(grad_input), height, width, n_channels).permute(0, 3, 1, 2)
+        grad_input.add_(summed)
+
+
+def _joined(rois: _Rois) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield (bag, pixel, weight) of the sparse matrix, (E,) each, in few large pieces.
+
+    Every piece costs one pass over the whole feature map, so small groups are put together.
+    """
+    n_bins = rois.bins_hw[0] * rois.bins_hw[1]
+    within = torch.arange(n_bins, device=rois.image.device)
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    n_entries = 0
+    for index, y, x in rois.groups():
+        pixels, weights = rois.matrix(index, y, x)
+        bags = (index[:, None] * n_bins + within).flatten()[:, None].expand_as(pixels)
+        if n_entries and n_entries + pixels.numel() > ROI_ENTRIES:
+            yield tuple(torch.cat(part) for part in zip(*parts, strict=True))
+            parts, n_entries = [], 0
+        parts.append((bags.flatten(), pixels.flatten(), weights.flatten()))
+        n_entries += pixels.numel()
+    if parts:
+        yield tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+def _transposed_sums(
+    grads: Tensor, bags: Tensor, pixels: Tensor, weights: Tensor, n_pixels: int
+) -> Tensor:
+    """Multiply the transposed sparse matrix by (R, C) gradients to (n_pixels, C).
+
+    Sorting by pixel makes every pixel a bag, so that no two threads add to one place and the sums
+    have a fixed order.
+    """
+    order = torch.argsort(pixels, stable=True)
+    counts = torch.bincount(pixels, minlength=n_pixels)
+    return functional.embedding_bag(
+        bags[order],
+        grads,
+        offsets=counts.cumsum(0) - counts,
+        per_sample_weights=weights[order],
+        mode='sum',
+    )
+
+
+def _scatter_largest(
+    grad_output: Tensor, rois: Tensor, argmax_y: Tensor, argmax_x: Tensor, grad_input: Tensor
+) -> None:
+    """Send each bin's gradient to the four pixels around its largest sample."""
+    n_images, n_channels, height, width = grad_input.shape
+    y, x = argmax_y.to(grad_output.dtype), argmax_x.to(grad_output.dtype)
+    inside = (y != -1) & (y >= -1) & (y <= height) & (x >= -1) & (x <= width)
+    planes = rois[:, 0].long()[:, None] * n_channels + torch.arange(n_channels, device=rois.device)
+    total = torch.zeros(n_images * n_channels * height * width, dtype=grad_output.dtype).to(
+        rois.device
+    )
+    for row, row_weight in _two_pixels(y, height, inside):
+        for column, column_weight in _two_pixels(x, width, inside):
+            place = (planes[:, :, None, None] * height + row) * width + column
+            total.index_add_(
+                0, place.flatten(), (grad_output * row_weight * column_weight).flatten()
+            )
+    grad_input.add_(total.view(grad_input.shape))
+
+
+def _two_pixels(position: Tensor, extent: int, inside: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return both neighbours of a position on one axis and their weights, zero outside."""
+    position = torch.where(inside, position, 0).clamp(0, extent - 1)
+    low = position.long()
+    share = position - low
+    return [(low, (1 - share) * inside), ((low + 1).clamp(max=extent - 1), share * inside)]
+
+
+def torchvision_nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
+    """Do what :func:`nms` does with torchvision's compiled op, which knows no offset.
+
+    torchvision compares in double; the threshold is rounded as mmcv rounds it.
+    """
+    if offset:
+        return nms(boxes, scores, iou_threshold, offset)
+    threshold = float(torch.tensor(iou_threshold, dtype=torch.float32))
+    return torch.ops.torchvision.nms(boxes, scores.to(boxes.dtype), threshold)
+
+
+def torchvision_roi_align_forward(
+    input: Tensor,
+    rois: Tensor,
+    output: Tensor,
+    argmax_y: Tensor,
+    argmax_x: Tensor,
+    aligned_height: int,
+    aligned_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    pool_mode: int,
+    aligned: bool,
+) -> None:
+    """Do what :func:`roi_align_forward` does with torchvision's compiled op, which only averages."""
+    size = (spatial_scale, aligned_height, aligned_width)
+    if pool_mode == 0:
+        indices = (output, argmax_y, argmax_x, aligned_height, aligned_width, spatial_scale)
+        roi_align_forward(input, rois, *indices, sampling_ratio, pool_mode, aligned)
+        return
+    rois = rois.to(input.dtype)
+    output.copy_(torch.ops.torchvision.roi_align(input, rois, *size, sampling_ratio, aligned))
+
+
+def torchvision_roi_align_backward(
+    grad_output: Tensor,
+    rois: Tensor,
+    argmax_y: Tensor,
+    argmax_x: Tensor,
+    grad_input: Tensor,
+    aligned_height: int,
+    aligned_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    pool_mode: int,
+    aligned: bool,
+) -> None:
+    """Do what :func:`roi_align_backward` does with torchvision's compiled op."""
+    size = (spatial_scale, aligned_height, aligned_width)
+    if pool_mode == 0:
+        indices = (argmax_y, argmax_x, grad_input, aligned_height, aligned_width, spatial_scale)
+        roi_align_backward(grad_output, rois, *indices, sampling_ratio, pool_mode, aligned)
+        return
+    gradient = torch.ops.torchvision._roi_align_backward(
+        grad_output, rois.to(grad_output.dtype), *size, *grad_input.shape, sampling_ratio, aligned
+    )
+    grad_input.add_(gradient)
