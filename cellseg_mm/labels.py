@@ -569,7 +569,9 @@ def _foreground(path: Path, stored: NDArray) -> tuple[NDArray[np.intp], Flat]:
     if stored.dtype.kind not in 'buif':
         raise LabelMapError(f'{path}: values of type {stored.dtype}; expected ids as numbers.')
     flat = np.ascontiguousarray(stored).reshape(-1)
-    at = np.flatnonzero(flat)  # a third of the pixels or less: all later work is on these
+    # Usually a third of the pixels or less; all later work is on these. Comparing first is 3 times
+    # faster than the search for non-zero floats.
+    at = np.flatnonzero(flat != 0)
     values = flat[at]
     if not len(values):
         return at, np.zeros(0, dtype=np.int64)
