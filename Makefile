@@ -1,0 +1,23 @@
+# Shortcuts; each target is one command that you can type yourself.
+PYTHON ?= python3
+VENV_PYTHON = $(or $(CELLSEG_VENV),.venv)/bin/python
+
+.PHONY: setup demo test check fmt
+
+setup:  ## install into .venv
+	$(PYTHON) tools/bootstrap.py setup
+
+demo:  ## install, make sample data, train two folds, ensemble, score, draw
+	$(PYTHON) tools/bootstrap.py demo
+
+test:  ## install, run the tests
+	$(PYTHON) tools/bootstrap.py test
+
+check: setup  ## lint
+	$(VENV_PYTHON) -m pip install -q -c constraints.txt ruff mypy
+	$(VENV_PYTHON) -m ruff check .
+	$(VENV_PYTHON) -m ruff format --check .
+
+fmt: setup  ## format
+	$(VENV_PYTHON) -m pip install -q -c constraints.txt ruff
+	$(VENV_PYTHON) -m ruff format .

@@ -1,0 +1,30 @@
+"""Registers everything that configs name; put it into ``custom_imports``.
+
+Stock MMDetection tools run our configs too, because a config file imports this module itself.
+"""
+
+from __future__ import annotations
+
+from cellseg_mm import (
+    checkpoints,
+    dataset,
+    hooks,
+    label_map_masks,
+    mask_head,
+    metric,
+    optim,
+    transforms,
+)
+
+__all__ = [
+    'checkpoints',
+    'dataset',
+    'hooks',
+    'label_map_masks',
+    'mask_head',
+    'metric',
+    'optim',
+    'transforms',
+]
+
+checkpoints.use_safe_loading()

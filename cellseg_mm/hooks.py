@@ -1,0 +1,158 @@
+"""Hooks of training: provenance, exact resuming, and stopping where going on makes no sense.
+
+In: a running mmengine Runner. Out: checkpoints that say where they come from, and errors that name
+images. Invariant: none of these hooks changes what a model computes.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmdet.registry import HOOKS
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+
+from cellseg_mm import files, provenance
+from cellseg_mm.dataset import CellDataset, base_dataset, log_parts
+from cellseg_mm.errors import CellSegError, FoldError
+
+
+def run_provenance(runner: Runner, dataset: CellDataset | None) -> dict:
+    """Return what a checkpoint or result of this run must carry, as plain JSON values."""
+    classes = dataset.metainfo.get('classes', ()) if dataset else ()
+    return {
+        'fold': dataset.fold if dataset and dataset.split in ('train', 'val') else None,
+        'split': dataset.split if dataset else '',
+        'fold_hash': dataset.fold_hash if dataset else '',
+        'data_hash': dataset.data_hash if dataset else '',
+        'data_root': str(dataset.data_root) if dataset else '',
+        'class_names': [str(name) for name in classes],
+        'commit': provenance.code_commit(),
+        'versions': provenance.versions(),
+        'seed': int(runner.seed) if runner.seed is not None else None,
+        'config_hash': files.text_hash(runner.cfg.pretty_text),
+        'experiment': runner.experiment_name,
+    }
+
+
+@HOOKS.register_module()
+class ProvenanceHook(Hook):
+    """Write fold, data and code identity into every checkpoint, and check them when one is loaded.
+
+    Args:
+        allow_other_folds: Accept a checkpoint of other folds when resuming or scoring a fold's
+            validation split. Scores are then not out of fold.
+
+    Raises:
+        FoldError: The loaded checkpoint was trained with other folds, or on another fold.
+    """
+
+    priority = 'VERY_HIGH'
+
+    def __init__(self, allow_other_folds: bool = False) -> None:
+        self.allow_other_folds = allow_other_folds
+
+    def before_train(self, runner: Runner) -> None:
+        """Log what is trained and validated on."""
+        loops = [runner.train_loop, runner.val_loop]
+        for loop in loops:
+            dataset = base_dataset(loop.dataloader.dataset) if loop is not None else None
+            if dataset is not None:
+                log_parts(dataset)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Add ``meta['cellseg']``."""
+        dataset = base_dataset(runner.train_loop.dataloader.dataset)
+        checkpoint['meta']['cellseg'] = run_provenance(runner, dataset)
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Refuse a checkpoint that saw the images it would now be scored on."""
+        trained = checkpoint.get('meta', {}).get('cellseg')
+        loop = runner._train_loop if runner._train_loop is not None else runner._test_loop
+        loop = loop if loop is not None else runner._val_loop
+        dataset = base_dataset(getattr(getattr(loop, 'dataloader', None), 'dataset', None))
+        if not trained or dataset is None or dataset.split not in ('train', 'val'):
+            return
+        is_fine_tuning = dataset.split == 'train' and not runner._resume
+        if is_fine_tuning or self.allow_other_folds:
+            return
+        refuse_other_folds(trained, dataset)
+
+
+def refuse_other_folds(trained: dict, dataset: CellDataset) -> None:
+    """Raise FoldError unless ``trained`` (``meta['cellseg']``) belongs to the data set's fold."""
+    if trained['fold_hash'] != dataset.fold_hash:
+        raise FoldError(
+            f'checkpoint: trained with folds {trained["fold_hash"]}, {dataset.folds_file} now has '
+            f'folds {dataset.fold_hash}; its validation images may have been trained on; restore '
+            'the old folds file or train again'
+        )
+    if trained['fold'] != dataset.fold:
+        raise FoldError(
+            f'checkpoint: trained for fold {trained["fold"]}, the config is fold {dataset.fold}; '
+            'it has seen these validation images; use the config of its own fold'
+        )
+
+
+@HOOKS.register_module()
+class StepSeedHook(Hook):
+    """Seed the main process before every step from seed, iteration and rank.
+
+    RoI and anchor sampling draw random numbers in the model. With this hook (and SeededDataset) a
+    run that was killed and resumed repeats exactly what an uninterrupted run would have done.
+    """
+
+    priority = 'VERY_HIGH'
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
+        """Set the seeds of random, numpy and torch."""
+        entropy = [int(runner.seed or 0), runner.iter, get_rank()]
+        seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+
+
+@HOOKS.register_module()
+class StopOnInvalidLossHook(Hook):
+    """Stop when the loss is not finite, and save which images were in the batch.
+
+    Args:
+        interval: Check every so many iterations; each check waits for the device.
+
+    Raises:
+        CellSegError: The loss is NaN or infinite.
+    """
+
+    def __init__(self, interval: int = 1) -> None:
+        self.interval = interval
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch=None, outputs: dict | None = None
+    ) -> None:
+        """Look at the loss of this step."""
+        if not self.every_n_train_iters(runner, self.interval) or not outputs:
+            return
+        losses = {k: v for k, v in outputs.items() if 'loss' in k and torch.is_tensor(v)}
+        bad = sorted(name for name, value in losses.items() if not torch.isfinite(value).all())
+        if not bad:
+            return
+        paths = _image_paths(data_batch)
+        report = Path(runner.work_dir) / f'invalid_loss_rank{get_rank()}.json'
+        values = {name: str(value.tolist()) for name, value in losses.items()}
+        files.write_json(report, {'iter': runner.iter, 'losses': values, 'images': paths})
+        raise CellSegError(
+            f'training: {", ".join(bad)} not finite at iteration {runner.iter + 1} on {paths}; '
+            f'expected finite losses; the batch is in {report}; look at these images, or lower the '
+            'learning rate or set optim_wrapper.clip_grad'
+        )
+
+
+def _image_paths(data_batch: dict | None) -> list[str]:
+    samples: Sequence = (data_batch or {}).get('data_samples', ())
+    return [str(sample.metainfo.get('img_path', '?')) for sample in samples]

@@ -1,0 +1,153 @@
+"""What every tool does before it calls the library: read a config, adapt it to the machine.
+
+In: command-line words. Out: a config that is ready for a Runner, and errors as one sentence.
+Invariant: what MMDetection's own tools accept means the same here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.logging import print_log
+
+from cellseg_mm.errors import CellSegError, ConfigError
+
+# Keys that Runner.from_cfg, MMDetection's tools or our own read without any config setting them.
+KNOWN_KEYS = frozenset(
+    'work_dir load_from resume launcher env_cfg log_level visualizer vis_backends default_scope '
+    'randomness experiment_name custom_hooks default_hooks model_wrapper_cfg sync_bn '
+    'find_unused_parameters efficient_conv_bn_eval activation_checkpointing compile cfg '
+    'auto_scale_lr log_processor train_cfg val_cfg test_cfg tta_model tta_pipeline'.split()
+)
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that MMDetection's train and test tools share."""
+    parser.add_argument('--work-dir', help='folder for logs, checkpoints and results')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        help='override settings, key=value; lists as key="[a,b]" or key=a,b without spaces',
+    )
+    parser.add_argument(
+        '--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher'
+    )
+    # torch.distributed.launch passes it; torchrun sets LOCAL_RANK itself
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+
+
+def default_work_dir(config_path: str | Path) -> Path:
+    """Return ``work_dirs/<path below configs, without suffix>``.
+
+    MMDetection takes the file's name alone; ``configs/fold0.py`` and ``configs/strong/fold0.py``
+    would then write into the same folder.
+    """
+    parts = Path(config_path).resolve().with_suffix('').parts
+    last = len(parts) - 1 - parts[::-1].index('configs') if 'configs' in parts else len(parts) - 2
+    return Path('work_dirs', *parts[last + 1 :])
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Read ``args.config`` with the shared options applied.
+
+    Raises:
+        ConfigError: No such file, or a ``--cfg-options`` key that nothing would read.
+    """
+    if not Path(args.config).is_file():
+        raise ConfigError(f'{args.config}: no such config file; see configs/ for those there are')
+    if 'LOCAL_RANK' not in os.environ:
+        os.environ['LOCAL_RANK'] = str(args.local_rank)
+    cfg = Config.fromfile(args.config)
+    if args.cfg_options:
+        refuse_unknown_keys(cfg, args.cfg_options)
+        cfg.merge_from_dict(args.cfg_options)
+    cfg.launcher = args.launcher
+    cfg.work_dir = str(args.work_dir or cfg.get('work_dir') or default_work_dir(args.config))
+    adapt_to_machine(cfg)
+    return cfg
+
+
+def refuse_unknown_keys(cfg: Config, options: dict) -> None:
+    """Raise ConfigError for an option whose top-level key nothing reads."""
+    unknown = sorted({key.split('.')[0] for key in options} - set(cfg) - KNOWN_KEYS)
+    if unknown:
+        raise ConfigError(
+            f'--cfg-options: {unknown} are not in the config and nothing reads them; '
+            'check the spelling with: python -m mmengine config, or --cfg-options key.sub=value'
+        )
+
+
+def adapt_to_machine(cfg: Config) -> None:
+    """Make a config written for CUDA run on a CPU, and say what was changed."""
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    for loader in _loaders(cfg):
+        loader.pop('pin_memory', None)
+    if cfg.get('launcher', 'none') == 'none':
+        return
+    n_changed = sum(_sync_bn_to_bn(part) for part in (cfg.model, cfg.get('tta_model')) if part)
+    cfg.setdefault('env_cfg', ConfigDict()).setdefault('dist_cfg', ConfigDict())
+    cfg.env_cfg.dist_cfg.backend = 'gloo'
+    # MMDetection would hand the CPU model a CUDA device number
+    cfg.setdefault('model_wrapper_cfg', ConfigDict(type='MMDistributedDataParallel'))
+    _start_gloo()
+    print_log(f'No CUDA device: gloo backend, {n_changed} SyncBN settings changed to BN', 'current')
+
+
+def _loaders(cfg: Config) -> Iterator[ConfigDict]:
+    yield from (cfg[f'{name}_dataloader'] for name in ('train', 'val', 'test') if cfg.get(f'{name}_dataloader'))
+
+
+def _start_gloo() -> None:
+    # mmengine's init_dist calls torch.cuda.set_device; a group that already runs is left alone.
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        dist.init_process_group('gloo')
+
+
+def _sync_bn_to_bn(node: object) -> int:
+    """SyncBN has no CPU kernel; with one process per CPU plain BN is what runs anyway."""
+    if isinstance(node, dict):
+        changed = int(node.get('type') == 'SyncBN')
+        if changed:
+            node['type'] = 'BN'
+        return changed + sum(_sync_bn_to_bn(value) for value in node.values())
+    if isinstance(node, (list, tuple)):
+        return sum(_sync_bn_to_bn(value) for value in node)
+    return 0
+
+
+def root_error(error: BaseException) -> CellSegError | None:
+    """Return the innermost CellSegError; mmengine's registries wrap what a constructor raises."""
+    found = None
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        found = error if isinstance(error, CellSegError) else found
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def run_tool(main: Callable[[], int | None]) -> None:
+    """Run a tool's ``main`` and exit: 0 or its number, 2 with one sentence for a user's error."""
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        print('interrupted; start the same command again to go on', file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        known = root_error(error)
+        if known is None:
+            raise
+        print(f'error: {known}', file=sys.stderr)
+        sys.exit(2)
+    sys.exit(code or 0)

@@ -1,0 +1,105 @@
+"""Train a fold and score it: what tools/train.py and tools/test.py call.
+
+In: a config made ready by ``launch``. Out: checkpoints, and a fold's scores and instances.
+Invariant: a run that was cut at any moment goes on from its newest intact checkpoint and ends with
+the same weights as a run that was never cut.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mmengine.config import Config, ConfigDict
+from mmengine.dist import barrier, is_main_process
+from mmengine.logging import print_log
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+from cellseg_mm import checkpoints, prepare
+from cellseg_mm.errors import ConfigError
+
+
+def train(
+    cfg: Config,
+    *,
+    resume: str | None = None,
+    amp: bool = False,
+    auto_scale_lr: bool = False,
+    deterministic: bool = False,
+) -> Path:
+    """Train one fold.
+
+    Args:
+        cfg: From :func:`cellseg_mm.launch.load_config`.
+        resume: ``'auto'`` for the newest intact checkpoint of the work folder, or a path.
+        amp: Use automatic mixed precision.
+        auto_scale_lr: Scale the learning rate by batch size / ``auto_scale_lr.base_batch_size``.
+        deterministic: Use only deterministic algorithms.
+
+    Returns:
+        The best checkpoint, or the newest where no validation has run.
+
+    Raises:
+        CellSegError: Wrong data, folds, weights or settings; see the message.
+    """
+    ensure_folds(cfg)
+    if amp:
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    if auto_scale_lr:
+        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+            raise ConfigError(
+                '--auto-scale-lr: the config has no auto_scale_lr.base_batch_size; '
+                'set it to the batch size that the learning rate was chosen for'
+            )
+        cfg.auto_scale_lr.enable = True
+    if deterministic:
+        cfg.setdefault('randomness', ConfigDict()).deterministic = True
+    if resume:
+        _set_resume(cfg, resume)
+    _runner(cfg).train()
+    return checkpoints.best_checkpoint(cfg.work_dir)
+
+
+def _set_resume(cfg: Config, resume: str) -> None:
+    if resume != 'auto':
+        cfg.resume, cfg.load_from = True, resume
+        return
+    newest, skipped = checkpoints.last_good_checkpoint(cfg.work_dir)
+    for reason in skipped:
+        print_log(f'{reason}; going back to the one before', 'current', level='WARNING')
+    if newest is None:
+        print_log(f'{cfg.work_dir}: no checkpoint to resume from, starting anew', 'current')
+        return
+    cfg.resume, cfg.load_from = True, str(newest)
+
+
+def _runner(cfg: Config) -> Runner:
+    return Runner.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)
+
+
+def dataset_settings(cfg: Config, loader: str = 'train_dataloader') -> ConfigDict:
+    """Return the CellDataset settings inside any wrappers of a data loader's data set.
+
+    Raises:
+        ConfigError: There is no CellDataset.
+    """
+    node = cfg.get(loader, {}).get('dataset')
+    while isinstance(node, dict) and node.get('type') != 'CellDataset':
+        node = node.get('dataset')
+    if not isinstance(node, dict):
+        raise ConfigError(f'{loader}.dataset: found no CellDataset; expected one inside the wrappers')
+    return node
+
+
+def ensure_folds(cfg: Config) -> None:
+    """Verify the data and write the folds file if there is none yet."""
+    settings = dataset_settings(cfg)
+    data_root = Path(settings.data_root)
+    folds_file = settings.get('folds_file', 'auto')
+    path = data_root / 'folds.json' if folds_file in (None, 'auto') else Path(folds_file)
+    if is_main_process() and not path.is_file():
+        print_log(f'{path}: not there yet; verifying {data_root} and making folds', 'current')
+        report = prepare.prepare(data_root, out_dir=path.parent, n_classes=len(settings.metainfo.classes))
+        print_log(report.table(), 'current')
+    barrier()

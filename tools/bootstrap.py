@@ -1,0 +1,115 @@
+"""Set everything up on a fresh machine and run the demo or the tests.
+
+    python3 tools/bootstrap.py demo    install, make sample data, train two folds, ensemble, score
+    python3 tools/bootstrap.py test    install, run the tests
+    python3 tools/bootstrap.py setup   install only
+
+Needs Python 3.10 to 3.13 and nothing else: no compiler, no network but the package index.
+Everything goes into .venv of this folder (or $CELLSEG_VENV); a second run installs nothing again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TORCH = '2.13.0'
+TORCH_CPU_INDEX = 'https://download.pytorch.org/whl/cpu'
+
+
+def say(text: str) -> None:
+    """Print a step, with the seconds since the start."""
+    print(f'[{time.monotonic() - START:5.0f} s] {text}', flush=True)
+
+
+START = time.monotonic()
+
+
+def venv_python(folder: Path) -> Path:
+    """Return the interpreter of a virtual environment."""
+    return folder / ('Scripts/python.exe' if os.name == 'nt' else 'bin/python')
+
+
+def has_nvidia_gpu() -> bool:
+    """Tell whether a CUDA build of torch would find a device."""
+    return Path('/dev/nvidia0').exists() or shutil.which('nvidia-smi') is not None
+
+
+def pip(python: Path, *words: str, quiet_failure: bool = False) -> bool:
+    """Run pip; with ``quiet_failure`` a failure is only reported by the result."""
+    command = [str(python), '-m', 'pip', '--disable-pip-version-check', 'install', *words]
+    done = subprocess.run(command, capture_output=quiet_failure, text=True, check=False)
+    if done.returncode and not quiet_failure:
+        sys.exit(f'error: pip failed: {" ".join(command)}')
+    return done.returncode == 0
+
+
+def install_torch(python: Path) -> None:
+    """Install torch: the index's default build with a GPU, a CPU build without one if there is one."""
+    linux_x86 = sys.platform == 'linux' and platform.machine() in ('x86_64', 'AMD64')
+    if not linux_x86 or has_nvidia_gpu():
+        pip(python, '-q', f'torch=={TORCH}', '-c', str(ROOT / 'constraints.txt'))
+        return
+    # The index's default Linux build brings about 3 GB of CUDA libraries that a CPU cannot use.
+    local = f'torch=={TORCH}+cpu'
+    for words in (['-q', local], ['-q', local, '--index-url', TORCH_CPU_INDEX]):
+        if pip(python, *words, '--retries', '0', '--timeout', '20', quiet_failure=True):
+            return
+    say(f'no CPU build of torch {TORCH} can be had; installing the default build (about 3 GB)')
+    pip(python, '-q', f'torch=={TORCH}', '-c', str(ROOT / 'constraints.txt'))
+
+
+def fingerprint() -> str:
+    """Return what the installed set depends on."""
+    parts = [(ROOT / name).read_bytes() for name in ('pyproject.toml', 'constraints.txt')]
+    return hashlib.sha256(b''.join(parts) + sys.version.encode()).hexdigest()
+
+
+def install(folder: Path) -> Path:
+    """Make the virtual environment complete and return its interpreter."""
+    python, stamp = venv_python(folder), folder / 'cellseg_mm_installed'
+    if python.exists() and stamp.is_file() and stamp.read_text() == fingerprint():
+        say(f'{folder} is complete')
+        return python
+    say(f'making the virtual environment {folder}')
+    venv.create(folder, with_pip=True, clear=folder.exists())
+    say('installing torch')
+    install_torch(python)
+    say('installing the rest')
+    extras = f'{ROOT}[test]'
+    pip(python, '-q', '-c', str(ROOT / 'constraints.txt'), '-e', extras)
+    stamp.write_text(fingerprint())
+    say('installed')
+    return python
+
+
+def main() -> int:
+    """Install, then run what was asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('what', choices=['setup', 'demo', 'test'])
+    parser.add_argument('rest', nargs=argparse.REMAINDER, help='passed on to the demo or pytest')
+    args = parser.parse_args()
+    if not (3, 10) <= sys.version_info[:2] <= (3, 13):
+        version = platform.python_version()
+        sys.exit(f'error: this is Python {version}; expected 3.10 to 3.13; run me with one of these')
+    python = install(Path(os.environ.get('CELLSEG_VENV', ROOT / '.venv')))
+    if args.what == 'setup':
+        print(f'activate it with: source {python.parent / "activate"}')
+        return 0
+    command = {'demo': ['tools/demo.py'], 'test': ['-m', 'pytest']}[args.what]
+    return subprocess.run([str(python), *command, *args.rest], cwd=ROOT, check=False).returncode
+
+
+if __name__ == '__main__':
+    sys.exit(main())

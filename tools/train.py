@@ -1,0 +1,44 @@
+"""Train one fold: python tools/train.py configs/fold0.py"""
+
+from __future__ import annotations
+
+import argparse
+
+from cellseg_mm.launch import add_config_arguments, load_config, run_tool
+
+
+def main() -> None:
+    """Parse MMDetection's training options and train."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file, for example configs/fold0.py')
+    parser.add_argument('--amp', action='store_true', help='train with automatic mixed precision')
+    parser.add_argument(
+        '--auto-scale-lr', action='store_true', help='scale the learning rate with the batch size'
+    )
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        help='go on from this checkpoint, or from the newest intact one in the work folder',
+    )
+    parser.add_argument(
+        '--deterministic', action='store_true', help='same weights twice; see docs for its cost'
+    )
+    add_config_arguments(parser)
+    args = parser.parse_args()
+
+    from cellseg_mm.training import train
+
+    checkpoint = train(
+        load_config(args),
+        resume=args.resume,
+        amp=args.amp,
+        auto_scale_lr=args.auto_scale_lr,
+        deterministic=args.deterministic,
+    )
+    print(f'best checkpoint: {checkpoint}')
+    print(f'next: python tools/test.py {args.config}')
+
+
+if __name__ == '__main__':
+    run_tool(main)
