@@ -1,0 +1,80 @@
+"""Check a data folder and write its folds.
+
+Reads every image and label map, lists all problems at once, prints tables by class, size and fold,
+and writes folds.json, index.json and data_report.txt. Exit status 1 means that there are errors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import get_args
+
+from cellseg_mm import prepare
+from cellseg_mm.errors import CellSegError
+from cellseg_mm.folds import ORIGINAL_SEED, Method
+from cellseg_mm.tiff import DEFAULT_MAX_PIXELS
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the parsed command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add('data_root', type=Path, nargs='?', default=Path('data'), help='the data folder')
+    add('--out', type=Path, metavar='DIR', help='folder for the results (default: data folder)')
+    add('--classes', nargs='+', default=prepare.DEFAULT_CLASSES, metavar='NAME')
+    add('--exclude', type=Path, metavar='FILE', help='case names to leave out, one a line')
+    add('--groups-csv', type=Path, metavar='FILE', help='table of cases and groups')
+    add('--name-column', default='uuid', help='its column of case names')
+    add('--group-column', default='patient', help='its column of groups')
+    add('--groups-regex', default='', metavar='RE', help="such as '(TCGA-..-....)'")
+    add('--split-alike', action='store_true', help='do not keep images that look alike together')
+    add('--folds', type=int, default=5, help='number of folds')
+    add('--seed', type=int, default=ORIGINAL_SEED)
+    add('--method', choices=get_args(Method), default='grouped')
+    add('--new-folds', action='store_true', help='replace a folds file that differs')
+    add('--workers', type=int, default=0, help='processes (default: one per core, at most 8)')
+    add('--max-pixels', type=int, default=DEFAULT_MAX_PIXELS, help='largest image accepted, in px')
+    add('--no-index', action='store_true', help='read every file again')
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the check; return the exit status."""
+    args = parse_args(argv)
+    try:
+        params = prepare.PrepareParams(
+            class_names=tuple(args.classes),
+            out_dir=args.out,
+            exclude_file=args.exclude,
+            groups=prepare.GroupRule(
+                csv_path=args.groups_csv,
+                name_column=args.name_column,
+                group_column=args.group_column,
+                regex=args.groups_regex,
+                alike=not args.split_alike,
+            ),
+            n_folds=args.folds,
+            seed=args.seed,
+            method=args.method,
+            new_folds=args.new_folds,
+            n_workers=args.workers,
+            max_pixels=args.max_pixels,
+            use_index=not args.no_index,
+        )
+        report = prepare.prepare(args.data_root, params)
+    except CellSegError as problem:
+        print(f'error: {problem}', file=sys.stderr)
+        return 1
+    print(prepare.screen_text(report))
+    if report.errors:
+        print(f'error: {len(report.errors)} problem(s), see above', file=sys.stderr)
+        return 1
+    kept = ' (kept as it was)' if report.is_folds_kept else ''
+    print(f'folds {report.folds.hash} in {report.folds_path}{kept}')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
