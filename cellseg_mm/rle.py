@@ -101,6 +101,22 @@ def _joined(runs: Runs) -> Runs:
     )
 
 
+def runs_from_pieces(
+    starts: Int, ends: Int, owner: Int, n_masks: int, image_hw: tuple[int, int]
+) -> Runs:
+    """Put runs in order and join those that touch.
+
+    Args:
+        starts: (P,) int64, first pixel of each run in column-major order of the image; any order.
+        ends: (P,) int64, one past the last pixel. Runs of one mask must not overlap.
+        owner: (P,) int64 in 0..n_masks - 1.
+        n_masks: Number of masks.
+        image_hw: Height and width in px.
+    """
+    order = np.argsort(owner * (image_hw[0] * image_hw[1] + 1) + starts, kind='stable')
+    return _joined(Runs(starts[order], ends[order], owner[order], n_masks, image_hw))
+
+
 def encode_runs(runs: Runs) -> list[bytes]:
     """Write runs as COCO ``counts``, equal to ``pycocotools.mask.encode`` byte for byte."""
     n_pixels = runs.image_hw[0] * runs.image_hw[1]
@@ -128,21 +144,20 @@ def _compress(counts: Int, n_counts: Int) -> list[bytes]:
     value = counts.copy()
     late = np.flatnonzero(within > 2)
     value[late] -= counts[late - 2]
-    groups: list[NDArray[np.uint8]] = []
-    active: list[NDArray[np.bool_]] = []
-    alive = np.ones(len(value), dtype=bool)
-    while alive.any():
-        low = value & 0x1F
-        value = value >> 5
-        more = alive & np.where(low & 0x10, value != -1, value != 0)
-        groups.append((low + 48 + 0x20 * more).astype(np.uint8))
-        active.append(alive)
-        alive = more
-    if not groups:
-        return [b''] * len(n_counts)
-    table, used = np.stack(groups, axis=1), np.stack(active, axis=1)
-    text = table[used].tobytes()
-    ends = np.concatenate([[0], np.cumsum(used.sum(axis=1))])[begin]
+    # Most differences fit into one group: each round keeps only the numbers that go on.
+    n_groups = np.ones(len(value), dtype=np.int64)
+    rounds: list[tuple[Int, Int, NDArray[np.bool_]]] = []
+    index = np.arange(len(value))
+    while len(index):
+        more = (value > 15) | (value < -16)
+        rounds.append((index, value & 0x1F, more))
+        index, value = index[more], value[more] >> 5
+        n_groups[index] += 1
+    text_end = np.concatenate([[0], np.cumsum(n_groups)])
+    characters = np.empty(text_end[-1], dtype=np.uint8)
+    for k, (index, low, more) in enumerate(rounds):
+        characters[text_end[index] + k] = low + 48 + 0x20 * more
+    text, ends = characters.tobytes(), text_end[begin]
     return [text[a:b] for a, b in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)]
 
 
@@ -200,7 +215,9 @@ def _runs_from_counts(counts: Int, n_counts: Int, image_hw: tuple[int, int]) -> 
     begin = np.concatenate([[0], np.cumsum(n_counts)])
     sums = np.concatenate([[0], np.cumsum(counts)])
     totals = sums[begin[1:]] - sums[begin[:-1]]
-    if (counts < 0).any() or (totals != n_pixels).any():
+    # Counts beyond the image are looked for too: sums of crafted ones can wrap around to n_pixels.
+    out_of_range = (counts < 0) | (counts > n_pixels)
+    if out_of_range.any() or (totals != n_pixels).any():
         raise PredictionError(
             f'RLE: the runs do not add up to the image of {image_hw[0]} x {image_hw[1]} px'
         )

@@ -104,3 +104,31 @@ def test_iou_equals_loop(seed: int) -> None:
         for j, b in enumerate(masks):
             union = (a | b).sum()
             assert got[i, j] == pytest.approx((a & b).sum() / union if union else 0.0)
+
+
+def test_crafted_sums_that_wrap_around_are_refused() -> None:
+    # 32 runs of 2^59 px and one of 35 add up to the image's 35 px in 64 bits.
+    def written(number: int) -> bytes:
+        groups = []
+        while True:
+            low, number = number & 31, number >> 5
+            more = number != -1 if low & 16 else number != 0
+            groups.append(low + 48 + 32 * more)
+            if not more:
+                return bytes(groups)
+
+    big = 1 << 59
+    text = written(big) + written(big) + written(big) + written(0) * 29 + written(35 - big)
+    with pytest.raises(PredictionError, match='RLE'):
+        rle.decode_runs([text], (5, 7))
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_pieces_in_any_order_are_joined(seed: int) -> None:
+    masks = random_masks(seed, 12, (17, 11))
+    rng = np.random.default_rng(seed)
+    owner, at = np.nonzero(masks.transpose(0, 2, 1).reshape(len(masks), -1))
+    order = rng.permutation(len(at))
+    runs = rle.runs_from_pieces(at[order], at[order] + 1, owner[order], len(masks), (17, 11))
+    expected = [coco_mask.encode(np.asfortranarray(m.astype(np.uint8)))['counts'] for m in masks]
+    assert rle.encode_runs(runs) == expected
