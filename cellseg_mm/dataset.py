@@ -74,7 +74,8 @@ class CellDataset(BaseDetDataset):
             raise ConfigError(f'dataset.split: found {split!r}; expected train, val, all or test')
         self.split = split
         self.fold = fold
-        self.folds_file = Path(folds_file) if folds_file not in (None, 'auto') else Path(data_root) / 'folds.json'
+        is_auto = folds_file in (None, 'auto')
+        self.folds_file = Path(data_root) / 'folds.json' if is_auto else Path(folds_file)
         self.fold_hash = ''
         self.data_hash = ''
         super().__init__(*args, data_root=data_root, **kwargs)
@@ -166,7 +167,7 @@ class SeededDataset:
         draw, idx = divmod(int(index), len(self))
         seed = int(np.random.SeedSequence([draw, idx]).generate_state(1)[0])
         random.seed(seed)
-        np.random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002 - mmdet's transforms draw from it
         torch.manual_seed(seed)
         return self.dataset[idx]
 

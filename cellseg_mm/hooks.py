@@ -114,7 +114,7 @@ class StepSeedHook(Hook):
         entropy = [int(runner.seed or 0), runner.iter, get_rank()]
         seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
         random.seed(seed)
-        np.random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002 - mmdet draws from it
         torch.manual_seed(seed)
 
 

@@ -18,12 +18,13 @@ from mmengine.logging import print_log
 from cellseg_mm.errors import CellSegError, ConfigError
 
 # Keys that Runner.from_cfg, MMDetection's tools or our own read without any config setting them.
-KNOWN_KEYS = frozenset(
-    'work_dir load_from resume launcher env_cfg log_level visualizer vis_backends default_scope '
-    'randomness experiment_name custom_hooks default_hooks model_wrapper_cfg sync_bn '
-    'find_unused_parameters efficient_conv_bn_eval activation_checkpointing compile cfg '
-    'auto_scale_lr log_processor train_cfg val_cfg test_cfg tta_model tta_pipeline'.split()
-)
+KNOWN_KEYS = {
+    *('work_dir', 'load_from', 'resume', 'launcher', 'env_cfg', 'log_level', 'visualizer'),
+    *('vis_backends', 'default_scope', 'randomness', 'experiment_name', 'custom_hooks'),
+    *('default_hooks', 'model_wrapper_cfg', 'sync_bn', 'find_unused_parameters', 'compile', 'cfg'),
+    *('efficient_conv_bn_eval', 'activation_checkpointing', 'auto_scale_lr', 'log_processor'),
+    *('train_cfg', 'val_cfg', 'test_cfg', 'tta_model', 'tta_pipeline'),
+}
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +37,10 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         help='override settings, key=value; lists as key="[a,b]" or key=a,b without spaces',
     )
     parser.add_argument(
-        '--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher'
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='job launcher',
     )
     # torch.distributed.launch passes it; torchrun sets LOCAL_RANK itself
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
@@ -103,7 +107,11 @@ def adapt_to_machine(cfg: Config) -> None:
 
 
 def _loaders(cfg: Config) -> Iterator[ConfigDict]:
-    yield from (cfg[f'{name}_dataloader'] for name in ('train', 'val', 'test') if cfg.get(f'{name}_dataloader'))
+    yield from (
+        cfg[f'{name}_dataloader']
+        for name in ('train', 'val', 'test')
+        if cfg.get(f'{name}_dataloader')
+    )
 
 
 def _start_gloo() -> None:

@@ -72,8 +72,8 @@ class CellOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if unused:
             raise ConfigError(
                 f'optim_wrapper.paramwise_cfg.custom_keys: {unused} decide no parameter; every key '
-                'must be part of a parameter name that no longer key matches; the top-level names '
-                f'of this model are {sorted({n.split(".")[0] for n, _ in model.named_parameters()})}'
+                'must be part of a parameter name that no longer key matches; the names of this '
+                f'model begin with {sorted({n.split(".")[0] for n, _ in model.named_parameters()})}'
             )
 
 
@@ -103,5 +103,8 @@ def group_table(groups: list[dict]) -> str:
         for group in groups
     ]
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = ['  '.join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in [head, *rows]]
+    lines = [
+        '  '.join(cell.ljust(w) for cell, w in zip(row, widths, strict=True))
+        for row in [head, *rows]
+    ]
     return '\n'.join(['Parameter groups:', *(f'  {line.rstrip()}' for line in lines)])

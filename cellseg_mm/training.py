@@ -88,18 +88,76 @@ def dataset_settings(cfg: Config, loader: str = 'train_dataloader') -> ConfigDic
     while isinstance(node, dict) and node.get('type') != 'CellDataset':
         node = node.get('dataset')
     if not isinstance(node, dict):
-        raise ConfigError(f'{loader}.dataset: found no CellDataset; expected one inside the wrappers')
+        raise ConfigError(
+            f'{loader}.dataset: found no CellDataset; expected one inside the wrappers'
+        )
     return node
 
 
 def ensure_folds(cfg: Config) -> None:
-    """Verify the data and write the folds file if there is none yet."""
+    """Verify the data and write the folds file if there is none yet.
+
+    A ``manifest.csv`` of the data folder with the columns ``uuid`` and ``patient`` is taken for the
+    groups; for anything else run tools/prepare_data.py first.
+
+    Raises:
+        DataError: The data have errors.
+    """
     settings = dataset_settings(cfg)
     data_root = Path(settings.data_root)
-    folds_file = settings.get('folds_file', 'auto')
-    path = data_root / 'folds.json' if folds_file in (None, 'auto') else Path(folds_file)
+    path = folds_path(settings)
     if is_main_process() and not path.is_file():
         print_log(f'{path}: not there yet; verifying {data_root} and making folds', 'current')
-        report = prepare.prepare(data_root, out_dir=path.parent, n_classes=len(settings.metainfo.classes))
-        print_log(report.table(), 'current')
+        manifest = data_root / 'manifest.csv'
+        params = prepare.PrepareParams(
+            class_names=tuple(settings.metainfo.classes),
+            out_dir=None if path.parent == data_root else path.parent,
+            groups=prepare.GroupRule(csv_path=manifest if manifest.is_file() else None),
+        )
+        report = prepare.prepare(data_root, params)
+        report.raise_for_errors()
+        print_log(prepare.screen_text(report), 'current')
     barrier()
+
+
+def folds_path(settings: ConfigDict) -> Path:
+    """Return where a CellDataset's settings say the folds are."""
+    named = settings.get('folds_file', 'auto')
+    return Path(settings.data_root) / 'folds.json' if named in (None, 'auto') else Path(named)
+
+
+def score_checkpoint(
+    cfg: Config,
+    *,
+    checkpoint: str | None = None,
+    out_dir: Path | str | None = None,
+    amp: bool = False,
+) -> dict[str, float]:
+    """Score a checkpoint on ``cfg.test_dataloader``, by default the fold's validation split.
+
+    Writes ``<split>_predictions.npz`` and ``<split>_scores.json`` into ``out_dir``.
+
+    Args:
+        cfg: From :func:`cellseg_mm.launch.load_config`.
+        checkpoint: Path; ``None`` or ``'best'`` for the best of the work folder.
+        out_dir: ``None`` for the work folder.
+        amp: Use automatic mixed precision.
+
+    Returns:
+        The flat scores of CellMetric.
+
+    Raises:
+        CellSegError: No such checkpoint, or it has seen these images; see the message.
+    """
+    path = (
+        Path(checkpoint)
+        if checkpoint not in (None, 'best')
+        else checkpoints.best_checkpoint(cfg.work_dir)
+    )
+    cfg.load_from, cfg.resume = str(path), False
+    split = dataset_settings(cfg, 'test_dataloader').split
+    cfg.test_evaluator.outfile_prefix = str(Path(out_dir or cfg.work_dir) / split)
+    if amp:
+        cfg.test_cfg.fp16 = True
+    print_log(f'scoring {path} on {split}', 'current')
+    return _runner(cfg).test()

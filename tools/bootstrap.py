@@ -54,7 +54,7 @@ def pip(python: Path, *words: str, quiet_failure: bool = False) -> bool:
 
 
 def install_torch(python: Path) -> None:
-    """Install torch: the index's default build with a GPU, a CPU build without one if there is one."""
+    """Install torch: the default build where there is a GPU, a CPU build elsewhere."""
     linux_x86 = sys.platform == 'linux' and platform.machine() in ('x86_64', 'AMD64')
     if not linux_x86 or has_nvidia_gpu():
         pip(python, '-q', f'torch=={TORCH}', '-c', str(ROOT / 'constraints.txt'))
@@ -101,8 +101,7 @@ def main() -> int:
     parser.add_argument('rest', nargs=argparse.REMAINDER, help='passed on to the demo or pytest')
     args = parser.parse_args()
     if not (3, 10) <= sys.version_info[:2] <= (3, 13):
-        version = platform.python_version()
-        sys.exit(f'error: this is Python {version}; expected 3.10 to 3.13; run me with one of these')
+        sys.exit(f'error: this is Python {platform.python_version()}; expected 3.10 to 3.13')
     python = install(Path(os.environ.get('CELLSEG_VENV', ROOT / '.venv')))
     if args.what == 'setup':
         print(f'activate it with: source {python.parent / "activate"}')

@@ -1,0 +1,64 @@
+# A Mask R-CNN of 1.6 million parameters that learns from random weights on a laptop's CPU.
+# The parts are MMDetection's; only widths, anchors and sizes differ from the base recipe.
+_base_ = './mask_rcnn_r50_lsj.py'
+
+# Plain BN: 4 crops of 256 px give the backbone thousands of positions per channel, and each head
+# at least 4 x 64 RoIs, so batch statistics are sound on one device from random weights.
+norm_cfg = dict(_delete_=True, type='BN', requires_grad=True)
+load_from = None
+crop_size = (256, 256)  # px; cells are 10 to 60 px at the files' own resolution
+meta_keys = _base_.meta_keys
+
+model = dict(
+    backbone=dict(
+        depth=18, base_channels=24, style='pytorch', norm_cfg=norm_cfg, norm_eval=False
+    ),
+    neck=dict(in_channels=[24, 48, 96, 192], out_channels=64, norm_cfg=norm_cfg, num_outs=4),
+    rpn_head=dict(
+        in_channels=64,
+        feat_channels=64,
+        num_convs=1,
+        # 12, 24, 48, 96 px
+        anchor_generator=dict(scales=[3], strides=[4, 8, 16, 32]),
+    ),
+    roi_head=dict(
+        bbox_roi_extractor=dict(out_channels=64, featmap_strides=[4, 8, 16], finest_scale=28),
+        bbox_head=dict(
+            _delete_=True,
+            type='Shared2FCBBoxHead',
+            in_channels=64,
+            fc_out_channels=256,
+            roi_feat_size=7,
+            num_classes=4,
+            bbox_coder=dict(
+                type='DeltaXYWHBBoxCoder',
+                target_means=[0.0, 0.0, 0.0, 0.0],
+                target_stds=[0.1, 0.1, 0.2, 0.2],
+            ),
+            reg_class_agnostic=False,
+            loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
+            loss_bbox=dict(type='L1Loss', loss_weight=1.0),
+        ),
+        mask_roi_extractor=dict(
+            out_channels=64,
+            featmap_strides=[4, 8, 16],
+            finest_scale=28,
+            roi_layer=dict(output_size=14),
+        ),
+        mask_head=dict(num_convs=2, in_channels=64, conv_out_channels=64, norm_cfg=norm_cfg),
+    ),
+    train_cfg=dict(
+        rpn_proposal=dict(nms_pre=500, max_per_img=300),
+        rcnn=dict(sampler=dict(num=128, pos_fraction=0.35)),
+    ),
+    test_cfg=dict(rpn=dict(nms_pre=1000, max_per_img=1000), rcnn=dict(score_thr=0.01)),
+)
+train_pipeline = [
+    dict(type='LoadCellImage', red_blue_swapped=True),
+    dict(type='LoadLabelMaps'),
+    dict(type='RandomResize', scale=(1000, 1000), ratio_range=(0.8, 1.25), keep_ratio=True),
+    dict(type='RandomCrop', crop_size=crop_size, recompute_bbox=True, allow_negative_crop=True),
+    dict(type='RandomFlip', prob=[0.25, 0.25, 0.25], direction=['horizontal', 'vertical', 'diagonal']),
+    dict(type='FilterAnnotations', min_gt_bbox_wh=(2, 2), keep_empty=False),
+    dict(type='PackDetInputs', meta_keys=meta_keys),
+]

@@ -1,0 +1,30 @@
+"""Score a fold on its own validation images: python tools/test.py configs/fold0.py [CHECKPOINT]"""
+
+from __future__ import annotations
+
+import argparse
+
+from cellseg_mm.launch import add_config_arguments, load_config, run_tool
+
+
+def main() -> None:
+    """Parse MMDetection's test options and score."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file, for example configs/fold0.py')
+    parser.add_argument(
+        'checkpoint', nargs='?', default='best', help='file, or the best of the work folder'
+    )
+    parser.add_argument('--out', help='folder for instances and scores (default: work folder)')
+    parser.add_argument('--amp', action='store_true', help='use automatic mixed precision')
+    add_config_arguments(parser)
+    args = parser.parse_args()
+
+    from cellseg_mm.training import score_checkpoint
+
+    cfg = load_config(args)
+    score_checkpoint(cfg, checkpoint=args.checkpoint, out_dir=args.out, amp=args.amp)
+    print(f'instances and scores: {args.out or cfg.work_dir}')
+
+
+if __name__ == '__main__':
+    run_tool(main)
