@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import stat
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,6 +105,7 @@ def find_cases(
     test_dir: str = 'test_release',
     id_map: str = 'test_image_name_to_ids.json',
     exclude_file: Path | str | None = None,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
 ) -> list[Case]:
     """Find all cases of a split; reads folders, image headers and the id map, no pixels.
 
@@ -116,6 +118,7 @@ def find_cases(
         id_map: File of test image names and ids, below ``data_root``.
         exclude_file: Names of cases to leave out, one a line, ``#`` begins a comment. Without it
             ``exclude.txt`` in ``data_root`` is used where there is one.
+        max_pixels: Most pixels (height times width) of an image that are accepted.
 
     Returns:
         Cases sorted by name. An id map entry without a file is no case (and is logged).
@@ -132,6 +135,7 @@ def find_cases(
         test_dir=test_dir,
         id_map=id_map,
         exclude_file=exclude_file,
+        max_pixels=max_pixels,
     )
     if scan.problems:
         raise DataError(scan.problems)
@@ -149,15 +153,16 @@ def scan_cases(
     test_dir: str = 'test_release',
     id_map: str = 'test_image_name_to_ids.json',
     exclude_file: Path | str | None = None,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
 ) -> Scan:
     """Look at a split like :func:`find_cases`, and return problems instead of raising them."""
     root = Path(data_root)
     try:
         excluded = read_exclude(root, exclude_file)
         if split == 'train':
-            return _scan_train(root / train_dir, n_classes, excluded)
+            return _scan_train(root / train_dir, n_classes, excluded, max_pixels)
         if split == 'test':
-            return _scan_test(root / test_dir, root / id_map, excluded)
+            return _scan_test(root / test_dir, root / id_map, excluded, max_pixels)
     except CellSegError as problem:
         return Scan([], [str(problem)])
     raise ValueError(f"split is {split!r}; expected 'train' or 'test'")
@@ -192,6 +197,12 @@ def _list_folder(folder: Path) -> list[os.DirEntry[str]]:
             f'{folder}: cannot be listed ({problem.strerror}); expected a folder; '
             'check the path, the link and the permissions.'
         ) from problem
+    for entry in visible:
+        if any('\ud800' <= letter <= '\udfff' for letter in entry.name):
+            raise ImageError(
+                f'{folder}: the name {entry.name!a} is not valid UTF-8; '
+                'expected names that can be written into files; rename it.'
+            )
     return sorted(visible, key=lambda entry: entry.name)
 
 
@@ -205,7 +216,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         ) from problem
 
 
-def _scan_train(folder: Path, n_classes: int, excluded: frozenset[str]) -> Scan:
+def _scan_train(folder: Path, n_classes: int, excluded: frozenset[str], max_pixels: int) -> Scan:
     scan = Scan([])
     rank = 0
     for entry in _list_folder(folder):
@@ -217,7 +228,8 @@ def _scan_train(folder: Path, n_classes: int, excluded: frozenset[str]) -> Scan:
             if entry.name in excluded:
                 scan.excluded.append(entry.name)
                 continue
-            scan.cases.append(_train_case(folder / entry.name, rank, n_classes, scan))
+            case = _train_case(folder / entry.name, rank, n_classes, max_pixels, scan)
+            scan.cases.append(case)
         except DataError as problem:
             scan.problems.extend(problem.problems)
         except CellSegError as problem:
@@ -227,7 +239,7 @@ def _scan_train(folder: Path, n_classes: int, excluded: frozenset[str]) -> Scan:
     return scan
 
 
-def _train_case(folder: Path, image_id: int, n_classes: int, scan: Scan) -> Case:
+def _train_case(folder: Path, image_id: int, n_classes: int, max_pixels: int, scan: Scan) -> Case:
     images: list[Path] = []
     labels: dict[int, list[Path]] = {}
     for entry in _list_folder(folder):
@@ -243,7 +255,7 @@ def _train_case(folder: Path, image_id: int, n_classes: int, scan: Scan) -> Case
     image_hw = (0, 0)
     if len(images) == 1:
         try:
-            image_hw = tiff.read_header(images[0], error=ImageError).hw
+            image_hw = tiff.read_header(images[0], max_pixels=max_pixels, error=ImageError).hw
         except ImageError as problem:
             problems.append(str(problem))
     if problems:
@@ -374,20 +386,17 @@ def _id_entry(where: str, item: object) -> IdEntry:
     return IdEntry(name, numbers[0], (numbers[1], numbers[2]))
 
 
-def _scan_test(folder: Path, id_map: Path, excluded: frozenset[str]) -> Scan:
+def _scan_test(folder: Path, id_map: Path, excluded: frozenset[str], max_pixels: int) -> Scan:
     scan = Scan([])
-    files: dict[str, Path] = {}
-    for entry in _list_folder(folder):
-        if _TEST_FILE.fullmatch(entry.name):
-            files[entry.name] = folder / entry.name
-        else:
-            scan.notes.append(f'{entry.path}: not a TIFF; it is not used.')
+    files = _test_files(folder, scan)
+    entries: dict[str, IdEntry] | None = None
     try:
-        entries = {entry.file_name: entry for entry in read_id_map(id_map)}
+        entries = {_composed(entry.file_name): entry for entry in read_id_map(id_map)}
     except DataError as problem:
         scan.problems.extend(problem.problems)
-        return scan
-    for name in sorted(entries):
+    except IdMapError as problem:
+        scan.problems.append(str(problem))
+    for name in sorted(entries or ()):
         if name not in files:
             scan.notes.append(f'{id_map}: {name} has no file in {folder}; it is not predicted.')
     for name, path in files.items():
@@ -395,22 +404,49 @@ def _scan_test(folder: Path, id_map: Path, excluded: frozenset[str]) -> Scan:
             scan.excluded.append(path.stem)
             continue
         try:
-            scan.cases.append(_test_case(path, entries.get(name), id_map))
+            if entries is None:
+                # List what is wrong with the files as well.
+                tiff.read_header(path, max_pixels=max_pixels, error=ImageError)
+            else:
+                scan.cases.append(_test_case(path, entries.get(name), id_map, max_pixels))
         except CellSegError as problem:
             scan.problems.append(str(problem))
-    if not files:
-        scan.problems.append(f'{folder}: no TIFF in it; expected the test images.')
     scan.cases.sort(key=lambda case: case.name)
     return scan
 
 
-def _test_case(path: Path, entry: IdEntry | None, id_map: Path) -> Case:
+def _test_files(folder: Path, scan: Scan) -> dict[str, Path]:
+    """Return the TIFFs of a test folder by composed name, and report the rest to ``scan``."""
+    files: dict[str, Path] = {}
+    by_stem: dict[str, str] = {}
+    for entry in _list_folder(folder):
+        path = folder / entry.name
+        if not _TEST_FILE.fullmatch(entry.name):
+            scan.notes.append(f'{path}: not a TIFF; it is not used.')
+            continue
+        other = by_stem.setdefault(path.stem, entry.name)
+        if other != entry.name:
+            scan.problems.append(
+                f'{path}: {other} has the same case name; expected each once; rename or remove one.'
+            )
+        files[_composed(entry.name)] = path
+    if not files:
+        scan.problems.append(f'{folder}: no TIFF in it; expected the test images.')
+    return files
+
+
+def _composed(name: str) -> str:
+    """Return one spelling of accents; macOS archives decompose them, JSON files mostly do not."""
+    return unicodedata.normalize('NFC', name)
+
+
+def _test_case(path: Path, entry: IdEntry | None, id_map: Path, max_pixels: int) -> Case:
     if entry is None:
         raise IdMapError(
             f'{path}: not in {id_map}; expected an entry with its id; '
             'add it, or list the case in exclude.txt.'
         )
-    image_hw = tiff.read_header(path, error=ImageError).hw
+    image_hw = tiff.read_header(path, max_pixels=max_pixels, error=ImageError).hw
     if image_hw != entry.image_hw:
         raise IdMapError(
             f'{path}: the image is {_size(image_hw)}, {id_map.name} says {_size(entry.image_hw)}'
@@ -549,7 +585,9 @@ def read_label_map(path: Path | str, image_hw: tuple[int, int] | None = None) ->
 
 
 def _read_stored_map(path: Path, image_hw: tuple[int, int] | None) -> NDArray:
-    raster = tiff.read_raster(path, error=LabelMapError)
+    n_pixels = image_hw[0] * image_hw[1] if image_hw is not None else 0
+    limit = max(DEFAULT_MAX_PIXELS, n_pixels)  # an image that was let in may have its label maps
+    raster = tiff.read_raster(path, max_pixels=limit, error=LabelMapError)
     header = raster.header
     if header.n_samples != 1:
         raise LabelMapError(
@@ -575,30 +613,31 @@ def _foreground(path: Path, stored: NDArray) -> tuple[NDArray[np.intp], Flat]:
     values = flat[at]
     if not len(values):
         return at, np.zeros(0, dtype=np.int64)
-    low, high = values.min(), values.max()
-    if not (low >= 1 and high <= MAX_ID):  # false for NaN too
-        _raise_bad_ids(path, values)
+    # Python numbers compare exactly; float32 would round the limit up to an id that is too large.
+    low, high = values.min().item(), values.max().item()
+    if not (low >= 1 and high <= MAX_ID):  # NaN fails this too
+        raise LabelMapError(_bad_ids(path, values))
     ids = values.astype(np.int64)
     if values.dtype.kind == 'f' and not np.array_equal(ids, values):
-        _raise_bad_ids(path, values)
+        raise LabelMapError(_bad_ids(path, values))
     return at, ids
 
 
-def _raise_bad_ids(path: Path, values: NDArray) -> None:
-    is_float = values.dtype.kind == 'f'
-    finite = np.isfinite(values) if is_float else np.ones(len(values), dtype=bool)
-    faults = [
-        ('NaN or infinite', ~finite),
-        ('negative', finite & (values < 0)),
-        ('fractional', finite & (np.floor(values) != values) if is_float else ~finite),
-        (f'above {MAX_ID}', finite & (values > MAX_ID)),
-    ]
-    for name, is_bad in faults:
-        if is_bad.any():
-            raise LabelMapError(
-                f'{path}: {int(is_bad.sum())} pixels have an id that is {name} (such as '
-                f'{values[is_bad][0]}); expected whole ids from 0 to {MAX_ID}; {tiff.FIX}.'
-            )
+def _bad_ids(path: Path, values: NDArray) -> str:
+    """Say what is wrong with ids of which at least one is."""
+    wide = values.astype(np.float64)
+    finite = np.isfinite(wide)
+    faults = {
+        'NaN or infinite': ~finite,
+        'negative': finite & (wide < 0),
+        'fractional': finite & (np.floor(wide) != wide),
+        f'above {MAX_ID}': finite & (wide > MAX_ID),
+    }
+    name, is_bad = next((name, is_bad) for name, is_bad in faults.items() if is_bad.any())
+    return (
+        f'{path}: {int(is_bad.sum())} pixels have an id that is {name} (such as '
+        f'{values[is_bad][0]}); expected whole ids from 0 to {MAX_ID}; {tiff.FIX}.'
+    )
 
 
 def read_label_layers(case: Case) -> LabelLayers:

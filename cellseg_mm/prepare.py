@@ -172,8 +172,7 @@ def prepare(data_root: Path | str, params: PrepareParams | None = None) -> Prepa
     root = Path(data_root)
     out_dir = params.out_dir or root
     _check_writable(root, out_dir)
-    n_classes = len(params.class_names)
-    train_scan, test_scan = _scan_both(root, n_classes, params.exclude_file)
+    train_scan, test_scan = _scan_both(root, params)
     index = _Index.load(out_dir / 'index.json', params) if params.use_index else _Index({})
     train = _check_all(train_scan.cases, index, params, is_labelled=True)
     test = _check_all(test_scan.cases, index, params, is_labelled=False)
@@ -219,12 +218,18 @@ def _check_writable(root: Path, out_dir: Path) -> None:
         )
 
 
-def _scan_both(root: Path, n_classes: int, exclude_file: Path | None) -> tuple[Scan, Scan]:
-    train = scan_cases(root, 'train', n_classes, exclude_file=exclude_file)
-    if not os.path.lexists(root / 'test_release'):
-        note = f'{root / "test_release"}: not there; there are no test images to predict.'
-        return train, Scan([], notes=[note])
-    return train, scan_cases(root, 'test', n_classes, exclude_file=exclude_file)
+def _scan_both(root: Path, params: PrepareParams) -> tuple[Scan, Scan]:
+    scan = partial(
+        scan_cases,
+        root,
+        n_classes=len(params.class_names),
+        exclude_file=params.exclude_file,
+        max_pixels=params.max_pixels,
+    )
+    if os.path.lexists(root / 'test_release'):
+        return scan('train'), scan('test')
+    note = f'{root / "test_release"}: not there; there are no test images to predict.'
+    return scan('train'), Scan([], notes=[note])
 
 
 # ---- checking, in parallel and only what changed
