@@ -11,8 +11,8 @@ What differs from ``BitmapMasks``, and why:
 - ``rotate`` by other angles, ``shear`` and translation by parts of a pixel always sample the
   nearest pixel, whatever ``interpolation`` says: a blend of two ids is the id of a third cell. The
   stock class blends each mask alone and rounds, so the two differ, and only in pixels that touch
-  the stock mask's outline (3x3 neighbourhood). Cells that touch still touch here; the stock class
-  can make them overlap.
+  the outline of one of the two (3x3 neighbourhood). Cells that touch still touch here; the stock
+  class can make them overlap.
 - The value outside the image is background; ``pad_val`` or ``border_value`` other than 0 would put
   every instance there at once and is refused.
 - ``crop_and_resize`` has the stock result except where the stock value lies within 1e-5 of the
