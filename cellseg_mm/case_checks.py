@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cellseg_mm import tiff
+from cellseg_mm.cases import Case
 from cellseg_mm.errors import CellSegError, ImageError, LabelMapError
-from cellseg_mm.labels import Case, LabelLayers, read_image, read_label_layers, read_label_map
+from cellseg_mm.labels import LabelLayers, read_image, read_label_layers, read_label_map
 
 THUMB_PX = 16
 DIM_SHARE = 0.1  # a wide image that uses less of its range comes out nearly black

@@ -25,10 +25,10 @@ import numpy as np
 
 from cellseg_mm import folds as fold_files
 from cellseg_mm.case_checks import CaseFacts, Finding, check_case, near_duplicates
+from cellseg_mm.cases import Case, Scan, read_exclude, scan_cases
 from cellseg_mm.errors import CellSegError, ConfigError, DataError, FoldError
 from cellseg_mm.files import write_json, write_text
 from cellseg_mm.folds import ORIGINAL_SEED, Folds, Method
-from cellseg_mm.labels import Case, Scan, read_exclude, scan_cases
 from cellseg_mm.progress import track
 from cellseg_mm.tiff import DEFAULT_MAX_PIXELS
 
@@ -78,7 +78,7 @@ class PrepareParams:
     Attributes:
         class_names: In the order of ``class1.tif``, ``class2.tif``, ...
         out_dir: Where the results go; None means the data folder.
-        exclude_file: See ``labels.find_cases``.
+        exclude_file: See ``cases.find_cases``.
         groups: See :class:`GroupRule`.
         n_folds: Number of folds.
         seed: Seed of the folds.

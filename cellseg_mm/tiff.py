@@ -230,3 +230,14 @@ def _header(page: tifffile.TiffPage) -> Header:
         compression=int(page.compression),
         orientation=int(orientation.value) if orientation is not None else 1,
     )
+
+
+def size_text(hw: tuple[int, int]) -> str:
+    """Return a size for a message."""
+    return f'{hw[0]} x {hw[1]} px'
+
+
+def swapped_text(first_hw: tuple[int, int], second_hw: tuple[int, int]) -> str:
+    """Return a hint for a message where one size is the other's transposed; else nothing."""
+    is_swapped = tuple(first_hw) == tuple(second_hw)[::-1]
+    return ' (height and width are swapped)' if is_swapped else ''

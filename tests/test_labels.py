@@ -10,6 +10,7 @@ import pytest
 import tifffile
 
 from cellseg_mm import labels
+from cellseg_mm.cases import scan_cases
 from cellseg_mm.errors import DataError
 from cellseg_mm.labels import Case
 
@@ -306,7 +307,7 @@ def test_exclude_keeps_the_ids_of_others(tmp_path: Path) -> None:
     train = labels.find_cases(tmp_path, 'train', 4)
     assert [(case.name, case.image_id) for case in train] == [('C', 1), ('b b', 3)]
     assert [case.name for case in labels.find_cases(tmp_path, 'test', 4)] == ['C', 'b b']
-    scan = labels.scan_cases(tmp_path, 'train', 4)
+    scan = scan_cases(tmp_path, 'train', 4)
     assert scan.excluded == ['a', 'zürich']
     (tmp_path / 'none.txt').write_text('')
     assert len(labels.find_cases(tmp_path, 'train', 4, exclude_file=tmp_path / 'none.txt')) == 4
@@ -326,7 +327,7 @@ def test_decomposed_accents_match(tmp_path: Path) -> None:
 def test_entries_without_file_are_noted_not_refused(tmp_path: Path) -> None:
     make_data(tmp_path, ['a', 'b'])
     (tmp_path / 'test_release/b.tif').unlink()
-    scan = labels.scan_cases(tmp_path, 'test', 4)
+    scan = scan_cases(tmp_path, 'test', 4)
     assert [case.name for case in scan.cases] == ['a']
     assert not scan.problems
     assert len(scan.notes) == 1
