@@ -25,7 +25,9 @@ from cellseg_mm.errors import PredictionError
 from cellseg_mm.instances import InstanceSet
 
 MAX_JSON_BYTES = 1 << 30
-# Deflate reaches 1032:1; RLE in JSON reaches about 5:1.
+# A zip unpacks to at most this plus MAX_ZIP_RATIO times its size. Deflate reaches 1032:1; RLE in
+# JSON reaches about 5:1.
+FREE_BYTES = 1 << 26
 MAX_ZIP_RATIO = 200
 ZIP_ERRORS = (
     zipfile.BadZipFile,
@@ -140,7 +142,7 @@ def read_results_file(path: Path | str) -> ResultsFile:
 
 
 def _check_size(path: Path, size: int, *, packed: int | None = None) -> None:
-    too_dense = packed is not None and size > (1 << 26) + MAX_ZIP_RATIO * packed
+    too_dense = packed is not None and size > FREE_BYTES + MAX_ZIP_RATIO * packed
     if size > MAX_JSON_BYTES or too_dense:
         raise PredictionError(
             f'{path}: unpacks to {size >> 20} MiB; a results file has at most '

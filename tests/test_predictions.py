@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
+from cellseg_mm import coco_results, predictions
 from cellseg_mm.coco_results import looks_like_xyxy, parse_records
 from cellseg_mm.errors import PredictionError
 from cellseg_mm.instances import InstanceSet
@@ -210,13 +211,14 @@ def test_a_false_shape_allocates_nothing(tmp_path: Path) -> None:
         load_predictions(path)
 
 
-def test_zip_bomb_is_refused(tmp_path: Path) -> None:
+def test_zip_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predictions, 'FREE_BYTES', 1 << 20)
     path = tmp_path / 'p.npz'
     with (
         zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive,
         archive.open('scores.npy', 'w') as stream,
     ):
-        for _ in range(400):
+        for _ in range(20):
             stream.write(bytes(1 << 20))
     with pytest.raises(PredictionError, match='unpacks to more'):
         load_predictions(path)
@@ -433,7 +435,8 @@ def test_files_that_are_no_results(tmp_path: Path, content: bytes, message: str)
         from_coco_results(tmp_path / 'r.json', IMAGE)
 
 
-def test_zips_that_are_no_results(tmp_path: Path) -> None:
+def test_zips_that_are_no_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coco_results, 'FREE_BYTES', 1 << 20)
     path = tmp_path / 'r.zip'
     for names in ([], ['a.json', 'b.json']):
         with zipfile.ZipFile(path, 'w') as archive:
@@ -446,9 +449,9 @@ def test_zips_that_are_no_results(tmp_path: Path) -> None:
         zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive,
         archive.open('a.json', 'w') as stream,
     ):
-        for _ in range(200):
+        for _ in range(20):
             stream.write(b' ' * (1 << 20))
-    with pytest.raises(PredictionError, match='unpacks to 200 MiB'):
+    with pytest.raises(PredictionError, match='unpacks to 20 MiB'):
         from_coco_results(path, IMAGE)
     with pytest.raises(PredictionError, match='cannot be read'):
         from_coco_results(tmp_path / 'absent.json', IMAGE)

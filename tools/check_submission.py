@@ -1,0 +1,55 @@
+"""Check a submission of any origin, or show how two differ.
+
+    python tools/check_submission.py test-results.json.zip --id-map test_image_name_to_ids.json
+    python tools/check_submission.py mine.zip yours.zip --id-map test_image_name_to_ids.json
+
+Exit code: 0 no error found (warnings may be shown), 1 errors found, 2 a file cannot be read or
+compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from cellseg_mm.errors import CellSegError
+from cellseg_mm.labels import read_id_map
+from cellseg_mm.submission import N_CLASSES, diff_submissions, format_diff, lint_submission
+
+
+def parse_args(words: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('file', type=Path, help='submission: a zip, or its JSON')
+    parser.add_argument('other', type=Path, nargs='?', help='second submission to compare with')
+    parser.add_argument('--id-map', type=Path, required=True, help='test_image_name_to_ids.json')
+    parser.add_argument('--n-classes', type=int, default=N_CLASSES)
+    parser.add_argument('--class-names', nargs='*', default=[], help='for the table, in order')
+    return parser.parse_args(words)
+
+
+def main(words: list[str] | None = None) -> int:
+    """Print findings and, for two files, the table of differences."""
+    args = parse_args(words)
+    try:
+        id_map = read_id_map(args.id_map)
+        n_errors = 0
+        for path in filter(None, (args.file, args.other)):
+            findings = lint_submission(path, id_map, n_classes=args.n_classes)
+            n_errors += sum(finding.severity == 'error' for finding in findings)
+            for finding in findings:
+                print(f'{path}: {finding.severity}: {finding.code}: {finding.message}')
+            print(f'{path}: {"no finding" if not findings else f"{len(findings)} finding(s)"}')
+        if args.other:
+            print(format_diff(diff_submissions(args.file, args.other, id_map), args.class_names))
+    except CellSegError as problem:
+        print(f'error: {problem}', file=sys.stderr)
+        return 2
+    return 1 if n_errors else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
