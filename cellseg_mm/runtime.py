@@ -96,7 +96,7 @@ class _OpsLoader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         backend = _choose_backend(_forced_backend())
-        for name, op in _ops_of(backend).items():
+        for name, op in ops_of(backend).items():
             setattr(module, name, op)
         module.CELLSEG_BACKEND = backend
         module.__getattr__ = _missing_op
@@ -114,7 +114,7 @@ def _choose_backend(forced: str | None) -> str:
         raise ConfigError(f'{VARIABLE}=mmcv: mmcv was installed without compiled ops; {FULL_MMCV}')
     if forced == 'torch':
         return forced
-    problem = _torchvision_problem()
+    problem = torchvision_problem()
     if problem is None:
         return 'torchvision'
     if forced == 'torchvision':
@@ -125,7 +125,7 @@ def _choose_backend(forced: str | None) -> str:
     return 'torch'
 
 
-def _torchvision_problem() -> str | None:
+def torchvision_problem() -> str | None:
     """Return why torchvision's compiled ops cannot be used, or None if they can."""
     import torch
 
@@ -142,7 +142,7 @@ def _torchvision_problem() -> str | None:
     return None
 
 
-def _ops_of(backend: str) -> dict[str, Callable]:
+def ops_of(backend: str) -> dict[str, Callable]:
     from cellseg_mm import torch_ops
 
     ops: dict[str, Callable] = {

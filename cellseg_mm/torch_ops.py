@@ -1,8 +1,8 @@
 """NMS and RoIAlign in plain torch, with the signatures of mmcv's compiled ops.
 
-In: the tensors that ``mmcv.ops`` hands to its extension module. Out: the same results on any device,
-without a compiler. Invariant: every formula follows mmcv's C++ in its order of operations, so sample
-positions, kept boxes and their order are those of the compiled ops.
+In: the tensors that ``mmcv.ops`` hands to its extension module. Out: the same results on any
+device, without a compiler. Invariant: every formula follows mmcv's C++ in its order of operations,
+so sample positions and kept boxes are those of the compiled ops.
 
 RoIAlign is linear in the features: an output bin is a weighted sum of pixels. Forward and backward
 are therefore one sparse matrix and its transpose, and ``embedding_bag`` multiplies them by
@@ -40,7 +40,9 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
         offset: 0 or 1, added to every width and height.
 
     Returns:
-        (K,) int64, kept boxes by falling score; equal scores in the order of the input.
+        (K,) int64, kept boxes by falling score; equal scores in the order of the input, as in
+        torchvision. mmcv's C++ leaves their order to torch's unstable sort, which since torch 2.6
+        depends on the processor's vector instructions.
     """
     if boxes.numel() == 0:
         return torch.empty(0, dtype=torch.int64, device=boxes.device)
@@ -271,32 +273,43 @@ class _Rois:
         return pixels.reshape(n_bags, -1), weights.reshape(n_bags, -1)
 
 
-def _read_rois(
-    rois: Tensor,
-    shape: torch.Size,
-    bins_hw: tuple[int, int],
-    *,
-    spatial_scale: float,
-    sampling_ratio: int,
-    aligned: bool,
-    dtype: torch.dtype,
-) -> _Rois:
-    """Turn (N, 5) image-pixel RoIs into feature pixels, as mmcv's C++ does."""
-    # mmcv passes the scale as a C float, also when the features are double.
-    scale = float(torch.tensor(spatial_scale, dtype=torch.float32))
-    shift = 0.5 if aligned else 0.0
-    edges = rois[:, 1:].to(dtype) * scale - shift
-    start_yx, end_yx = edges[:, [1, 0]], edges[:, [3, 2]]
-    size_yx = end_yx - start_yx
-    if not aligned:
-        size_yx = size_yx.clamp(min=1)
-    bins = torch.tensor(bins_hw, device=rois.device, dtype=dtype)
-    if sampling_ratio > 0:
-        grid = torch.full_like(size_yx, sampling_ratio)
-    else:
-        grid = (size_yx / bins).float().ceil()  # ceilf of a float also for doubles
-    grid = torch.where(torch.isfinite(size_yx), grid, 0).long()
-    return _Rois(rois[:, 0].long(), start_yx, size_yx, grid, bins_hw, tuple(shape))
+@dataclass(frozen=True, slots=True)
+class RoiAlignOptions:
+    """The numbers and flags that ``mmcv.ops`` passes, under its names.
+
+    Attributes:
+        aligned_height: Output bins along y.
+        aligned_width: Output bins along x.
+        spatial_scale: Feature pixels per image pixel.
+        sampling_ratio: Samples per bin and axis; 0 = as many as the bin has feature pixels.
+        pool_mode: 0 maximum, 1 mean of a bin's samples.
+        aligned: Pixel centres are at +0.5; also, sizes below one feature pixel stay as they are.
+    """
+
+    aligned_height: int
+    aligned_width: int
+    spatial_scale: float
+    sampling_ratio: int
+    pool_mode: int
+    aligned: bool
+
+    def read(self, rois: Tensor, shape: torch.Size, dtype: torch.dtype) -> _Rois:
+        """Turn (N, 5) image-pixel RoIs into feature pixels, as mmcv's C++ does."""
+        # mmcv passes the scale as a C float, also when the features are double.
+        scale = float(torch.tensor(self.spatial_scale, dtype=torch.float32))
+        edges = rois[:, 1:].to(dtype) * scale - (0.5 if self.aligned else 0.0)
+        start_yx, end_yx = edges[:, [1, 0]], edges[:, [3, 2]]
+        size_yx = end_yx - start_yx
+        if not self.aligned:
+            size_yx = size_yx.clamp(min=1)
+        bins_hw = (self.aligned_height, self.aligned_width)
+        if self.sampling_ratio > 0:
+            grid = torch.full_like(size_yx, self.sampling_ratio)
+        else:
+            bins = torch.tensor(bins_hw, device=rois.device, dtype=dtype)
+            grid = (size_yx / bins).float().ceil()  # ceilf of a float also for doubles
+        grid = torch.where(torch.isfinite(edges).all(dim=1, keepdim=True), grid, 0).long()
+        return _Rois(rois[:, 0].long(), start_yx, size_yx, grid, bins_hw, tuple(shape))
 
 
 def _working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -311,12 +324,7 @@ def roi_align_forward(
     output: Tensor,
     argmax_y: Tensor,
     argmax_x: Tensor,
-    aligned_height: int,
-    aligned_width: int,
-    spatial_scale: float,
-    sampling_ratio: int,
-    pool_mode: int,
-    aligned: bool,
+    **options: float,
 ) -> None:
     """Fill ``output`` with the RoIs' features, resampled to a fixed size.
 
@@ -326,37 +334,21 @@ def roi_align_forward(
         output: (N, C, P, Q), zeros; filled.
         argmax_y: (N, C, P, Q), filled in max mode with the y of the largest sample.
         argmax_x: The same for x.
-        aligned_height: P.
-        aligned_width: Q.
-        spatial_scale: Feature pixels per image pixel.
-        sampling_ratio: Samples per bin and axis; 0 = as many as the bin has feature pixels.
-        pool_mode: 0 maximum, 1 mean of a bin's samples.
-        aligned: Pixel centres at +0.5.
+        options: The fields of :class:`RoiAlignOptions`.
     """
+    setting = RoiAlignOptions(**options)
     dtype = _working_dtype(input.dtype)
-    read = _read_rois(
-        rois,
-        input.shape,
-        (aligned_height, aligned_width),
-        spatial_scale=spatial_scale,
-        sampling_ratio=sampling_ratio,
-        aligned=aligned,
-        dtype=dtype,
-    )
-    if pool_mode == 0:
-        output.fill_(MAX_POOL_EMPTY)
-        argmax_y.fill_(-1)
-        argmax_x.fill_(-1)
+    read = setting.read(rois, input.shape, dtype)
     features = input.permute(0, 2, 3, 1).reshape(-1, input.shape[1]).to(dtype)  # (B H W, C)
+    if setting.pool_mode == 0:
+        for target, empty in ((output, MAX_POOL_EMPTY), (argmax_y, -1), (argmax_x, -1)):
+            target.fill_(empty)
+        for index, y, x in read.groups():
+            found = _largest_samples(features, read, index, y, x)
+            for target, values in zip((output, argmax_y, argmax_x), found, strict=True):
+                target[index] = values.to(target.dtype)
+        return
     for index, y, x in read.groups():
-        if pool_mode == 0:
-            best, at_y, at_x = _largest_samples(features, read, index, y, x)
-            output[index], argmax_y[index], argmax_x[index] = (
-                best.to(output.dtype),
-                at_y.to(argmax_y.dtype),
-                at_x.to(argmax_x.dtype),
-            )
-            continue
         pixels, weights = read.matrix(index, y, x)
         pooled = _weighted_sums(features, pixels, weights)
         pooled = pooled.view(len(index), y.bins, x.bins, -1).permute(0, 3, 1, 2)
@@ -401,30 +393,18 @@ def roi_align_backward(
     argmax_y: Tensor,
     argmax_x: Tensor,
     grad_input: Tensor,
-    aligned_height: int,
-    aligned_width: int,
-    spatial_scale: float,
-    sampling_ratio: int,
-    pool_mode: int,
-    aligned: bool,
+    **options: float,
 ) -> None:
     """Add the gradient of :func:`roi_align_forward` to ``grad_input``, (B, C, H, W).
 
     ``grad_output`` is (N, C, P, Q); the others are as in the forward pass.
     """
+    setting = RoiAlignOptions(**options)
     dtype = _working_dtype(grad_output.dtype)
-    if pool_mode == 0:
+    if setting.pool_mode == 0:
         _scatter_largest(grad_output.to(dtype), rois, argmax_y, argmax_x, grad_input)
         return
-    read = _read_rois(
-        rois,
-        grad_input.shape,
-        (aligned_height, aligned_width),
-        spatial_scale=spatial_scale,
-        sampling_ratio=sampling_ratio,
-        aligned=aligned,
-        dtype=dtype,
-    )
+    read = setting.read(rois, grad_input.shape, dtype)
     n_channels, (height, width) = grad_input.shape[1], grad_input.shape[2:]
     grads = grad_output.permute(0, 2, 3, 1).reshape(-1, n_channels).to(dtype)  # (N P Q, C)
     for index, pixels, weights in _joined(read):
@@ -477,13 +457,11 @@ def _scatter_largest(
     grad_output: Tensor, rois: Tensor, argmax_y: Tensor, argmax_x: Tensor, grad_input: Tensor
 ) -> None:
     """Send each bin's gradient to the four pixels around its largest sample."""
-    n_images, n_channels, height, width = grad_input.shape
+    n_channels, height, width = grad_input.shape[1:]
     y, x = argmax_y.to(grad_output.dtype), argmax_x.to(grad_output.dtype)
     inside = (y != -1) & (y >= -1) & (y <= height) & (x >= -1) & (x <= width)
     planes = rois[:, 0].long()[:, None] * n_channels + torch.arange(n_channels, device=rois.device)
-    total = torch.zeros(n_images * n_channels * height * width, dtype=grad_output.dtype).to(
-        rois.device
-    )
+    total = grad_output.new_zeros(grad_input.numel())
     for row, row_weight in _two_pixels(y, height, inside):
         for column, column_weight in _two_pixels(x, width, inside):
             place = (planes[:, :, None, None] * height + row) * width + column
@@ -518,21 +496,16 @@ def torchvision_roi_align_forward(
     output: Tensor,
     argmax_y: Tensor,
     argmax_x: Tensor,
-    aligned_height: int,
-    aligned_width: int,
-    spatial_scale: float,
-    sampling_ratio: int,
-    pool_mode: int,
-    aligned: bool,
+    **options: float,
 ) -> None:
-    """Do what :func:`roi_align_forward` does with torchvision's compiled op, which only averages."""
-    size = (spatial_scale, aligned_height, aligned_width)
-    if pool_mode == 0:
-        indices = (output, argmax_y, argmax_x, aligned_height, aligned_width, spatial_scale)
-        roi_align_forward(input, rois, *indices, sampling_ratio, pool_mode, aligned)
+    """Do what :func:`roi_align_forward` does with torchvision's op, which only averages."""
+    setting = RoiAlignOptions(**options)
+    if setting.pool_mode == 0:
+        roi_align_forward(input, rois, output, argmax_y, argmax_x, **options)
         return
-    rois = rois.to(input.dtype)
-    output.copy_(torch.ops.torchvision.roi_align(input, rois, *size, sampling_ratio, aligned))
+    size = (setting.spatial_scale, setting.aligned_height, setting.aligned_width)
+    how = (setting.sampling_ratio, setting.aligned)
+    output.copy_(torch.ops.torchvision.roi_align(input, rois.to(input.dtype), *size, *how))
 
 
 def torchvision_roi_align_backward(
@@ -541,20 +514,17 @@ def torchvision_roi_align_backward(
     argmax_y: Tensor,
     argmax_x: Tensor,
     grad_input: Tensor,
-    aligned_height: int,
-    aligned_width: int,
-    spatial_scale: float,
-    sampling_ratio: int,
-    pool_mode: int,
-    aligned: bool,
+    **options: float,
 ) -> None:
     """Do what :func:`roi_align_backward` does with torchvision's compiled op."""
-    size = (spatial_scale, aligned_height, aligned_width)
-    if pool_mode == 0:
-        indices = (argmax_y, argmax_x, grad_input, aligned_height, aligned_width, spatial_scale)
-        roi_align_backward(grad_output, rois, *indices, sampling_ratio, pool_mode, aligned)
+    setting = RoiAlignOptions(**options)
+    if setting.pool_mode == 0:
+        roi_align_backward(grad_output, rois, argmax_y, argmax_x, grad_input, **options)
         return
-    gradient = torch.ops.torchvision._roi_align_backward(
-        grad_output, rois.to(grad_output.dtype), *size, *grad_input.shape, sampling_ratio, aligned
+    size = (setting.spatial_scale, setting.aligned_height, setting.aligned_width)
+    how = (setting.sampling_ratio, setting.aligned)
+    grad_input.add_(
+        torch.ops.torchvision._roi_align_backward(
+            grad_output, rois.to(grad_output.dtype), *size, *grad_input.shape, *how
+        )
     )
-    grad_input.add_(gradient)
