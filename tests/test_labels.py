@@ -190,6 +190,8 @@ SCALED = [
     # 65535 / 257 = 255; 384 / 257 = 1.494 -> 1; 386 / 257 = 1.502 -> 2
     pytest.param(grey([0, 384, 386, 65535], 'uint16'), [0, 1, 2, 255], id='uint16 by its range'),
     pytest.param(grey([0, 7, 255], 'uint16'), [0, 7, 255], id='uint16 that holds 8 bits'),
+    # 255 / 257 = 0.992 and 256 / 257 = 0.996, both -> 1: one value above 255 decides
+    pytest.param(grey([0, 255, 256], 'uint16'), [0, 1, 1], id='uint16 just above 8 bits'),
     pytest.param(grey([0, 2**31, 2**32 - 1], 'uint32'), [0, 128, 255], id='uint32 by its range'),
     pytest.param(grey([0, 256, 32767], 'int16'), [0, 2, 255], id='int16 by its range'),
     pytest.param(grey([0, 0.5, 1], 'float32'), [0, 128, 255], id='float 0..1'),
