@@ -2,7 +2,8 @@
 
 In: label layers. Out: :class:`LabelMapMasks`, which stock mmdet transforms, data preprocessor and
 mask heads use where they expect ``BitmapMasks``. Invariant: no method but ``masks``, ``to_ndarray``
-and ``to_tensor`` makes an array per instance, so cost and memory do not grow with their number.
+and ``to_tensor`` makes an array per instance, so cost and memory do not grow with their number;
+resize, crop, flip and pad touch no pixel at all (see :mod:`cellseg_mm.layer_view`).
 
 What differs from ``BitmapMasks``, and why:
 
@@ -13,6 +14,7 @@ What differs from ``BitmapMasks``, and why:
   stock class blends each mask alone and rounds, so the two differ, and only in pixels that touch
   the outline of one of the two (3x3 neighbourhood). Cells that touch still touch here; the stock
   class can make them overlap.
+- ``BatchSyncRandomResize`` resizes images and boxes but no masks, in stock mmdet too.
 - The value outside the image is background; ``pad_val`` or ``border_value`` other than 0 would put
   every instance there at once and is refused.
 - ``crop_and_resize`` has the stock result except where the stock value lies within 1e-5 of the
@@ -28,14 +30,13 @@ import numpy as np
 import torch
 from mmdet.structures.bbox import BaseBoxes, HorizontalBoxes, get_box_type
 from mmdet.structures.mask import BaseInstanceMasks, BitmapMasks
-from mmdet.structures.mask.structures import both_imtranslate
+from mmdet.structures.mask.structures import both_imtranslate, get_offsets_hv
 from numpy.typing import NDArray
 
-Layers = NDArray[np.int32] | torch.Tensor
-Index = int | slice | Sequence[int] | NDArray | torch.Tensor
+from cellseg_mm.layer_view import Layers, LayerView
+from cellseg_mm.mask_targets import roi_shares
 
-# A window of 2048 x 2048 px at once, or 1024 of 64 x 64: bounds the memory of crop_and_resize.
-_MAX_WINDOW_PIXELS = 1 << 22
+Index = int | slice | Sequence[int] | NDArray | torch.Tensor
 
 
 class LabelMapMasks(BaseInstanceMasks):
@@ -46,41 +47,43 @@ class LabelMapMasks(BaseInstanceMasks):
     ``isinstance(masks, BitmapMasks)`` holds, because stock code asks for it before drawing.
 
     Attributes:
-        layers: (L, H, W) int32, 0 = background; numpy, or a torch tensor after ``to(device)``.
-            Instances of one layer do not overlap. Never changed in place: it is shared.
         ids: (N,) int32, pixel value of each instance, above 0. Repeats are allowed.
         layer_of: (N,) int64, layer of each instance.
+        view: The layers with the rows and columns that are left of them; shared, never changed.
         height: H in px.
         width: W in px.
     """
 
-    def __init__(self, layers: Layers, ids: NDArray, layer_of: NDArray) -> None:
-        """Hold ``layers`` without copying when they are int32.
+    def __init__(self, layers: Layers | LayerView, ids: NDArray, layer_of: NDArray) -> None:
+        """Hold ``layers`` (L, H, W), without copying them when they are int32.
 
         Raises:
             ValueError: Shapes do not fit, an id is below 1, or a layer does not exist.
         """
-        if isinstance(layers, torch.Tensor):
-            self.layers: Layers = layers.to(torch.int32)
-        else:
-            self.layers = np.asarray(layers).astype(np.int32, copy=False)
+        self.view = layers if isinstance(layers, LayerView) else LayerView.of(_as_layers(layers))
         self.ids = np.asarray(ids).astype(np.int32, copy=False).reshape(-1)
         self.layer_of = np.asarray(layer_of).astype(np.int64, copy=False).reshape(-1)
         self._check()
-        self.height, self.width = int(self.layers.shape[1]), int(self.layers.shape[2])
+        self.height, self.width = self.view.hw
         self._measured: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
         self._decoded: NDArray[np.uint8] | None = None
 
     def _check(self) -> None:
-        shape = tuple(self.layers.shape)
-        if len(shape) != 3:
-            raise ValueError(f'layers must be (L, H, W), got shape {shape}')
+        n_layers = len(self.view.source.array)
         if len(self.ids) != len(self.layer_of):
             raise ValueError(f'{len(self.ids)} ids but {len(self.layer_of)} layer indices')
         if len(self.ids) and self.ids.min() < 1:
             raise ValueError(f'ids must be above 0 (background), got {self.ids.min()}')
-        if len(self.ids) and not 0 <= self.layer_of.min() <= self.layer_of.max() < shape[0]:
-            raise ValueError(f'layer indices must be in 0..{shape[0] - 1}, got {self.layer_of}')
+        if len(self.ids) and not 0 <= self.layer_of.min() <= self.layer_of.max() < n_layers:
+            raise ValueError(f'layer indices must be in 0..{n_layers - 1}, got {self.layer_of}')
+
+    @property
+    def layers(self) -> Layers:
+        """(L, H, W) int32, 0 = background; numpy, or a torch tensor after ``to(device)``.
+
+        Sampled at the first use after a resize, crop, flip or pad. Shared: not to be changed.
+        """
+        return self.view.pixels
 
     # ---- construction
 
@@ -133,17 +136,18 @@ class LabelMapMasks(BaseInstanceMasks):
         if len(masks) == 0:
             raise ValueError('masks should not be an empty list.')
         members = [m if isinstance(m, LabelMapMasks) else cls.from_bitmaps(m) for m in masks]
-        on_device = [m.layers.device for m in members if isinstance(m.layers, torch.Tensor)]
-        members = [m.to(on_device[0]) for m in members] if on_device else members
+        devices = [d for d in (m._device() for m in members) if d is not None]
+        members = [m.to(devices[0]) for m in members] if devices else members
         sizes = {(m.height, m.width) for m in members}
         if len(sizes) > 1:
             raise ValueError(f'cannot join masks of different sizes (H, W): {sorted(sizes)}')
-        distinct = list({id(m.layers): m.layers for m in members}.values())
-        starts = np.cumsum([0] + [len(layers) for layers in distinct])
-        start_of = {id(layers): start for layers, start in zip(distinct, starts, strict=False)}
-        layer_of = [m.layer_of + start_of[id(m.layers)] for m in members]
+        distinct = list({id(m.view): m.view for m in members}.values())
+        starts = np.cumsum([0] + [len(view.source.array) for view in distinct])
+        start_of = {id(view): start for view, start in zip(distinct, starts, strict=False)}
         return cls(
-            _joined(distinct), np.concatenate([m.ids for m in members]), np.concatenate(layer_of)
+            _joined(distinct),
+            np.concatenate([m.ids for m in members]),
+            np.concatenate([m.layer_of + start_of[id(m.view)] for m in members]),
         )
 
     # ---- a sequence of instances
@@ -155,7 +159,7 @@ class LabelMapMasks(BaseInstanceMasks):
     def __repr__(self) -> str:
         return (
             f'{type(self).__name__}(num_masks={len(self)}, height={self.height}, '
-            f'width={self.width}, layers={len(self.layers)})'
+            f'width={self.width}, layers={len(self.view.source.array)})'
         )
 
     def __getitem__(self, index: Index) -> LabelMapMasks:
@@ -163,7 +167,7 @@ class LabelMapMasks(BaseInstanceMasks):
         if isinstance(index, torch.Tensor):
             index = index.detach().cpu().numpy()
         rows = np.atleast_1d(np.arange(len(self))[index])
-        chosen = LabelMapMasks(self.layers, self.ids[rows], self.layer_of[rows])
+        chosen = LabelMapMasks(self.view, self.ids[rows], self.layer_of[rows])
         if self._measured is not None:
             chosen._measured = (self._measured[0][rows], self._measured[1][rows])
         return chosen
@@ -175,11 +179,8 @@ class LabelMapMasks(BaseInstanceMasks):
             yield (layers[layer] == value).astype(np.uint8)
 
     def __getstate__(self) -> dict:
-        state = dict(self.__dict__, _decoded=None)
-        if isinstance(self.layers, np.ndarray):
-            # A crop is a view: its owner, the whole image, must not travel between workers.
-            state['layers'] = np.ascontiguousarray(self.layers)
-        return state
+        # What a crop left out must not travel between workers.
+        return dict(self.__dict__, _decoded=None, view=self.view.compact())
 
     # ---- where the layers are
 
@@ -190,27 +191,28 @@ class LabelMapMasks(BaseInstanceMasks):
         stay numpy, or become numpy again.
         """
         device = torch.empty(0).to(*args, **kwargs).device
+        array = self.view.source.array
         if device.type == 'cpu':
-            return self._with_layers(self._numpy_layers())
-        return self._with_layers(self._tensor_layers().to(device))
+            moved: Layers = array.cpu().numpy() if isinstance(array, torch.Tensor) else array
+        elif isinstance(array, torch.Tensor):
+            moved = array.to(device)
+        else:
+            moved = torch.from_numpy(np.require(array, requirements=['C', 'W'])).to(device)
+        if moved is array:
+            return self
+        source = LayerView.of(moved).source
+        return self._with_view(LayerView(source, self.view.rows, self.view.columns))
+
+    def _device(self) -> torch.device | None:
+        array = self.view.source.array
+        return array.device if isinstance(array, torch.Tensor) else None
 
     def _numpy_layers(self) -> NDArray[np.int32]:
-        if isinstance(self.layers, torch.Tensor):
-            return self.layers.cpu().numpy()
-        return self.layers
+        layers = self.layers
+        return layers.cpu().numpy() if isinstance(layers, torch.Tensor) else layers
 
-    def _tensor_layers(self) -> torch.Tensor:
-        if isinstance(self.layers, torch.Tensor):
-            return self.layers.contiguous()
-        # torch refuses negative strides (flips) and warns about read-only memory.
-        return torch.from_numpy(np.require(self.layers, requirements=['C', 'W']))
-
-    def _with_layers(self, layers: Layers) -> LabelMapMasks:
-        if layers is self.layers:
-            return self
-        if isinstance(self.layers, torch.Tensor) and self.layers.device.type != 'cpu':
-            layers = torch.as_tensor(layers, device=self.layers.device)
-        return LabelMapMasks(layers, self.ids, self.layer_of)
+    def _with_view(self, view: LayerView) -> LabelMapMasks:
+        return LabelMapMasks(view, self.ids, self.layer_of)
 
     # ---- exact geometry
 
@@ -230,10 +232,7 @@ class LabelMapMasks(BaseInstanceMasks):
         height, width = out_shape[:2]
         if (height, width) == (self.height, self.width):
             return self
-        return self._each_layer(
-            (height, width),
-            lambda layer: mmcv.imresize(layer, (width, height), interpolation='nearest'),
-        )
+        return self._with_view(self.view.resize((int(height), int(width))))
 
     def flip(self, flip_direction: str = 'horizontal') -> LabelMapMasks:
         """Mirror ``horizontal``, ``vertical`` or ``diagonal`` (both).
@@ -241,16 +240,17 @@ class LabelMapMasks(BaseInstanceMasks):
         Raises:
             ValueError: Another direction.
         """
-        axes = {'horizontal': (2,), 'vertical': (1,), 'diagonal': (1, 2)}.get(flip_direction)
-        if axes is None:
+        if flip_direction not in ('horizontal', 'vertical', 'diagonal'):
             raise ValueError(f'flip direction {flip_direction!r} is unknown')
-        if isinstance(self.layers, torch.Tensor):
-            return self._with_layers(self.layers.flip(axes))
-        return self._with_layers(np.flip(self.layers, axes))
+        rows, columns = flip_direction != 'horizontal', flip_direction != 'vertical'
+        return self._with_view(self.view.flip(rows=rows, columns=columns))
 
     def rotate90(self, k: int) -> LabelMapMasks:
         """Turn by ``k`` x 90 degrees counter-clockwise, as ``np.rot90``; H and W swap for odd k."""
-        return self._with_layers(np.rot90(self._numpy_layers(), k, axes=(1, 2)))
+        view = self.view
+        for _ in range(k % 4):
+            view = view.quarter_turn()
+        return self._with_view(view)
 
     def pad(self, out_shape: tuple[int, int], pad_val: int = 0) -> LabelMapMasks:
         """Add background at the right and the bottom up to ``out_shape`` (H, W) px.
@@ -267,7 +267,7 @@ class LabelMapMasks(BaseInstanceMasks):
     def crop(self, bbox: NDArray) -> LabelMapMasks:
         """Cut out ``bbox`` (4,) xyxy whole px, clipped to the image, at least 1 px wide and high.
 
-        The result is a view. An instance that lies outside keeps its row and has no pixel.
+        An instance that lies outside keeps its row and has no pixel.
 
         Raises:
             ValueError: ``bbox`` is not a (4,) array.
@@ -277,23 +277,21 @@ class LabelMapMasks(BaseInstanceMasks):
             raise ValueError(f'a crop box must have shape (4,), got {bbox.shape}')
         x1, x2 = np.clip(bbox[0::2], 0, self.width).astype(int).tolist()
         y1, y2 = np.clip(bbox[1::2], 0, self.height).astype(int).tolist()
-        width, height = max(x2 - x1, 1), max(y2 - y1, 1)
-        cut = self._with_layers(self.layers[:, y1 : y1 + height, x1 : x1 + width])
-        # Only a box right of or below the image leaves less: its one pixel is background.
-        return cut.pad((height, width))
+        # A box right of or below the image leaves one pixel of background.
+        return self._with_view(self.view.window(y1, x1, (max(y2 - y1, 1), max(x2 - x1, 1))))
 
     def expand(self, expanded_h: int, expanded_w: int, top: int, left: int) -> LabelMapMasks:
-        """Put the masks at (``top``, ``left``) px of a larger, empty image."""
-        expanded_h, expanded_w = int(expanded_h), int(expanded_w)
-        if (expanded_h, expanded_w, top, left) == (self.height, self.width, 0, 0):
-            return self
-        shape = (len(self.layers), expanded_h, expanded_w)
-        if isinstance(self.layers, torch.Tensor):
-            canvas: Layers = self.layers.new_zeros(shape)
-        else:
-            canvas = np.zeros(shape, dtype=np.int32)
-        canvas[:, top : top + self.height, left : left + self.width] = self.layers
-        return self._with_layers(canvas)
+        """Put the masks at (``top``, ``left``) px of a larger, empty image.
+
+        Raises:
+            ValueError: The masks do not fit there.
+        """
+        height, width, top, left = int(expanded_h), int(expanded_w), int(top), int(left)
+        if min(top, left, height - top - self.height, width - left - self.width) < 0:
+            raise ValueError(
+                f'{self.height}x{self.width} px at ({top}, {left}) leave {height}x{width} px'
+            )
+        return self._with_view(self.view.window(-top, -left, (height, width)))
 
     # ---- geometry by the nearest pixel
 
@@ -314,12 +312,13 @@ class LabelMapMasks(BaseInstanceMasks):
         """
         del interpolation
         _require_background('border_value', border_value)
-        height, width = out_shape[:2]
-        box = np.array([0, 0, min(width, self.width), min(height, self.height)])
-        placed = self.crop(box).pad((height, width))
+        out_hw = (int(out_shape[0]), int(out_shape[1]))
+        placed = self._with_view(self.view.window(0, 0, out_hw))
+        dx, dy = get_offsets_hv(offset, direction)
+        if dx == round(dx) and dy == round(dy):
+            return placed._with_view(placed.view.window(-round(dy), -round(dx), out_hw))
         return placed._each_layer(
-            (height, width),
-            lambda layer: both_imtranslate(layer, offset, direction, 0, interpolation='nearest'),
+            lambda layer: both_imtranslate(layer, offset, direction, 0, interpolation='nearest')
         )
 
     def shear(
@@ -338,7 +337,6 @@ class LabelMapMasks(BaseInstanceMasks):
         del interpolation
         self._require_same_size('shear', out_shape, border_value)
         return self._each_layer(
-            (self.height, self.width),
             lambda layer: mmcv.imshear(layer, magnitude, direction, 0, interpolation='nearest'),
         )
 
@@ -359,7 +357,6 @@ class LabelMapMasks(BaseInstanceMasks):
         del interpolation
         self._require_same_size('rotate', out_shape, border_value)
         return self._each_layer(
-            (self.height, self.width),
             lambda layer: mmcv.imrotate(layer, angle, center, scale, 0, interpolation='nearest'),
         )
 
@@ -370,15 +367,16 @@ class LabelMapMasks(BaseInstanceMasks):
             raise ValueError(f'{what} keeps the size {size}, out_shape is {tuple(out_shape)}')
 
     def _each_layer(
-        self, out_hw: tuple[int, int], change: Callable[[NDArray[np.int32]], NDArray[np.int32]]
+        self, change: Callable[[NDArray[np.int32]], NDArray[np.int32]]
     ) -> LabelMapMasks:
         layers = self._numpy_layers()
-        if len(layers) == 1:  # the usual case: no copy by stacking
-            return self._with_layers(change(layers[0])[None])
-        changed = np.zeros((len(layers), *out_hw), dtype=np.int32)
+        changed = np.zeros_like(layers)
         for k, layer in enumerate(layers):
             changed[k] = change(layer)
-        return self._with_layers(changed)
+        moved: Layers = changed
+        if isinstance(self.layers, torch.Tensor):
+            moved = torch.from_numpy(changed).to(self.layers.device)
+        return self._with_view(LayerView.of(moved))
 
     # ---- measurements
 
@@ -400,12 +398,11 @@ class LabelMapMasks(BaseInstanceMasks):
 
     def _measure(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         if self._measured is None:
-            layers = self._numpy_layers()
             areas = np.zeros(len(self), dtype=np.int64)
             boxes = np.zeros((len(self), 4), dtype=np.int64)
             for k in np.unique(self.layer_of).tolist():
                 rows = np.flatnonzero(self.layer_of == k)
-                areas[rows], boxes[rows] = measure_ids(layers[k], self.ids[rows])
+                areas[rows], boxes[rows] = self.view.measure(k, self.ids[rows])
             self._measured = areas, boxes
         return self._measured
 
@@ -467,12 +464,12 @@ class LabelMapMasks(BaseInstanceMasks):
             return BitmapMasks(np.zeros((0, *out_shape), dtype=np.uint8), *out_shape)
         if isinstance(inds, torch.Tensor):
             inds = inds.cpu().numpy()
-        layers = self._tensor_layers()
+        device = self._device() or torch.device('cpu')
         shares = roi_shares(
-            layers,
-            torch.as_tensor(self.ids[inds], device=layers.device),
-            torch.as_tensor(self.layer_of[inds], device=layers.device),
-            torch.as_tensor(bboxes).to(layers.device),
+            self.view,
+            torch.from_numpy(self.ids[inds]).to(device),
+            torch.from_numpy(self.layer_of[inds]).to(device),
+            torch.as_tensor(bboxes).to(device),
             out_shape,
         )
         result = shares >= 0.5 if binarize else shares
@@ -484,159 +481,21 @@ class LabelMapMasks(BaseInstanceMasks):
 BitmapMasks.register(LabelMapMasks)
 
 
-def measure_ids(
-    label_map: NDArray[np.int32], ids: NDArray[np.int32]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Measure chosen values of a label map in one pass, at a cost that does not depend on N.
-
-    Args:
-        label_map: (H, W) integers.
-        ids: (N,) integers; repeats and values that do not occur are allowed.
-
-    Returns:
-        areas: (N,) int64 px.
-        boxes: (N, 4) int64 xyxy px, half-open; zeros where the value does not occur.
-    """
-    height, width = label_map.shape
-    begins = np.ones((height, width), dtype=bool)  # a run begins where the left neighbour differs
-    np.not_equal(label_map[:, 1:], label_map[:, :-1], out=begins[:, 1:])
-    starts = np.flatnonzero(begins)
-    rows, columns = np.divmod(starts, max(width, 1))
-    lengths = np.diff(starts, append=height * width)
-    slots, slot_of = np.unique(ids, return_inverse=True)
-    place = _places(label_map[rows, columns], slots)
-    used = place < len(slots)
-    place, rows, columns, lengths = place[used], rows[used], columns[used], lengths[used]
-
-    areas = np.bincount(place, weights=lengths, minlength=len(slots)).astype(np.int64)
-    boxes = np.zeros((len(slots), 4), dtype=np.int64)
-    boxes[:, 0] = width
-    np.minimum.at(boxes[:, 0], place, columns)
-    np.maximum.at(boxes[:, 2], place, columns + lengths)
-    # Runs come in raster order: the first one of a value has its top row, the last one its bottom.
-    boxes[place[::-1], 1] = rows[::-1]
-    boxes[place, 3] = rows + 1
-    boxes[areas == 0] = 0
-    return areas[slot_of], boxes[slot_of]
+def _as_layers(layers: Layers) -> Layers:
+    if len(layers.shape) != 3:
+        raise ValueError(f'layers must be (L, H, W), got shape {tuple(layers.shape)}')
+    if isinstance(layers, torch.Tensor):
+        return layers.to(torch.int32)
+    return layers.astype(np.int32, copy=False)
 
 
-def _places(values: NDArray[np.int32], slots: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Return each value's index in the rising ``slots``, or ``len(slots)`` if it is not there."""
-    n = len(slots)
-    if n == 0 or slots[-1] > 1 << 22:  # a table would be larger than the image
-        found = np.searchsorted(slots, values)
-        return np.where(np.append(slots, 0)[found] == values, found, n) if n else found + n
-    table = np.full(int(slots[-1]) + 2, n, dtype=np.int64)
-    table[slots] = np.arange(n)
-    inside = (values > 0) & (values <= slots[-1])
-    return table[np.where(inside, values, 0)]
-
-
-def roi_shares(
-    layers: torch.Tensor,
-    ids: torch.Tensor,
-    layer_of: torch.Tensor,
-    boxes_xyxy: torch.Tensor,
-    out_hw: tuple[int, int],
-) -> torch.Tensor:
-    """Average each box's mask over an ``out_hw`` grid of cells, as RoIAlign does.
-
-    RoIAlign's mean over bilinear samples is separable: rows weights x mask x column weights.
-    Boxes of similar size go through it together.
-
-    Args:
-        layers: (L, H, W) int32, contiguous.
-        ids: (R,) pixel value of the mask of each box.
-        layer_of: (R,) its layer.
-        boxes_xyxy: (R, 4) floating px.
-        out_hw: Cells per box.
-
-    Returns:
-        (R, *out_hw), the dtype of ``boxes_xyxy``, in 0..1.
-    """
-    shares = boxes_xyxy.new_zeros((len(boxes_xyxy), *out_hw))
-    sides = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).amax(dim=1).clamp(min=32)
-    size_class = sides.log2().ceil().cpu().numpy()  # windows of up to 32, 64, 128, ... px
-    for k in np.unique(size_class).tolist():
-        rows = np.flatnonzero(size_class == k)
-        per_chunk = max(1, _MAX_WINDOW_PIXELS >> int(2 * k))
-        for first in range(0, len(rows), per_chunk):
-            chunk = torch.as_tensor(rows[first : first + per_chunk], device=layers.device)
-            shares[chunk] = _roi_shares_of_chunk(
-                layers, ids[chunk], layer_of[chunk], boxes_xyxy[chunk], out_hw
-            )
-    return shares
-
-
-def _roi_shares_of_chunk(
-    layers: torch.Tensor,
-    ids: torch.Tensor,
-    layer_of: torch.Tensor,
-    boxes_xyxy: torch.Tensor,
-    out_hw: tuple[int, int],
-) -> torch.Tensor:
-    _, height, width = layers.shape
-    x1, y1, x2, y2 = boxes_xyxy.unbind(dim=1)
-    y_first, y_weights, y_count = _axis_weights(y1, y2, out_hw[0], height)  # (R, h, Y)
-    x_first, x_weights, x_count = _axis_weights(x1, x2, out_hw[1], width)  # (R, w, X)
-    y = y_first[:, None] + torch.arange(y_weights.shape[2], device=layers.device)
-    x = x_first[:, None] + torch.arange(x_weights.shape[2], device=layers.device)
-    # Windows have one size per chunk; where they leave the image their weights are 0.
-    line = layer_of[:, None] * height + y.clamp(max=height - 1)  # (R, Y)
-    pixel = line[:, :, None] * width + x.clamp(max=width - 1)[:, None, :]  # (R, Y, X)
-    masks = (torch.take(layers, pixel) == ids[:, None, None]).to(y_weights.dtype)
-    sums = y_weights @ masks @ x_weights.transpose(1, 2)  # (R, h, w)
-    return sums / (y_count * x_count).clamp(min=1)[:, None, None]
-
-
-def _axis_weights(
-    low: torch.Tensor, high: torch.Tensor, n_cells: int, extent: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return what each pixel of a window adds to each cell of one axis.
-
-    Args:
-        low: (R,) first edge of each box in px.
-        high: (R,) last edge.
-        n_cells: Cells along the axis.
-        extent: Pixels of the image along the axis.
-
-    Returns:
-        first: (R,) int64, first pixel of the window.
-        weights: (R, n_cells, window) sums of bilinear weights, not divided by ``count``.
-        count: (R,) samples per cell.
-
-    Source: RoIAlign with ``aligned=True, sampling_ratio=0`` as in mmcv
-    ``csrc/pytorch/cpu/roi_align.cpp``, Apache-2.0; positions are computed in its order so that
-    ties fall the same way.
-    """
-    start, length = low - 0.5, (high - low).clamp(min=0)
-    step = length / n_cells
-    count = step.ceil()
-    cell = torch.arange(n_cells, device=low.device, dtype=low.dtype)
-    sample = torch.arange(max(int(count.max()), 1), device=low.device, dtype=low.dtype)
-    corner = start[:, None] + cell * step[:, None]  # (R, n_cells)
-    inner = (sample + 0.5) * step[:, None] / count.clamp(min=1)[:, None]  # (R, samples)
-    at = corner[:, :, None] + inner[:, None, :]  # (R, n_cells, samples)
-    valid = (at >= -1) & (at <= extent) & (sample < count[:, None])[:, None, :]
-
-    at = at.clamp(0, extent - 1)
-    lower = at.floor()
-    fraction = at - lower
-    first = start.floor().clamp(0, extent - 1).long()
-    window = int((high.ceil().clamp(0, extent).long() - first).max().clamp(min=0)) + 2
-    lower = (lower.long() - first[:, None, None]).clamp(0, window - 2)
-    weights = low.new_zeros((len(low), n_cells, window))
-    weights.scatter_add_(2, lower, (1 - fraction) * valid)
-    weights.scatter_add_(2, lower + 1, fraction * valid)
-    return first, weights, count
-
-
-def _joined(parts: list[Layers]) -> Layers:
-    if len(parts) == 1:
-        return parts[0]
+def _joined(views: Sequence[LayerView]) -> LayerView:
+    if len(views) == 1:
+        return views[0]
+    parts = [view.pixels for view in views]
     if isinstance(parts[0], torch.Tensor):
-        return torch.cat(parts)
-    return np.concatenate(parts)
+        return LayerView.of(torch.cat(parts))
+    return LayerView.of(np.concatenate(parts))
 
 
 def _require_background(name: str, value: int | tuple[int, ...]) -> None:

@@ -19,7 +19,9 @@ from mmdet.structures.mask import BitmapMasks, mask_target  # noqa: E402
 from mmengine.config import Config  # noqa: E402
 from mmengine.structures import InstanceData  # noqa: E402
 
-from cellseg_mm.label_map_masks import LabelMapMasks, measure_ids, roi_shares  # noqa: E402
+from cellseg_mm.label_map_masks import LabelMapMasks  # noqa: E402
+from cellseg_mm.layer_view import LayerView  # noqa: E402
+from cellseg_mm.mask_targets import roi_shares  # noqa: E402
 
 pytestmark = pytest.mark.mm
 
@@ -176,7 +178,7 @@ def test_measure_equals_loop(seed: int) -> None:
     label_map[rng.random((13, 7)) < 0.05] = 2**31 - 1  # does not fit a table
     ids = np.array([3, 77, 1, 3, 2**31 - 1], dtype=np.int32)  # a repeat, and one that is not there
     for chosen in (ids, ids[:4]):
-        areas, boxes = measure_ids(label_map, chosen)
+        areas, boxes = LayerView.of(label_map[None]).measure(0, chosen)
         for value, area, box in zip(chosen, areas, boxes, strict=True):
             pixels = [(y, x) for y in range(13) for x in range(7) if label_map[y, x] == value]
             ys, xs = [y for y, _ in pixels], [x for _, x in pixels]
@@ -460,7 +462,7 @@ def test_mask_target_of_mmdet_runs_on_it() -> None:
 def test_shares_of_float64_boxes_are_float64() -> None:
     masks = some_masks(2)
     shares = roi_shares(
-        torch.from_numpy(masks.layers),
+        masks.view,
         torch.from_numpy(masks.ids[:1]),
         torch.from_numpy(masks.layer_of[:1]),
         torch.tensor([[1.0, 2.0, 9.0, 11.0]], dtype=torch.float64),

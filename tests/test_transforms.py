@@ -577,6 +577,19 @@ def test_copy_paste_equals_painting_by_loops(seed: int, source: str) -> None:
     np.testing.assert_array_equal(got['img'], img)
 
 
+def test_paste_covers_every_layer() -> None:
+    bitmaps = np.zeros((2, 9, 9), bool)
+    bitmaps[0, :, :6] = bitmaps[1, :, 4:] = True  # they overlap, so they lie in two layers
+    results = {**sample(0, (9, 9)), 'gt_bboxes_labels': np.arange(2)}
+    results['gt_masks'] = LabelMapMasks.from_bitmaps(bitmaps)
+    results['gt_ignore_flags'] = np.zeros(2, bool)
+    cell = {**results, 'gt_masks': LabelMapMasks(np.ones((1, 3, 3)), [1], [0])}
+    got = LabelMapCopyPaste(min_share=0).paste(results, cell, [Paste(0, 2, 4)])
+    bitmaps[:, 2:5, 4:7] = False
+    np.testing.assert_array_equal(got['gt_masks'].to_ndarray()[:2], bitmaps)
+    assert got['gt_masks'].areas.tolist()[2] == 9
+
+
 def test_copy_paste_does_not_touch_shared_layers() -> None:
     results = sample(1)
     shared, before = results['gt_masks'].layers, results['gt_masks'].layers.copy()
