@@ -313,7 +313,7 @@ def compare_steps(swap: Swap, stable: Swap, options: argparse.Namespace) -> None
         losses = train_step(model, batch)
         gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
         results[name] = (losses['loss'].item(), gradient)
-    loss, gradient = results['mmcv']
+    gradient = results['mmcv'][1]
     for name, (other_loss, other_gradient) in results.items():
         apart = ((other_gradient - gradient).norm() / gradient.norm()).item()
         print(

@@ -27,6 +27,9 @@ NMS_BLOCK = 256
 ROI_ENTRIES = 1 << 22
 # What mmcv returns for a bin without samples in max mode.
 MAX_POOL_EMPTY = -10000.0
+# Where its "largest sample" is: outside of every map. mmcv writes -1, which a sample may have, too
+# (it counts as row 0), and then forgets the gradient of that sample.
+NOWHERE = -2.0
 
 
 @torch.no_grad()
@@ -341,7 +344,7 @@ def roi_align_forward(
     read = setting.read(rois, input.shape, dtype)
     features = input.permute(0, 2, 3, 1).reshape(-1, input.shape[1]).to(dtype)  # (B H W, C)
     if setting.pool_mode == 0:
-        for target, empty in ((output, MAX_POOL_EMPTY), (argmax_y, -1), (argmax_x, -1)):
+        for target, empty in ((output, MAX_POOL_EMPTY), (argmax_y, NOWHERE), (argmax_x, NOWHERE)):
             target.fill_(empty)
         for index, y, x in read.groups():
             found = _largest_samples(features, read, index, y, x)
@@ -459,7 +462,7 @@ def _scatter_largest(
     """Send each bin's gradient to the four pixels around its largest sample."""
     n_channels, height, width = grad_input.shape[1:]
     y, x = argmax_y.to(grad_output.dtype), argmax_x.to(grad_output.dtype)
-    inside = (y != -1) & (y >= -1) & (y <= height) & (x >= -1) & (x <= width)
+    inside = (y >= -1) & (y <= height) & (x >= -1) & (x <= width)
     planes = rois[:, 0].long()[:, None] * n_channels + torch.arange(n_channels, device=rois.device)
     total = grad_output.new_zeros(grad_input.numel())
     for row, row_weight in _two_pixels(y, height, inside):
