@@ -10,6 +10,7 @@ next columns follow ``maxDets``; we read the precision array.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ from cellseg_mm.matching import Compared, boxes_xywh, greedy_matches
 
 Int = NDArray[np.int64]
 Float = NDArray[np.float64]
+
+_LOGGER = logging.getLogger(__name__)
 
 RECALL_POINTS = np.linspace(0.0, 1.0, 101)  # COCO's
 CONVENTIONAL_CAP = 100
@@ -157,7 +160,9 @@ def _evaluator(images: Sequence[Compared], n_classes: int, *, kind: str) -> _Sha
         coco.createIndex()
         datasets.append(coco)
     # Always 'bbox': with 'segm' it would decode the masks that our tables make unnecessary.
-    return _SharedIouEval(*datasets, iouType='bbox', separate_eval=True)
+    return _SharedIouEval(
+        *datasets, iouType='bbox', separate_eval=True, print_function=_LOGGER.debug
+    )
 
 
 def _rows(image_id: int, class_ids: Int, areas: Float, scores: Float, before: list) -> list[dict]:

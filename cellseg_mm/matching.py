@@ -134,7 +134,7 @@ class Flat:
         pair_iou: (M,) float64.
         n_below: Predictions under the score threshold.
         n_cut: Predictions that lost pixels to a higher score, those dropped included.
-        n_dropped: Cut predictions with too few pixels left.
+        n_dropped: Predictions without pixels, and cut ones with too few left.
     """
 
     class_ids: Int

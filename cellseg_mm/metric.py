@@ -21,6 +21,8 @@ from cellseg_mm.errors import ConfigError, PredictionError
 from cellseg_mm.files import write_json
 from cellseg_mm.instances import InstanceSet
 from cellseg_mm.labels import Case, read_gt
+from cellseg_mm.predictions import Predictions, save_predictions
+from cellseg_mm.provenance import code_commit, versions
 from cellseg_mm.scoring import ScoreParams, Scores, score
 
 # Names that people know from CocoMetric, for ``save_best`` and curves; the others keep theirs.
@@ -47,6 +49,8 @@ class CellMetric(BaseMetric):
         score_thr: ``model.test_cfg.rcnn.score_thr``, for that report.
         outfile_prefix: When given, ``<prefix>.predictions.npz`` and ``<prefix>.scores.json`` are
             written.
+        provenance: JSON values that the predictions file records beside class names, code commit
+            and versions: config, checkpoint, fold, hashes. May be set later, as an attribute.
         collect_device: See ``BaseMetric``.
         prefix: See ``BaseMetric``.
         collect_dir: See ``BaseMetric``.
@@ -65,6 +69,7 @@ class CellMetric(BaseMetric):
         max_per_img: int | None = None,
         score_thr: float = 0.0,
         outfile_prefix: str | None = None,
+        provenance: Mapping | None = None,
         collect_device: str = 'cpu',
         prefix: str | None = None,
         collect_dir: str | None = None,
@@ -74,6 +79,7 @@ class CellMetric(BaseMetric):
         self.max_per_img = max_per_img
         self.score_thr = score_thr
         self.outfile_prefix = outfile_prefix
+        self.provenance = dict(provenance or {})
         self._gt_by_name: dict[str, InstanceSet] = {}
         self._n_images = 0
 
@@ -147,11 +153,15 @@ class CellMetric(BaseMetric):
         return tuple(classes)
 
     def _write(self, preds: Sequence[InstanceSet], scores: Scores) -> None:
-        from cellseg_mm.predictions import save_predictions
-
+        known = {
+            'class_names': list(scores.class_names),
+            'code_commit': code_commit(),
+            'max_per_img': self.max_per_img,
+            'versions': versions(),
+        }
         predictions_path = Path(f'{self.outfile_prefix}.predictions.npz')
         scores_path = Path(f'{self.outfile_prefix}.scores.json')
-        save_predictions(predictions_path, preds)
+        save_predictions(predictions_path, Predictions(preds, {**known, **self.provenance}))
         write_json(scores_path, scores.to_dict())
         print_log(f'wrote {predictions_path} and {scores_path}', logger='current')
 

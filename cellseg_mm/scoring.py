@@ -203,7 +203,7 @@ class Overlaps:
         n_detections: As given.
         n_below_score: Under ``pq_score_thr``.
         n_cut: Lost pixels to a higher score.
-        n_dropped: Of those, dropped with fewer than ``min_left_px`` left.
+        n_dropped: Dropped: nothing left, or cut and fewer than ``min_left_px`` left.
     """
 
     n_detections: int
