@@ -7,6 +7,7 @@ costs O(H + W) and touches no pixel; choices compose exactly. Invariant: the lay
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 Int = NDArray[np.int64]
+Int32 = NDArray[np.int32]
 Layers = NDArray[np.int32] | torch.Tensor
 
 
@@ -24,16 +26,21 @@ class Runs:
     """Horizontal runs of one value in a label map, in raster order, background left out.
 
     Attributes:
-        rows: (R,) int64.
-        starts: (R,) int64, first column.
-        ends: (R,) int64, one past the last column.
+        rows: (R,) int32.
+        starts: (R,) int32, first column.
+        ends: (R,) int32, one past the last column.
         values: (R,) int32, above 0.
     """
 
-    rows: Int
-    starts: Int
-    ends: Int
-    values: NDArray[np.int32]
+    rows: Int32
+    starts: Int32
+    ends: Int32
+    values: Int32
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory of the arrays."""
+        return sum(a.nbytes for a in (self.rows, self.starts, self.ends, self.values))
 
 
 def find_runs(label_map: NDArray[np.int32]) -> Runs:
@@ -43,10 +50,26 @@ def find_runs(label_map: NDArray[np.int32]) -> Runs:
     np.not_equal(label_map[:, 1:], label_map[:, :-1], out=begins[:, 1:])
     first = np.flatnonzero(begins)
     lengths = np.diff(first, append=height * width)
-    rows, starts = np.divmod(first, max(width, 1))
-    values = label_map[rows, starts]
+    values = np.ascontiguousarray(label_map).reshape(-1)[first]
     used = values > 0
-    return Runs(rows[used], starts[used], (starts + lengths)[used], values[used])
+    rows, starts = np.divmod(first[used].astype(np.int32), np.int32(max(width, 1)))
+    return Runs(rows, starts, starts + lengths[used].astype(np.int32), values[used])
+
+
+def paint_runs(runs: Runs, image_hw: tuple[int, int]) -> Int32:
+    """Return the (H, W) label map that has these runs; the inverse of :func:`find_runs`."""
+    height, width = image_hw
+    first = runs.rows.astype(np.int64) * width + runs.starts
+    lengths = (runs.ends - runs.starts).astype(np.int64)
+    after = first + lengths
+    # Background before each run, the run, ..., and the background at the end.
+    times = np.empty(2 * len(first) + 1, dtype=np.int64)
+    times[0:-1:2] = np.diff(first, prepend=0) - np.concatenate([[0], lengths[:-1]])[: len(first)]
+    times[1::2] = lengths
+    times[-1] = height * width - (after[-1] if len(after) else 0)
+    values = np.zeros(len(times), dtype=np.int32)
+    values[1::2] = runs.values
+    return np.repeat(values, times).reshape(height, width)
 
 
 class LayerSource:
@@ -56,9 +79,10 @@ class LayerSource:
         array: (L, h, w) int32, numpy or a torch tensor on any device.
     """
 
-    def __init__(self, array: Layers) -> None:
+    def __init__(self, array: Layers, runs: Sequence[Runs] = ()) -> None:
+        """Hold the layers, and their runs where they are known already."""
         self.array = array
-        self._runs: dict[int, Runs] = {}
+        self._runs: dict[int, Runs] = dict(enumerate(runs))
 
     def runs(self, layer: int) -> Runs:
         """Return the runs of one layer; found once."""
@@ -88,8 +112,13 @@ class LayerView:
     @classmethod
     def of(cls, layers: Layers) -> LayerView:
         """Show (L, H, W) layers as they are."""
-        _, height, width = layers.shape
-        return cls(LayerSource(layers), np.arange(height), np.arange(width))
+        return cls.whole(LayerSource(layers))
+
+    @classmethod
+    def whole(cls, source: LayerSource) -> LayerView:
+        """Show all of a source as it is."""
+        _, height, width = source.array.shape
+        return cls(source, np.arange(height), np.arange(width))
 
     @property
     def hw(self) -> tuple[int, int]:

@@ -16,13 +16,16 @@ from pathlib import Path
 import cv2
 import numpy as np
 from mmcv.transforms import BaseTransform
+from mmdet.datasets.transforms import Resize
 from mmdet.registry import TRANSFORMS
 from mmdet.structures.bbox import HorizontalBoxes
 from numpy.typing import NDArray
 
 from cellseg_mm.errors import ConfigError
+from cellseg_mm.label_cache import LabelCache
 from cellseg_mm.label_map_masks import LabelMapMasks
-from cellseg_mm.labels import Case, read_image, read_label_layers
+from cellseg_mm.labels import Case, read_image
+from cellseg_mm.layer_view import LayerView
 
 
 @TRANSFORMS.register_module()
@@ -50,7 +53,7 @@ class LoadCellImage(BaseTransform):
         """Add the image."""
         stored = read_image(results['img_path'])
         # Files are red first as a rule. Where red and blue are swapped they are blue first already.
-        img = stored if self.red_blue_swapped else np.ascontiguousarray(stored[..., ::-1])
+        img = stored if self.red_blue_swapped else cv2.cvtColor(stored, cv2.COLOR_RGB2BGR)
         results['img'] = img.astype(np.float32) if self.to_float32 else img
         results['img_shape'] = results['ori_shape'] = img.shape[:2]
         return results
@@ -71,9 +74,21 @@ class LoadLabelMaps(BaseTransform):
     Added keys: gt_masks (LabelMapMasks, N), gt_bboxes (HorizontalBoxes, N x 4, float32 xyxy px,
     tight), gt_bboxes_labels (N, int64, 0-based), gt_ignore_flags (N, bool, all False).
 
+    Args:
+        cache_mb: Memory in MiB, of each worker, for label maps that were read before, as runs: the
+            155 training images take about 25. They are read again when a file's size or time of
+            change is another. 0 reads the files every time.
+
     Raises:
+        ConfigError: ``cache_mb`` is below 0.
         LabelMapError: A map cannot be used or has another size, see ``labels.read_label_layers``.
     """
+
+    def __init__(self, *, cache_mb: float = 256) -> None:
+        if cache_mb < 0:
+            raise ConfigError(f'LoadLabelMaps.cache_mb: {cache_mb}; expected 0 or more MiB')
+        self.cache_mb = cache_mb
+        self.cache = LabelCache(int(cache_mb * 2**20))
 
     def transform(self, results: dict) -> dict:
         """Add the ground truth."""
@@ -85,20 +100,62 @@ class LoadLabelMaps(BaseTransform):
             image_id=int(results.get('img_id', 0)),
             image_hw=(int(image_hw[0]), int(image_hw[1])),
         )
-        found = read_label_layers(case)
-        ids = np.arange(1, len(found) + 1, dtype=np.int32)
-        masks = LabelMapMasks(found.layers, ids, found.layer_of)
+        source, layer_of, class_ids = self.cache.read(case)
+        ids = np.arange(1, len(class_ids) + 1, dtype=np.int32)
+        masks = LabelMapMasks(LayerView.whole(source), ids, layer_of)
         results['gt_masks'] = masks
         results['gt_bboxes'] = masks.get_bboxes()
-        results['gt_bboxes_labels'] = found.class_ids
+        results['gt_bboxes_labels'] = class_ids
         results['gt_ignore_flags'] = np.zeros(len(masks), dtype=bool)
         return results
 
     def __repr__(self) -> str:
-        return f'{type(self).__name__}()'
+        return f'{type(self).__name__}(cache_mb={self.cache_mb})'
 
 
 # ---- geometry
+
+
+@TRANSFORMS.register_module()
+class RandomScale(Resize):
+    """Resize by a random factor of the file's own resolution.
+
+    Cells have the same size in px whatever the size of their image, so small recipes train on crops
+    at the file's resolution; MMDetection's RandomResize fits the whole image into a box instead.
+
+    Args:
+        ratio_range: Smallest and largest factor; drawn uniformly on a log scale, so that halving
+            and doubling are equally likely.
+        **kwargs: Options of ``Resize`` other than the scale.
+
+    Raises:
+        ConfigError: ``ratio_range`` is not two rising positive numbers.
+    """
+
+    def __init__(self, *, ratio_range: tuple[float, float], **kwargs) -> None:
+        if not 0 < ratio_range[0] <= ratio_range[1]:
+            raise ConfigError(
+                f'RandomScale.ratio_range: found {ratio_range}; expected two positive numbers, '
+                'the smaller first'
+            )
+        super().__init__(scale_factor=1.0, keep_ratio=True, **kwargs)
+        self.ratio_range = (float(ratio_range[0]), float(ratio_range[1]))
+
+    def draw(self, rng: np.random.Generator) -> float:
+        """Return a factor."""
+        return float(np.exp(rng.uniform(*np.log(self.ratio_range))))
+
+    def transform(self, results: dict) -> dict:
+        """Resize by a random factor."""
+        return self.resize_by(results, self.draw(_sample_rng()))
+
+    def resize_by(self, results: dict, factor: float) -> dict:
+        """Resize image, boxes and masks by ``factor``."""
+        height, width = results['img'].shape[:2]
+        hw = [max(1, round(side * factor)) for side in (height, width)]
+        self.scale = (hw[1], hw[0])
+        self.keep_ratio = False  # the rounded size is exact already
+        return super().transform(results)
 
 
 @TRANSFORMS.register_module()

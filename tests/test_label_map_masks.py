@@ -20,7 +20,7 @@ from mmengine.config import Config  # noqa: E402
 from mmengine.structures import InstanceData  # noqa: E402
 
 from cellseg_mm.label_map_masks import LabelMapMasks  # noqa: E402
-from cellseg_mm.layer_view import LayerView  # noqa: E402
+from cellseg_mm.layer_view import LayerView, find_runs, paint_runs  # noqa: E402
 from cellseg_mm.mask_targets import roi_shares  # noqa: E402
 
 pytestmark = pytest.mark.mm
@@ -184,6 +184,14 @@ def test_measure_equals_loop(seed: int) -> None:
             ys, xs = [y for y, _ in pixels], [x for _, x in pixels]
             wanted = [min(xs), min(ys), max(xs) + 1, max(ys) + 1] if pixels else [0, 0, 0, 0]
             assert (area, box.tolist()) == (len(pixels), wanted)
+
+
+@pytest.mark.parametrize('seed', SEEDS)
+def test_painting_runs_is_the_inverse_of_finding_them(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    hw = (int(rng.integers(1, 9)), int(rng.integers(1, 9)))
+    cells = rng.integers(0, 3, hw).astype(np.int32) * (rng.random(hw) < 0.2 * seed)
+    np.testing.assert_array_equal(paint_runs(find_runs(cells.astype(np.int32)), hw), cells)
 
 
 def test_instance_cropped_away_keeps_its_row() -> None:

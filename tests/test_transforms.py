@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 
 import numpy as np
@@ -141,6 +142,7 @@ STOCK = {
     'TranslateX': ({'type': 'TranslateX', 'prob': 1.0, 'img_border_value': 0, **NEAREST}, False),
     'TranslateY': ({'type': 'TranslateY', 'prob': 1.0, 'img_border_value': 0, **NEAREST}, False),
     'MinIoURandomCrop': ({'type': 'MinIoURandomCrop', 'min_ious': (0.1, 0.3)}, False),
+    'RandomScale': ({'type': 'RandomScale', 'ratio_range': (0.3, 2.0), **NEAREST}, False),
     'RandomRotate90': ({'type': 'RandomRotate90', 'prob': 1.0}, True),
     'ClassAwareCrop': ({'type': 'ClassAwareCrop', 'crop_size': (30, 41)}, True),
 }
@@ -335,6 +337,57 @@ def test_label_maps_become_ground_truth(tmp_path) -> None:
     assert results['gt_bboxes_labels'].tolist() == [0, 0, 2]
     assert results['gt_bboxes_labels'].dtype == np.int64
     assert results['gt_ignore_flags'].tolist() == [False] * 3
+
+
+def test_remembered_label_maps_are_the_same_and_never_stale(tmp_path) -> None:
+    cells = label_map(1).astype(np.uint16)
+    other = np.zeros(HW, np.uint16)
+    other[3:30, 2:20] = 999  # overlaps: two layers
+    case = LoadCellImage()(write_case(tmp_path, np.zeros((*HW, 3), np.uint8), {0: cells, 1: other}))
+    load, fresh = LoadLabelMaps(), LoadLabelMaps(cache_mb=0)
+    first, again, wanted = (step({**case}) for step in (load, load, fresh))
+    assert (len(load.cache), len(fresh.cache)) == (1, 0)
+    for got in (first, again):
+        np.testing.assert_array_equal(got['gt_masks'].layers, wanted['gt_masks'].layers)
+        np.testing.assert_array_equal(got['gt_masks'].areas, wanted['gt_masks'].areas)
+        np.testing.assert_array_equal(got['gt_bboxes_labels'], wanted['gt_bboxes_labels'])
+        assert torch.equal(got['gt_bboxes'].tensor, wanted['gt_bboxes'].tensor)
+        got['gt_masks'].layers[:] = 0  # what a caller does to its sample must not come back
+        got['gt_bboxes_labels'][:] = 9
+    np.testing.assert_array_equal(load({**case})['gt_masks'].areas, wanted['gt_masks'].areas)
+
+    write_case(tmp_path, np.zeros((*HW, 3), np.uint8), {1: np.rot90(other, 2)})
+    changed = load({**case})
+    assert len(load.cache) == 1
+    np.testing.assert_array_equal(changed['gt_masks'].layers, fresh({**case})['gt_masks'].layers)
+    assert (changed['gt_masks'].layers != wanted['gt_masks'].layers).any()
+    (tmp_path / 'class2.tif').unlink()
+    with pytest.raises(LabelMapError, match='class2'):
+        load({**case})
+
+
+def test_cache_keeps_to_its_memory(tmp_path) -> None:
+    cases = []
+    for seed in range(4):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        maps = {0: label_map(seed).astype(np.uint16)}
+        cases.append(LoadCellImage()(write_case(folder, np.zeros((*HW, 3), np.uint8), maps)))
+    load = LoadLabelMaps()
+    sizes = []
+    for case in cases:
+        before = load.cache.n_bytes
+        load({**case})
+        sizes.append(load.cache.n_bytes - before)
+    assert min(sizes) > 0
+    tight = LoadLabelMaps(cache_mb=(sizes[2] + sizes[3]) / 2**20)
+    for case in cases:
+        tight({**case})
+    assert len(tight.cache) == 2
+    assert tight.cache.n_bytes == sizes[2] + sizes[3]
+    assert len(pickle.loads(pickle.dumps(tight)).cache) == 0
+    with pytest.raises(ConfigError, match='cache_mb'):
+        LoadLabelMaps(cache_mb=-1)
 
 
 def test_image_without_cells_goes_through_the_pipeline(tmp_path) -> None:
