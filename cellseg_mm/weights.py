@@ -38,9 +38,7 @@ def read_published(path: Path | str) -> tuple[dict[str, object], str]:
     Raises:
         CheckpointError: Missing, cut short, malicious, of wrong hash, or without a model inside.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f'{path}: no such file; published weights were expected; check it')
+    path = locate(str(path))
     check_name_hash(path)
     content = read_pickle(path) if path.suffix == '.pkl' else _load_weights_only(path)
     meta = content.get('meta') if isinstance(content, dict) else None
@@ -88,15 +86,17 @@ def check_name_hash(path: Path | str, *, name: str | None = None) -> None:
     if not match:
         return
     expected = match[1] or match[2]
-    found = {'SHA-256': file_hash(path)}
-    if match[1]:
-        found['MD5'] = _md5(path)
-    if not any(digest.startswith(expected) for digest in found.values()):
-        digests = ', '.join(f'{name} {digest[:12]}' for name, digest in found.items())
-        raise CheckpointError(
-            f'{name or path}: hash is {digests}; the name says {expected}; the file is damaged, '
-            'cut short or another one: delete it and download it again (or rename your own file)'
-        )
+    algorithms = {'MD5': _md5, 'SHA-256': file_hash} if match[1] else {'SHA-256': file_hash}
+    found: dict[str, str] = {}
+    for algorithm, digest_of in algorithms.items():
+        found[algorithm] = digest_of(path)
+        if found[algorithm].startswith(expected):
+            return
+    digests = ', '.join(f'{algorithm} {digest[:12]}' for algorithm, digest in found.items())
+    raise CheckpointError(
+        f'{name or path}: hash is {digests}; the name says {expected}; the file is damaged, cut '
+        'short or another one: delete it and download it again (or rename your own file)'
+    )
 
 
 def _md5(path: Path) -> str:
@@ -249,16 +249,26 @@ def load_from_published(
     return torch.load(path, map_location=map_location, weights_only=True)
 
 
-def _converted(filename: str) -> Path:
-    """Return the converted file of a published one, making it if the cache has none."""
-    if filename.startswith('detectron2://'):
-        filename = DETECTRON2_URL + filename.removeprefix('detectron2://')
-    path = fetch(filename) if '://' in filename else Path(filename).expanduser()
+def locate(name: str) -> Path:
+    """Return the file behind a path, a published URL or ``detectron2://`` and the rest of one.
+
+    Raises:
+        CheckpointError: There is no such file, or it cannot be fetched.
+    """
+    if name.startswith('detectron2://'):
+        name = DETECTRON2_URL + name.removeprefix('detectron2://')
+    path = fetch(name) if '://' in name else Path(name).expanduser()
     if not path.is_file():
         raise CheckpointError(
-            f'{path}: no such file; the weights of load_from were expected; check the path, or give'
-            ' the published URL'
+            f'{path}: no such file; published weights were expected; check the path, or give the '
+            'published URL'
         )
+    return path
+
+
+def _converted(name: str) -> Path:
+    """Return the converted file of a published one, making it if the cache has none."""
+    path = locate(name)
     key = text_hash(file_hash(path) + _table_hash())
     out_path = cache_dir() / 'converted' / f'{path.stem}-{key}.pth'
     if not out_path.is_file():
