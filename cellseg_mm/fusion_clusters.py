@@ -336,7 +336,8 @@ class _Grid:
         found: list[int] = []
         for x in range(left, right + 1):
             for y in range(top, bottom + 1):
-                found += self.lists.get((kind, x, y), ())
+                if listed := self.lists.get((kind, x, y)):
+                    found += listed
         return found
 
     def add(self, kind: int, box: list[float], cluster: int) -> None:
@@ -369,12 +370,12 @@ def _best_mean(
     best, best_iou = -1, iou_thr
     for candidate in candidates:
         a1, b1, a2, b2 = means[candidate]
-        width = (x2 if x2 < a2 else a2) - (x1 if x1 > a1 else a1)
-        height = (y2 if y2 < b2 else b2) - (y1 if y1 > b1 else b1)
-        if width <= 0 or height <= 0:
+        if a1 >= x2 or x1 >= a2 or b1 >= y2 or y1 >= b2:
             continue
-        shared = width * height
+        shared = ((x2 if x2 < a2 else a2) - (x1 if x1 > a1 else a1)) * (
+            (y2 if y2 < b2 else b2) - (y1 if y1 > b1 else b1)
+        )
         iou = shared / (area + (a2 - a1) * (b2 - b1) - shared)
-        if iou > best_iou or (iou == best_iou and candidate < best):
+        if iou >= best_iou and (iou > best_iou or candidate < best):
             best, best_iou = candidate, iou
     return best

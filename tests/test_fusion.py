@@ -14,7 +14,7 @@ from ensemble_boxes import ensemble_boxes_nms
 from cellseg_mm import fusion, fusion_masks, fusion_rules, rle
 from cellseg_mm.errors import ConfigError, PredictionError
 from cellseg_mm.fusion import PostProcess, from_spec, fuse, fuse_with_report, postprocess
-from cellseg_mm.fusion_clusters import Clusters, box_pairs, mask_pairs
+from cellseg_mm.fusion_clusters import Clusters, box_pairs, mask_pairs, weighted_boxes
 from cellseg_mm.fusion_post import Dropped
 from cellseg_mm.instances import InstanceSet
 from tests import reference_fusion as reference
@@ -228,6 +228,19 @@ def test_order_of_members_and_instances_is_irrelevant(spec: str, with_probs: boo
         ]
         rule = from_spec(spec)
         assert_identical(fuse(members, rule, post), fuse(shuffled, rule, post))
+
+
+@pytest.mark.parametrize('spec', MERGING)
+def test_masks_that_differ_in_pixels_only_have_an_order(spec: str) -> None:
+    full, holed = np.zeros((2, *HW), bool)
+    full[2:8, 2:8] = holed[2:8, 2:8] = True
+    holed[4, 4] = False
+    box = np.array([[2, 2, 8, 8]] * 2)
+    member = build([full, holed], [0.5, 0.5], [1, 1], boxes=box)
+    other = build([holed], [0.5], [1], boxes=box[:1])
+    expected = fuse([member, other], from_spec(spec))
+    assert_identical(fuse([member[[1, 0]], other], from_spec(spec)), expected)
+    assert_identical(fuse([other, member[[1, 0]]], from_spec(spec)), expected)
 
 
 def separate_cells(with_probs: bool) -> InstanceSet:
@@ -481,6 +494,37 @@ def test_pairs_equal_all_pairs(seed: int) -> None:
     assert list(zip(found.first, found.second, found.iou, strict=True)) == expected
 
 
+def test_boxes_that_overlap_by_less_than_rounding_meet() -> None:
+    # A large group number moves the boxes so far along the line that their edges become equal.
+    boxes = np.array([[0, 0, 1, 1], [1 - 1e-9, 0, 2, 1], [1, 1, 2, 2]])
+    found = box_pairs(boxes, np.full(3, 10**9))
+    assert (found.first.tolist(), found.second.tolist()) == ([0], [1])
+
+
+@pytest.mark.parametrize('seed', range(6))
+def test_weighted_boxes_equal_reference_where_means_wander(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    n = 150
+    low = rng.random((n, 2)) * 40
+    boxes = np.concatenate([low, low + rng.choice([2, 5, 20], (n, 2))], axis=1)
+    scores = np.sort(rng.random(n))[::-1]
+    group = rng.integers(0, 2, n)
+    clusters, means = weighted_boxes(boxes, scores, group, 0.05)
+    rows = zip(boxes.tolist(), scores.tolist(), group.tolist(), strict=True)
+    cells = [{'box': b, 'score': s, 'cls': g, 'id': i} for i, (b, s, g) in enumerate(rows)]
+    expected, expected_means = reference.weigh_boxes(cells, 0.05, False)
+    got = [np.flatnonzero(clusters.owner == c).tolist() for c in range(len(clusters))]
+    assert got == [[cell['id'] for cell in cluster] for cluster in expected]
+    np.testing.assert_allclose(means, expected_means, rtol=1e-12)
+
+
+def test_weighted_boxes_of_equal_fit_join_the_better_cluster() -> None:
+    # The third box covers half of each of the others; the grid lists the second one first.
+    boxes = np.array([[12, 0, 16, 4], [8, 0, 12, 4], [10, 0, 14, 4]], float)
+    clusters, _ = weighted_boxes(boxes, np.array([0.9, 0.8, 0.7]), np.zeros(3, int), 0.2)
+    assert clusters.owner.tolist() == [0, 1, 0]
+
+
 def test_mask_pairs_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     runs = rle.runs_from_crops(list(rng.random((9, 12, 13)) < 0.5), np.zeros((9, 2), int), (12, 13))
@@ -529,6 +573,18 @@ def test_paste_in_small_batches_and_without_width(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ValueError, match='above 0'):
         fusion.paste_probs(probs, boxes, HW, 0.0)
     assert fusion.paste_probs(probs[:0], boxes[:0], HW)[0] == []
+
+
+def test_paste_keeps_a_pixel_at_the_threshold() -> None:
+    # One bin per pixel, so every pixel's value is its bin's.
+    probs = np.array([[[0.5, 0.25], [0.75, 0.5]]], np.float16)
+    (crop,), (low,) = fusion.paste_probs(probs, np.array([[3, 4, 5, 6]]), HW)
+    rows, columns = np.nonzero(crop)
+    assert [(y + low[0], x + low[1]) for y, x in zip(rows, columns, strict=True)] == [
+        (4, 3),
+        (5, 3),
+        (5, 4),
+    ]
 
 
 @pytest.mark.mm
