@@ -252,17 +252,29 @@ def weighted_ap(ranked: RankedClass, weights: NDArray[np.int64]) -> Float:
     n_positive = weights @ ranked.n_gt
     for b in np.flatnonzero(n_positive > 0).tolist():
         n_seen = np.cumsum(weights[b][ranked.image_index])
+        needed = _needed_tp(int(n_positive[b]))
         for t, at in enumerate(tp_at):
             # Precision is highest and recall rises only at true positives: others can be left out.
             n_tp = np.cumsum(weights[b][tp_image[t]])
-            result[b, t] = _interpolated(n_tp, n_seen[at], int(n_positive[b]))
+            result[b, t] = _interpolated(n_tp, n_seen[at], needed)
     return result
 
 
-def _interpolated(n_tp: Int, n_seen: Int, n_positive: int) -> float:
-    if not len(n_tp):
+def _needed_tp(n_positive: int) -> Int:
+    """Return (101,) int64: fewest true positives that reach each of COCO's recall points."""
+    needed = np.ceil(RECALL_POINTS * n_positive)
+    # Rounding must fall as it does when COCO compares n / n_positive with the point.
+    needed -= (needed - 1) / n_positive >= RECALL_POINTS
+    needed += needed / n_positive < RECALL_POINTS
+    return needed.astype(np.int64)
+
+
+def _interpolated(n_tp: Int, n_seen: Int, needed: Int) -> float:
+    """Return the mean over recall points of the best precision from there on."""
+    at = np.searchsorted(n_tp, needed, side='left')
+    at = at[at < len(n_tp)]
+    if not len(at):
         return 0.0
     precision = n_tp / (n_seen + np.spacing(1))
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]
-    at = np.searchsorted(n_tp / n_positive, RECALL_POINTS, side='left')
-    return float(envelope[at[at < len(n_tp)]].sum() / len(RECALL_POINTS))
+    best = np.maximum.reduceat(precision, at)  # from each point to the next
+    return float(np.maximum.accumulate(best[::-1]).sum() / len(RECALL_POINTS))
