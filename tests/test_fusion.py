@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import ensemble_boxes
 import numpy as np
@@ -15,6 +16,7 @@ from cellseg_mm import fusion, fusion_masks, fusion_rules, rle
 from cellseg_mm.errors import ConfigError, PredictionError
 from cellseg_mm.fusion import PostProcess, from_spec, fuse, fuse_with_report, postprocess
 from cellseg_mm.fusion_clusters import Clusters, box_pairs, mask_pairs, weighted_boxes
+from cellseg_mm.fusion_pool import Pool
 from cellseg_mm.fusion_post import Dropped
 from cellseg_mm.instances import InstanceSet
 from tests import reference_fusion as reference
@@ -844,12 +846,41 @@ def test_rules_refuse_wrong_words_and_names() -> None:
         fusion_rules.register('nms')(fusion_rules.Nms)
 
 
+def test_a_rule_of_ones_own() -> None:
+    known = dict(fusion.FUSION_RULES)
+
+    @fusion_rules.register('one_member')
+    @dataclass(frozen=True, kw_only=True)
+    class OneMember:
+        rank: int = 0
+
+        def merge(self, pool: Pool) -> fusion_rules.Merged:
+            chosen = pool.instances[pool.member_of == self.rank]
+            return fusion_rules.Merged(chosen)
+
+    try:
+        members = [separate_cells(False), InstanceSet.empty('case', 7, HW)]
+        got, report = fuse_with_report(members, from_spec('one_member:rank=1'))
+        both = len(got) + len(fuse(members, from_spec('one_member')))
+        assert (both, report.n_in, report.n_out) == (4, 4, len(got))
+    finally:
+        fusion.FUSION_RULES.clear()
+        fusion.FUSION_RULES.update(known)
+
+
 def test_proposal_share_needs_models() -> None:
     rule = from_spec('proposal_share')
     assert rule.needs_models
     assert not from_spec('nms').needs_models
     with pytest.raises(ConfigError, match='works on models'):
         fuse([separate_cells(False)], rule)
+
+
+def test_the_picture_in_the_docs_is_current(tmp_path: Path) -> None:
+    docs = Path(__file__).resolve().parents[1] / 'docs'
+    out = tmp_path / 'fusion.svg'
+    subprocess.run([sys.executable, docs / 'fusion_figure.py', out], check=True)
+    assert out.read_text() == (docs / 'fusion.svg').read_text()
 
 
 def test_core_has_no_torch() -> None:
