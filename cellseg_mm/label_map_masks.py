@@ -69,7 +69,7 @@ class LabelMapMasks(BaseInstanceMasks):
         self._decoded: NDArray[np.uint8] | None = None
 
     def _check(self) -> None:
-        n_layers = len(self.view.source.array)
+        n_layers = self.view.source.shape[0]
         if len(self.ids) != len(self.layer_of):
             raise ValueError(f'{len(self.ids)} ids but {len(self.layer_of)} layer indices')
         if len(self.ids) and self.ids.min() < 1:
@@ -136,13 +136,13 @@ class LabelMapMasks(BaseInstanceMasks):
         if len(masks) == 0:
             raise ValueError('masks should not be an empty list.')
         members = [m if isinstance(m, LabelMapMasks) else cls.from_bitmaps(m) for m in masks]
-        devices = [d for d in (m._device() for m in members) if d is not None]
+        devices = [d for d in (m.view.source.device for m in members) if d is not None]
         members = [m.to(devices[0]) for m in members] if devices else members
         sizes = {(m.height, m.width) for m in members}
         if len(sizes) > 1:
             raise ValueError(f'cannot join masks of different sizes (H, W): {sorted(sizes)}')
         distinct = list({id(m.view): m.view for m in members}.values())
-        starts = np.cumsum([0] + [len(view.source.array) for view in distinct])
+        starts = np.cumsum([0] + [view.source.shape[0] for view in distinct])
         start_of = {id(view): start for view, start in zip(distinct, starts, strict=False)}
         return cls(
             _joined(distinct),
@@ -159,7 +159,7 @@ class LabelMapMasks(BaseInstanceMasks):
     def __repr__(self) -> str:
         return (
             f'{type(self).__name__}(num_masks={len(self)}, height={self.height}, '
-            f'width={self.width}, layers={len(self.view.source.array)})'
+            f'width={self.width}, layers={self.view.source.shape[0]})'
         )
 
     def __getitem__(self, index: Index) -> LabelMapMasks:
@@ -191,21 +191,18 @@ class LabelMapMasks(BaseInstanceMasks):
         stay numpy, or become numpy again.
         """
         device = torch.empty(0).to(*args, **kwargs).device
-        array = self.view.source.array
-        if device.type == 'cpu':
-            moved: Layers = array.cpu().numpy() if isinstance(array, torch.Tensor) else array
-        elif isinstance(array, torch.Tensor):
-            moved = array.to(device)
+        source = self.view.source
+        if device == (source.device or torch.device('cpu')) and device.type != 'cpu':
+            return self
+        if device.type == 'cpu' and source.device is None:
+            return self
+        array = source.array
+        if isinstance(array, torch.Tensor):
+            moved: Layers = array.cpu().numpy() if device.type == 'cpu' else array.to(device)
         else:
             moved = torch.from_numpy(np.require(array, requirements=['C', 'W'])).to(device)
-        if moved is array:
-            return self
-        source = LayerView.of(moved).source
-        return self._with_view(LayerView(source, self.view.rows, self.view.columns))
-
-    def _device(self) -> torch.device | None:
-        array = self.view.source.array
-        return array.device if isinstance(array, torch.Tensor) else None
+        there = LayerView.of(moved).source
+        return self._with_view(LayerView(there, self.view.rows, self.view.columns))
 
     def _numpy_layers(self) -> NDArray[np.int32]:
         layers = self.layers
@@ -464,7 +461,7 @@ class LabelMapMasks(BaseInstanceMasks):
             return BitmapMasks(np.zeros((0, *out_shape), dtype=np.uint8), *out_shape)
         if isinstance(inds, torch.Tensor):
             inds = inds.cpu().numpy()
-        device = self._device() or torch.device('cpu')
+        device = self.view.source.device or torch.device('cpu')
         shares = roi_shares(
             self.view,
             torch.from_numpy(self.ids[inds]).to(device),

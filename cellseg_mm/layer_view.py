@@ -73,16 +73,42 @@ def paint_runs(runs: Runs, image_hw: tuple[int, int]) -> Int32:
 
 
 class LayerSource:
-    """Label layers and what was measured on them; shared by all views and never changed.
+    """Label layers as an array, as runs, or both; shared by all views and never changed.
 
     Attributes:
-        array: (L, h, w) int32, numpy or a torch tensor on any device.
+        shape: (L, h, w).
     """
 
-    def __init__(self, array: Layers, runs: Sequence[Runs] = ()) -> None:
-        """Hold the layers, and their runs where they are known already."""
-        self.array = array
+    def __init__(self, shape: tuple[int, int, int], array: Layers | None, runs: Sequence[Runs]):
+        """Use :meth:`of_array` or :meth:`of_runs`."""
+        self.shape = shape
+        self._array = array
         self._runs: dict[int, Runs] = dict(enumerate(runs))
+
+    @classmethod
+    def of_array(cls, array: Layers, runs: Sequence[Runs] = ()) -> LayerSource:
+        """Hold (L, h, w) int32 layers, and the runs of all of them where they are known."""
+        return cls(tuple(array.shape), array, runs)
+
+    @classmethod
+    def of_runs(cls, runs: Sequence[Runs], hw: tuple[int, int]) -> LayerSource:
+        """Hold the runs of L layers of h x w px; they are painted when pixels are asked for."""
+        return cls((len(runs), *hw), None, runs)
+
+    @property
+    def array(self) -> Layers:
+        """(L, h, w) int32, numpy or a torch tensor on any device."""
+        if self._array is None:
+            painted = [paint_runs(self._runs[k], self.shape[1:]) for k in range(self.shape[0])]
+            # One layer is the usual case and needs no copy.
+            self._array = painted[0][None] if len(painted) == 1 else np.array(painted, np.int32)
+            self._array = self._array.reshape(self.shape)
+        return self._array
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the layers are; None for numpy."""
+        return self._array.device if isinstance(self._array, torch.Tensor) else None
 
     def runs(self, layer: int) -> Runs:
         """Return the runs of one layer; found once."""
@@ -92,6 +118,21 @@ class LayerSource:
                 label_map = label_map.cpu().numpy()
             self._runs[layer] = find_runs(label_map)
         return self._runs[layer]
+
+    def part(self, top: int, bottom: int, left: int, right: int) -> LayerSource | None:
+        """Return the layers cut to a window, or None where all their runs are smaller."""
+        known = [self._runs[k] for k in range(self.shape[0]) if k in self._runs]
+        n_bytes = 4 * self.shape[0] * (bottom - top) * (right - left)
+        if len(known) == self.shape[0] and sum(runs.n_bytes for runs in known) < n_bytes:
+            return None
+        part = self.array[:, top:bottom, left:right]
+        return LayerSource.of_array(
+            part if isinstance(part, torch.Tensor) else np.ascontiguousarray(part)
+        )
+
+    def without_array(self) -> LayerSource:
+        """Return the same layers as runs."""
+        return self.of_runs([self.runs(k) for k in range(self.shape[0])], self.shape[1:])
 
 
 class LayerView:
@@ -112,12 +153,12 @@ class LayerView:
     @classmethod
     def of(cls, layers: Layers) -> LayerView:
         """Show (L, H, W) layers as they are."""
-        return cls.whole(LayerSource(layers))
+        return cls.whole(LayerSource.of_array(layers))
 
     @classmethod
     def whole(cls, source: LayerSource) -> LayerView:
         """Show all of a source as it is."""
-        _, height, width = source.array.shape
+        _, height, width = source.shape
         return cls(source, np.arange(height), np.arange(width))
 
     @property
@@ -159,7 +200,7 @@ class LayerView:
 
     def quarter_turn(self) -> LayerView:
         """Turn by 90 degrees counter-clockwise, as ``np.rot90``."""
-        turned = LayerSource(self.source.array.swapaxes(1, 2))
+        turned = LayerSource.of_array(self.source.array.swapaxes(1, 2))
         return LayerView(turned, self.columns[::-1], self.rows)
 
     def window(self, top: int, left: int, out_hw: tuple[int, int]) -> LayerView:
@@ -168,14 +209,13 @@ class LayerView:
         return LayerView(self.source, rows, _cut(self.columns, left, out_hw[1]))
 
     def compact(self) -> LayerView:
-        """Return the same view with a source that has no pixel outside what is seen."""
+        """Return the same view of a source that is as small as can be, to be sent elsewhere."""
         (top, bottom), (left, right) = _span(self.rows), _span(self.columns)
-        part = self.source.array[:, top:bottom, left:right]
-        if isinstance(part, np.ndarray):
-            part = np.ascontiguousarray(part)
+        part = self.source.part(top, bottom, left, right)
+        if part is None:
+            return LayerView(self.source.without_array(), self.rows, self.columns)
         rows = np.where(self.rows < 0, -1, self.rows - top)
-        columns = np.where(self.columns < 0, -1, self.columns - left)
-        return LayerView(LayerSource(part), rows, columns)
+        return LayerView(part, rows, np.where(self.columns < 0, -1, self.columns - left))
 
     def measure(self, layer: int, ids: NDArray[np.int32]) -> tuple[Int, Int]:
         """Measure chosen values of one layer, at a cost that does not depend on their number.
@@ -191,7 +231,7 @@ class LayerView:
             boxes: (N, 4) int64 xyxy px, half-open; zeros where the value is not seen.
         """
         runs = self.source.runs(layer)
-        _, height, width = self.source.array.shape
+        _, height, width = self.source.shape
         y1, y2 = _carried_over(self.rows, height, runs.rows, runs.rows + 1)
         x1, x2 = _carried_over(self.columns, width, runs.starts, runs.ends)
         slots, slot_of = np.unique(ids, return_inverse=True)
