@@ -54,6 +54,22 @@ def endless_link(path: Path) -> None:
     other.symlink_to(path)
 
 
+def wrong_lzw_code(path: Path) -> None:
+    """Make the first code after the clear code 510, which no table has yet.
+
+    imagecodecs' own decoder takes it, and returns rubbish or ends the process.
+    """
+    write(path, IMAGE, photometric='rgb', compression='lzw')
+    with tifffile.TiffFile(path) as tif:
+        offset = tif.pages[0].dataoffsets[0]
+    with path.open('r+b') as stream:
+        stream.seek(offset)
+        first = int.from_bytes(stream.read(3), 'big')
+        assert first >> 15 == 256  # nine bits: clear
+        stream.seek(offset)
+        stream.write((256 << 15 | 510 << 6 | first & 63).to_bytes(3, 'big'))
+
+
 BAD_IMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     'missing': (lambda p: None, r'cannot be opened \(No such file'),
     'zero bytes': (lambda p: p.write_bytes(b''), r'is empty \(0 bytes\)'),
@@ -132,6 +148,10 @@ BAD_IMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     'damaged deflate': (
         lambda p: patched(p, 259, 5, photometric='rgb', compression='zlib'),
         'the file is damaged or of an unknown kind',
+    ),
+    'wrong LZW code': (
+        wrong_lzw_code,
+        r'damaged or of an unknown kind \(Using code not yet in table',
     ),
     'unknown compression': (
         lambda p: patched(p, 259, 60001, photometric='rgb', compression='zlib'),
