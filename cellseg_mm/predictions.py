@@ -89,14 +89,15 @@ def save_predictions(path: Path | str, predictions: Predictions) -> None:
     """Write predictions in one step; equal predictions give equal bytes.
 
     Raises:
-        ValueError: ``path`` does not end in .npz, ``provenance`` is not JSON, a score is not in
-            0..1, a box is not finite, or sets with instances differ in the keys of ``extra``.
+        ValueError: ``path`` does not end in .npz, ``provenance`` is not JSON, an image has more
+            than ``MAX_SIDE_PX`` a side, a score is not in 0..1, a box is not finite, or sets with
+            instances differ in the keys of ``extra``.
     """
     path = Path(path)
     if path.suffix != '.npz':
         raise ValueError(f'{path}: prediction files end in .npz')
     arrays = _pack(predictions)
-    _check_values(arrays)
+    _check_lengths(arrays, len(predictions.sets), len(predictions.sets))
     with atomic_path(path) as temporary, zipfile.ZipFile(temporary, 'w') as archive:
         for name, array in arrays.items():
             info = zipfile.ZipInfo(f'{name}.npy')  # dated 1980: the bytes do not tell the time

@@ -124,6 +124,9 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
         save_predictions(
             tmp_path / 'p.npz', Predictions((s, make_set('b', 2, (5, 5), 1, extras=False)))
         )
+    huge = InstanceSet.empty('huge', 3, (1, 1 << 21))
+    with pytest.raises(ValueError, match='image size is out of range'):
+        save_predictions(tmp_path / 'p.npz', Predictions((s, huge)))
     s.scores[0] = np.nan
     with pytest.raises(ValueError, match='score'):
         save_predictions(tmp_path / 'p.npz', Predictions((s,)))
@@ -174,7 +177,9 @@ def header_with(**changes: object) -> np.ndarray:
         pytest.param({'offsets': np.array([0, 3])}, id='too few offsets'),
         pytest.param({'offsets': np.array([0, 9, 3])}, id='offset beyond'),
         pytest.param({'rle_lengths': np.array([1, 1, -2])}, id='negative length'),
-        pytest.param({'rle_lengths': np.array([2**62, 2**62, 2**62])}, id='lengths that overflow'),
+        pytest.param(
+            {'rle_lengths': np.array([2**63 - 1, 2**63 - 1, 11])}, id='lengths that overflow'
+        ),
         pytest.param({'rle_bytes': np.zeros(9, np.uint8)}, id='not RLE'),
         pytest.param({'image_hws': np.array([[5, 5], [5, 6]])}, id='masks of another size'),
         pytest.param({'image_hws': np.array([[5, 5], [0, 5]])}, id='image without pixels'),
