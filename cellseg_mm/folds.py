@@ -292,23 +292,19 @@ def _searched(
     """Place large groups first, then move and swap single groups while that helps.
 
     The cost is the sum of the squared fold sums; their total is fixed, so it is least when even.
+    No fold stays empty: every group has a share of the images, so an empty fold costs least, and
+    leaving a fold empty never pays.
     """
-    n_groups = len(shares)
-    order = rng.permutation(n_groups)
+    order = rng.permutation(len(shares))
     order = order[np.argsort(-shares.max(axis=1)[order], kind='stable')]
-    fold_of = np.zeros(n_groups, dtype=np.int64)
+    fold_of = np.zeros(len(shares), dtype=np.int64)
     sums = np.zeros((n_folds, shares.shape[1]), dtype=np.int64)
-    sizes = np.zeros(n_folds, dtype=np.int64)
-    for position, group in enumerate(order.tolist()):
-        growth = 2 * sums @ shares[group]
-        if n_groups - position <= (sizes == 0).sum():
-            growth[sizes > 0] = NEVER  # the rest is needed to leave no fold empty
-        fold = int(np.argmin(growth))
+    for group in order.tolist():
+        fold = int(np.argmin(sums @ shares[group]))
         fold_of[group] = fold
         sums[fold] += shares[group]
-        sizes[fold] += 1
     for _ in range(MAX_PASSES):
-        changes = [_improve(group, shares, fold_of, sums, sizes) for group in order.tolist()]
+        changes = [_improve(group, shares, fold_of, sums) for group in order.tolist()]
         if not any(changes):
             break
     return fold_of
@@ -319,14 +315,11 @@ def _improve(
     shares: NDArray[np.int64],
     fold_of: NDArray[np.int64],
     sums: NDArray[np.int64],
-    sizes: NDArray[np.int64],
 ) -> bool:
     """Make the best move or swap of one group in place, if one lowers the cost."""
     own, home = shares[group], int(fold_of[group])
     move = 2 * own @ own + 2 * (sums - sums[home]) @ own
     move[home] = NEVER
-    if sizes[home] == 1:
-        move[:] = NEVER
     # With many small groups moves alone are even enough, and swaps cost groups squared.
     partners = shares[: len(shares) if len(shares) <= SWAP_LIMIT else 0]
     places = fold_of[: len(partners)]
@@ -338,8 +331,6 @@ def _improve(
         return False
     if move.min() <= best_swap:
         target = int(np.argmin(move))
-        sizes[home] -= 1
-        sizes[target] += 1
     else:
         other = int(np.argmin(swap))
         target = int(fold_of[other])
