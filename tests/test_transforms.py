@@ -293,6 +293,33 @@ def test_visualizer_draws_it() -> None:
     np.testing.assert_array_equal(*drawn)
 
 
+VIEWS = {
+    'whole': lambda a: a,
+    'cropped': lambda a: a[2:9, 3:10],
+    'mirrored': lambda a: a[:, ::-1],
+    'upside down': lambda a: a[::-1],
+    'both, cropped': lambda a: a[1:, 2:][::-1, ::-1],
+    'one column': lambda a: a[:, 4:5],
+    'one column mirrored': lambda a: a[:, 4:5][:, ::-1],
+    'turned': lambda a: a.transpose(1, 0, 2),
+    'float': lambda a: a.astype(np.float32)[:, ::-1],
+}
+
+
+@pytest.mark.parametrize('view', VIEWS.values(), ids=VIEWS)
+def test_packing_equals_the_stock_one(view) -> None:
+    img = view(np.random.default_rng(0).integers(0, 256, (13, 12, 3)).astype(np.uint8))
+    results = {**sample(0), 'img': img}
+    ours, stock = (build({'type': t})({**results}) for t in ('PackCellInputs', 'PackDetInputs'))
+    assert torch.equal(ours['inputs'], stock['inputs'])
+    assert ours['inputs'].dtype == stock['inputs'].dtype
+    assert ours['inputs'].is_contiguous()
+    assert ours['data_samples'].metainfo == stock['data_samples'].metainfo
+    got, wanted = ours['data_samples'].gt_instances, stock['data_samples'].gt_instances
+    assert torch.equal(got.bboxes.tensor, wanted.bboxes.tensor)
+    np.testing.assert_array_equal(got.masks.masks, wanted.masks.masks)
+
+
 # ---- loading
 
 
