@@ -220,7 +220,8 @@ def _read_with_pillow(
                     f'turned as it should be'
                 )
             if picture.mode == 'P' and error is ImageError:
-                picture = picture.convert('RGBA' if 'transparency' in picture.info else 'RGB')
+                mode = 'RGBA' if 'transparency' in picture.info else 'RGB'
+                return np.asarray(picture.convert(mode)), mode
             return np.asarray(picture), picture.mode
     except CellSegError:
         raise
@@ -257,7 +258,7 @@ def _read_svs(path: Path, max_pixels: int) -> NDArray[np.uint8]:
 
 
 def fill_polygon(
-    vertices_xy: NDArray[np.float64], image_hw: tuple[int, int]
+    vertices_xy: NDArray[np.float64], image_hw: Sequence[int]
 ) -> tuple[int, int, Mask]:
     """Rasterise one polygon.
 
@@ -550,8 +551,9 @@ class _CocoReader:
     def _image_path(self) -> Path:
         folder = (self.params.image_dir or self.source.parent).resolve()
         name = self.entry.get('file_name')
-        is_name = isinstance(name, str) and name and '\0' not in name
-        path = (folder / name).resolve() if is_name else folder
+        path = folder
+        if isinstance(name, str) and '\0' not in name:
+            path = (folder / name).resolve()
         if not path.is_relative_to(folder) or path == folder:
             raise ImageError(
                 f'{self.source}: file_name is {name!r}; expected a file inside {folder}; correct '
@@ -560,9 +562,7 @@ class _CocoReader:
         return path
 
 
-def coco_cell(
-    segmentation: object, class_number: int, image_hw: tuple[int, int], where: str
-) -> Cell:
+def coco_cell(segmentation: object, class_number: int, image_hw: Sequence[int], where: str) -> Cell:
     """Turn a COCO segmentation into a cell.
 
     Args:
@@ -587,41 +587,39 @@ def coco_cell(
     else:
         raise LabelMapError(f'{where}: segmentation is missing; expected polygons or an RLE')
     try:
-        crops, corners = rle.decode_crops([counts], image_hw)
+        crops, corners = rle.decode_crops([counts], (image_hw[0], image_hw[1]))
     except CellSegError as problem:
         raise LabelMapError(f'{where}: {problem}') from None
     return Cell(class_number, int(corners[0, 0]), int(corners[0, 1]), crops[0])
 
 
-def _checked_polygon(polygon: object, image_hw: tuple[int, int], where: str) -> list[float]:
-    numbers = isinstance(polygon, list) and all(
-        isinstance(v, int | float) and not isinstance(v, bool) for v in polygon
-    )
-    if not numbers or len(polygon) < 6 or len(polygon) % 2:
+def _checked_polygon(polygon: object, image_hw: Sequence[int], where: str) -> list[float]:
+    values = polygon if isinstance(polygon, list) else []
+    are_numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    if not are_numbers or len(values) < 6 or len(values) % 2:
         raise LabelMapError(
-            f'{where}: a polygon has {len(polygon) if isinstance(polygon, list) else "no"} values; '
-            f'expected an even number of at least 6 numbers'
+            f'{where}: a polygon has {len(values)} values; expected an even number of at least 6 '
+            f'numbers'
         )
     # pycocotools allocates by the length of the outline, and trusts what it gets.
     reach = 2 * max(image_hw)
-    if not all(-reach <= v <= 2 * reach for v in polygon):
+    if not all(-reach <= v <= 2 * reach for v in values):
         raise LabelMapError(f'{where}: a polygon leaves the image by far; expected pixels')
-    return [float(v) for v in polygon]
+    return [float(v) for v in values]
 
 
-def _rle_counts(counts: object, image_hw: tuple[int, int], where: str) -> bytes:
+def _rle_counts(counts: object, image_hw: Sequence[int], where: str) -> bytes:
     if isinstance(counts, str) and counts.isascii():
         return counts.encode()
-    is_list = isinstance(counts, list) and all(
-        isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in counts
-    )
-    if not is_list or sum(counts) != math.prod(image_hw):
+    runs = counts if isinstance(counts, list) else []
+    are_runs = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in runs)
+    if not are_runs or sum(runs) != math.prod(image_hw):
         raise LabelMapError(
             f'{where}: the RLE counts are broken; expected runs that fill {image_hw[0]} x '
             f'{image_hw[1]} px'
         )
-    encoded = coco_mask.frPyObjects({'size': list(image_hw), 'counts': counts}, *image_hw)
-    return encoded['counts']
+    encoded = coco_mask.frPyObjects({'size': list(image_hw), 'counts': runs}, *image_hw)
+    return bytes(encoded['counts'])
 
 
 # ---- one label map per image (Cellpose, StarDist) ----
@@ -662,9 +660,9 @@ def _read_pair(
     return Annotated(image, _cells_of(label_map, number))
 
 
-def _read_any_label_map(path: Path, image_hw: tuple[int, int]) -> NDArray[np.int32]:
+def _read_any_label_map(path: Path, image_hw: Sequence[int]) -> NDArray[np.int32]:
     if path.suffix.lower() in ('.tif', '.tiff'):
-        return read_label_map(path, image_hw)
+        return read_label_map(path, (image_hw[0], image_hw[1]))
     limit = max(math.prod(image_hw), DEFAULT_MAX_PIXELS)
     values, mode = _read_with_pillow(path, limit, LabelMapError)
     if values.ndim != 2 or values.dtype.kind not in 'bui' or values.min(initial=0) < 0:
@@ -676,7 +674,7 @@ def _read_any_label_map(path: Path, image_hw: tuple[int, int]) -> NDArray[np.int
     return values.astype(np.int32)
 
 
-def _check_size(path: Path, hw: tuple[int, ...], image_hw: tuple[int, int]) -> None:
+def _check_size(path: Path, hw: tuple[int, ...], image_hw: Sequence[int]) -> None:
     if tuple(hw) != tuple(image_hw):
         raise LabelMapError(
             f'{path}: is {hw[0]} x {hw[1]} px, the image is {image_hw[0]} x {image_hw[1]} px; '

@@ -184,7 +184,7 @@ def _loss_notes(
 
 
 def paint_cells(
-    cells: Sequence[Cell], image_hw: tuple[int, int]
+    cells: Sequence[Cell], image_hw: Sequence[int]
 ) -> tuple[dict[int, NDArray[np.int32]], Counter[int]]:
     """Paint cells into one label map per class.
 
@@ -206,7 +206,9 @@ def paint_cells(
     id_of = {index: number for number, index in enumerate(order, start=1)}
     for index in sorted(order, key=lambda i: (areas[i], i), reverse=True):
         cell = cells[index]
-        label_map = label_maps.setdefault(cell.class_number, np.zeros(image_hw, dtype=np.int32))
+        label_map = label_maps.setdefault(
+            cell.class_number, np.zeros((image_hw[0], image_hw[1]), dtype=np.int32)
+        )
         height, width = cell.mask.shape
         window = label_map[cell.top : cell.top + height, cell.left : cell.left + width]
         window[cell.mask] = id_of[index]

@@ -27,11 +27,12 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from cellseg_mm.errors import CellSegError
-from cellseg_mm.files import atomic_path, write_json, write_text
+from cellseg_mm.files import JsonValue, atomic_path, write_json, write_text
 
 Field = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 Rng = np.random.Generator
+Point = NDArray[np.float64]  # (2,) row and column in px
 
 CLASS_NAMES = ('epithelial', 'lymphocyte', 'neutrophil', 'macrophage')
 N_CLASSES = 4
@@ -178,13 +179,13 @@ def _blob(
     return (outline - np.hypot(u, v)).astype(np.float32)
 
 
-def _disc(size: int, centre_yx: Sequence[float], radius: float) -> Field:
+def _disc(size: int, centre_yx: Point, radius: float) -> Field:
     """Return the distance in px to a circle's outline, positive inside."""
     y, x = _grid(size)
     return (radius - np.hypot(y - centre_yx[0], x - centre_yx[1])).astype(np.float32)
 
 
-def _strand(size: int, start: NDArray, end: NDArray, half_width: float) -> Field:
+def _strand(size: int, start: Point, end: Point, half_width: float) -> Field:
     """Return the distance in px to a thick line's outline, positive inside."""
     y, x = _grid(size)
     line = np.asarray(end) - start
@@ -272,7 +273,7 @@ def _macrophage(rng: Rng) -> Sprite:
 def _sprite(
     class_number: int,
     inside: Field,
-    body: Field,
+    body: NDArray[np.floating],
     halo_alpha: Field,
     halo: tuple[float, float, float],
     radius: float,
@@ -310,7 +311,7 @@ class Placed:
 
 
 def _window(
-    corner_yx: tuple[int, int], size: int, hw: tuple[int, int]
+    corner_yx: tuple[int, int], size: int, hw: Sequence[int]
 ) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
     """Return where a square lies in the image, and which part of the square that is."""
     image, own = [], []
@@ -684,7 +685,7 @@ def _write_all(folder: Path, n_train: int, n_test: int, rng: Rng, *, dense: bool
         rows.append([name, *picture.image.shape[:2], *counts, patient])
     _write_manifest(folder / 'manifest.csv', rows)
     ids = rng.permutation(n_test) + 1  # not in the order of names, as in the real file
-    entries = []
+    entries: list[JsonValue] = []
     (folder / 'test_release').mkdir()
     for index, (_, name, picture) in enumerate(
         _draw_split(rng, n_test, 'sample-test', dense=dense)
@@ -728,5 +729,5 @@ def _write_manifest(path: Path, rows: Sequence[Sequence[str | int]]) -> None:
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator='\n')
     header = ['uuid', 'height', 'width', *(f'c{k}' for k in range(1, N_CLASSES + 1)), 'patient']
-    writer.writerows([header, *sorted(rows)])
+    writer.writerows([header, *sorted(rows, key=lambda row: str(row[0]))])
     write_text(path, stream.getvalue())

@@ -389,7 +389,7 @@ def test_coco_masks_arrive_pixel_by_pixel(tmp_path: Path) -> None:
         pytest.param([[1, 2, 3, 4]], 'has 4 values', id='short'),
         pytest.param([[1, 2, 3, 4, 5, 6, 7]], 'has 7 values', id='odd'),
         pytest.param([[1, 2, 3, 4, 5, 'x']], 'at least 6 numbers', id='text'),
-        pytest.param([5], 'has no values', id='number'),
+        pytest.param([5], 'has 0 values', id='number'),
         pytest.param([[1, 2, 3, 4, 5, 1e12]], 'leaves the image by far', id='far'),
         pytest.param([[1, 2, 3, 4, 5, float('nan')]], 'leaves the image by far', id='nan'),
         pytest.param({'size': [23, 17], 'counts': [391]}, 'has size', id='transposed'),
