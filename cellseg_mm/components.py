@@ -14,6 +14,8 @@ from cellseg_mm import (
     metric,
     optim,
     transforms,
+    weights,
+    weights_report,
 )
 
 __all__ = [
@@ -25,6 +27,8 @@ __all__ = [
     'metric',
     'optim',
     'transforms',
+    'weights',
+    'weights_report',
 ]
 
 checkpoints.use_safe_loading()

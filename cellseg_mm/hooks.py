@@ -56,6 +56,7 @@ class ProvenanceHook(Hook):
 
     def __init__(self, allow_other_folds: bool = False) -> None:
         self.allow_other_folds = allow_other_folds
+        self._loaded: dict = {}  # meta['cellseg'] of the checkpoint in use
 
     def before_train(self, runner: Runner) -> None:
         """Log what is trained and validated on."""
@@ -65,6 +66,21 @@ class ProvenanceHook(Hook):
             if dataset is not None:
                 log_parts(dataset)
 
+    def before_test(self, runner: Runner) -> None:
+        """Give the metrics what their prediction files must say."""
+        dataset = base_dataset(runner.test_loop.dataloader.dataset)
+        source = runner._load_from
+        is_file = bool(source) and Path(source).is_file()
+        known = {
+            **run_provenance(runner, dataset),
+            'checkpoint': str(source or ''),
+            'checkpoint_hash': files.file_hash(source)[:16] if is_file else '',
+            'trained': {key: self._loaded.get(key) for key in ('fold', 'fold_hash', 'commit')},
+        }
+        for metric in runner.test_loop.evaluator.metrics:
+            if hasattr(metric, 'provenance'):
+                metric.provenance = {**known, **metric.provenance}
+
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Add ``meta['cellseg']``."""
         dataset = base_dataset(runner.train_loop.dataloader.dataset)
@@ -73,6 +89,7 @@ class ProvenanceHook(Hook):
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Refuse a checkpoint that saw the images it would now be scored on."""
         trained = checkpoint.get('meta', {}).get('cellseg')
+        self._loaded = trained or {}
         loop = runner._train_loop if runner._train_loop is not None else runner._test_loop
         loop = loop if loop is not None else runner._val_loop
         dataset = base_dataset(getattr(getattr(loop, 'dataloader', None), 'dataset', None))
@@ -116,6 +133,28 @@ class StepSeedHook(Hook):
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002 - mmdet draws from it
         torch.manual_seed(seed)
+
+
+@HOOKS.register_module()
+class RevalidateOnResumeHook(Hook):
+    """Validate once more when a run goes on from a checkpoint of a validation's iteration.
+
+    A checkpoint is written before the validation of its iteration. A run that is killed during that
+    validation would otherwise never know its score, and could miss its best checkpoint.
+    """
+
+    priority = 'LOWEST'  # after CheckpointHook knows where the best checkpoint goes
+
+    def before_train(self, runner: Runner) -> None:
+        """Run the validation that an uninterrupted run has done at this iteration."""
+        loop = runner.train_loop
+        interval = getattr(loop, 'val_interval', 0)
+        is_due = runner.iter > 0 and interval and runner.iter % interval == 0
+        if not (runner._resume and is_due and runner.val_loop is not None):
+            return
+        runner.logger.info(f'Resumed at iteration {runner.iter}: repeating its validation')
+        runner.val_loop.run()
+        runner.model.train()
 
 
 @HOOKS.register_module()

@@ -7,6 +7,7 @@ the same weights as a run that was never cut.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
@@ -15,7 +16,7 @@ from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from cellseg_mm import checkpoints, prepare
+from cellseg_mm import checkpoints, files, prepare
 from cellseg_mm.errors import ConfigError
 
 
@@ -58,7 +59,11 @@ def train(
     if resume:
         _set_resume(cfg, resume)
     _runner(cfg).train()
-    return checkpoints.best_checkpoint(cfg.work_dir)
+    best = checkpoints.best_checkpoint(cfg.work_dir)
+    if is_main_process():
+        write_finished(cfg, best)
+    barrier()
+    return best
 
 
 def _set_resume(cfg: Config, resume: str) -> None:
@@ -161,3 +166,40 @@ def score_checkpoint(
         cfg.test_cfg.fp16 = True
     print_log(f'scoring {path} on {split}', 'current')
     return _runner(cfg).test()
+
+
+FINISHED = 'finished.json'
+# What decides the weights. Paths, launcher and logging do not.
+RECIPE_KEYS = ('model', 'train_dataloader', 'optim_wrapper', 'param_scheduler', 'train_cfg')
+
+
+def recipe_hash(cfg: Config) -> str:
+    """Return 16 hex digits over the settings that decide the weights."""
+    parts = {key: cfg.to_dict().get(key) for key in (*RECIPE_KEYS, 'randomness', 'custom_hooks')}
+    return files.text_hash(json.dumps(parts, sort_keys=True, default=str))
+
+
+def write_finished(cfg: Config, best: Path) -> None:
+    """Leave the mark that training has come to its end, with what belongs to it."""
+    state = {'best': best.name, 'best_hash': files.file_hash(best)[:16], 'recipe': recipe_hash(cfg)}
+    files.write_json(Path(cfg.work_dir) / FINISHED, state)
+
+
+def finished_state(cfg: Config, work_dir: Path | str) -> tuple[bool, str]:
+    """Tell whether a fold's training is complete, and why or why not.
+
+    Raises:
+        ConfigError: It is complete, but the settings are no longer those it was trained with.
+    """
+    mark = Path(work_dir) / FINISHED
+    if not mark.is_file():
+        return False, f'{mark} is not there'
+    state = json.loads(mark.read_text())
+    if not (mark.parent / state['best']).is_file():
+        return False, f'{mark.parent / state["best"]} is gone'
+    if state['recipe'] != recipe_hash(cfg):
+        raise ConfigError(
+            f'{mark}: the fold was trained with other settings than the config has now; delete '
+            f'{work_dir} to train it again, or restore the config'
+        )
+    return True, str(mark.parent / state['best'])

@@ -76,8 +76,14 @@ test_dataloader = dict(
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(split='val', pipeline=test_pipeline, test_mode=True, **dataset),
 )
-val_evaluator = dict(_delete_=True, type='CellMetric', n_bootstrap=0)
-test_evaluator = dict(_delete_=True, type='CellMetric')
+max_per_img = 500  # the original's 100 lost most of a dense image
+score_thr = 1e-3  # the original's
+val_evaluator = dict(
+    _delete_=True, type='CellMetric', n_bootstrap=0, max_per_img=max_per_img, score_thr=score_thr
+)
+test_evaluator = dict(
+    _delete_=True, type='CellMetric', max_per_img=max_per_img, score_thr=score_thr
+)
 
 # --------------------------------------------------------------------------------- model
 # MMSyncBN cannot be built without a process group; SyncBN falls back to BN on one device.
@@ -93,15 +99,14 @@ model = dict(
         mask_head=dict(type='CellMaskHead', num_classes=4, norm_cfg=head_norm_cfg),
     ),
     train_cfg=dict(
-        # 0 = detectron2's rule: each cell gets its best anchor. MMDetection's 0.3 leaves every
-        # cell below 16 px without one.
-        rpn=dict(assigner=dict(min_pos_iou=0.0)),
+        # detectron2's rule: each cell gets its best anchor. MMDetection's 0.3 leaves every cell
+        # below 16 px without one; exactly 0 would let a cell that no anchor touches take them all.
+        rpn=dict(assigner=dict(min_pos_iou=1e-4)),
         rcnn=dict(assigner=dict(match_low_quality=False)),  # as detectron2
     ),
     test_cfg=dict(
         rpn=dict(nms_pre=2000, max_per_img=2000),
-        # the original's score threshold; its cap of 100 lost most of a dense image
-        rcnn=dict(score_thr=1e-3, max_per_img=500),
+        rcnn=dict(score_thr=score_thr, max_per_img=max_per_img),
     ),
 )
 load_from = 'https://dl.fbaipublicfiles.com/detectron2/new_baselines/mask_rcnn_R_50_FPN_400ep_LSJ/42019571/model_final_14d201.pkl'  # noqa: E501
@@ -135,7 +140,7 @@ randomness = dict(seed=313551058)  # the original's number
 default_hooks = dict(
     logger=dict(type='LoggerHook', interval=50),
     checkpoint=dict(
-        type='CellCheckpointHook',
+        type='CheckpointHook',
         by_epoch=False,
         interval=val_interval,
         max_keep_ckpts=2,
@@ -144,6 +149,7 @@ default_hooks = dict(
     ),
     provenance=dict(type='ProvenanceHook'),
     step_seed=dict(type='StepSeedHook'),
+    revalidate=dict(type='RevalidateOnResumeHook'),
     invalid_loss=dict(type='StopOnInvalidLossHook'),
 )
 log_processor = dict(by_epoch=False)

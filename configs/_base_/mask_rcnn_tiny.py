@@ -56,9 +56,34 @@ model = dict(
 train_pipeline = [
     dict(type='LoadCellImage', red_blue_swapped=True),
     dict(type='LoadLabelMaps'),
-    dict(type='RandomResize', scale=(1000, 1000), ratio_range=(0.8, 1.25), keep_ratio=True),
+    dict(type='RandomScale', ratio_range=(0.8, 1.25)),
     dict(type='RandomCrop', crop_size=crop_size, recompute_bbox=True, allow_negative_crop=True),
-    dict(type='RandomFlip', prob=[0.25, 0.25, 0.25], direction=['horizontal', 'vertical', 'diagonal']),
+    dict(type='RandomFlip', prob=0.5),
+    dict(type='RandomRotate90', prob=0.75),
     dict(type='FilterAnnotations', min_gt_bbox_wh=(2, 2), keep_empty=False),
     dict(type='PackDetInputs', meta_keys=meta_keys),
 ]
+test_pipeline = [
+    dict(type='LoadCellImage', red_blue_swapped=True),
+    dict(type='Resize', scale_factor=1.0, keep_ratio=True),
+    dict(type='PackDetInputs', meta_keys=meta_keys),
+]
+train_dataloader = dict(batch_size=4, dataset=dict(dataset=dict(pipeline=train_pipeline)))
+val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
+test_dataloader = dict(dataset=dict(pipeline=test_pipeline))
+
+max_iters = 300
+train_cfg = dict(max_iters=max_iters, val_interval=150)
+optim_wrapper = dict(
+    # one rate for all: nothing here is pretrained
+    paramwise_cfg=dict(_delete_=True),
+    clip_grad=dict(max_norm=10.0),
+)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
+    dict(
+        type='CosineAnnealingLR', eta_min_ratio=0.01, by_epoch=False, begin=0, end=max_iters,
+        T_max=max_iters,
+    ),
+]  # fmt: skip
+default_hooks = dict(logger=dict(interval=25), checkpoint=dict(interval=150))

@@ -1,0 +1,116 @@
+"""Out-of-fold predictions: each training image, predicted by the one member that never saw it.
+
+In: the prediction files of the folds' validation splits, the folds file, the data. Out: one pool of
+predictions and ground truth, in the order of the names. Invariant: an image is in the pool once, by
+the fold that held it out, and all files name the same folds; anything else is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cellseg_mm.errors import FoldError, PredictionError
+from cellseg_mm.folds import Folds
+from cellseg_mm.instances import InstanceSet
+from cellseg_mm.labels import find_cases, read_gt
+from cellseg_mm.predictions import Predictions, load_predictions
+from cellseg_mm.progress import track
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Out-of-fold predictions beside the truth.
+
+    Attributes:
+        pred_sets: One per image, sorted by name.
+        gt_sets: The ground truth of the same images, same order.
+        fold_of: Fold that held the image out, same order.
+        class_names: Names of the classes.
+        fold_hash: Hash of the folds that all members share.
+        n_folds: Number of folds there are; the pool may hold fewer.
+        provenance: The files' provenance, by fold.
+    """
+
+    pred_sets: tuple[InstanceSet, ...]
+    gt_sets: tuple[InstanceSet, ...]
+    fold_of: tuple[int, ...]
+    class_names: tuple[str, ...]
+    fold_hash: str
+    n_folds: int
+    provenance: dict[int, dict]
+
+    @property
+    def folds(self) -> tuple[int, ...]:
+        """The folds in the pool, rising."""
+        return tuple(sorted(set(self.fold_of)))
+
+
+def pool_predictions(
+    paths: Sequence[Path | str], folds: Folds, data_root: Path | str, *, folds_path: Path | str = ''
+) -> Pool:
+    """Join the validation predictions of several folds.
+
+    Args:
+        paths: One prediction file per fold, any order.
+        folds: The folds now in force.
+        data_root: Data folder, for the ground truth.
+        folds_path: Where ``folds`` came from, for messages.
+
+    Raises:
+        FoldError: A file belongs to other folds, two files to one fold, or a file does not hold
+            exactly its fold's validation images.
+        PredictionError: A file cannot be read, or the files name different classes.
+    """
+    if not paths:
+        raise PredictionError(
+            'out of fold: no prediction files given; test at least one fold first'
+        )
+    by_fold: dict[int, Predictions] = {}
+    for path in paths:
+        predictions = load_predictions(path)
+        fold = _checked_fold(Path(path), predictions, folds, folds_path)
+        if fold in by_fold:
+            raise FoldError(f'{path}: fold {fold} is given twice; give each fold once')
+        by_fold[fold] = predictions
+    names = {tuple(p.provenance['class_names']) for p in by_fold.values()}
+    if len(names) > 1:
+        raise PredictionError(f'out of fold: the folds name different classes, {sorted(names)}')
+    rows = sorted((s.name, fold, s) for fold, p in by_fold.items() for s in p.sets)
+    class_names = names.pop()
+    cases = {case.name: case for case in find_cases(data_root, 'train', len(class_names))}
+    gt = [read_gt(cases[name]) for name, _, _ in track(rows, description='ground truth')]
+    return Pool(
+        pred_sets=tuple(row[2] for row in rows),
+        gt_sets=tuple(gt),
+        fold_of=tuple(row[1] for row in rows),
+        class_names=class_names,
+        fold_hash=folds.hash,
+        n_folds=folds.n_folds,
+        provenance={fold: dict(p.provenance) for fold, p in sorted(by_fold.items())},
+    )
+
+
+def _checked_fold(
+    path: Path, predictions: Predictions, folds: Folds, folds_path: Path | str
+) -> int:
+    provenance = predictions.provenance
+    fold, fold_hash = provenance.get('fold'), provenance.get('fold_hash')
+    if not isinstance(fold, int) or isinstance(fold, bool) or not 0 <= fold < folds.n_folds:
+        raise FoldError(
+            f'{path}: names fold {fold!r}; expected the predictions of a validation split, fold 0 to '
+            f'{folds.n_folds - 1}; make them with tools/test.py'
+        )
+    if fold_hash != folds.hash:
+        raise FoldError(
+            f'{path}: made with folds {fold_hash}, {folds_path or "the folds file"} has {folds.hash}; '
+            'the member may have trained on these images; restore the folds file or train again'
+        )
+    has, wanted = {s.name for s in predictions.sets}, set(folds.val_names(fold))
+    if has != wanted:
+        raise FoldError(
+            f'{path}: fold {fold} has {len(wanted)} validation images, the file has {len(has)} '
+            f'({len(wanted - has)} missing, {len(has - wanted)} of other folds); test it again'
+        )
+    return fold
