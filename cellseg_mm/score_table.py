@@ -37,8 +37,8 @@ def _facts(scores: Scores) -> str:
 def _ap_block(scores: Scores) -> str:
     rows: list[Row] = []
     for table, at_100 in ((scores.segm, scores.segm_at_100), (scores.bbox, scores.bbox_at_100)):
-        rows += _ap_rows(scores, table, bold=True)
-        rows += _ap_rows(scores, at_100, bold=False)
+        rows += _ap_rows(scores, table, is_main=True)
+        rows += _ap_rows(scores, at_100, is_main=False)
     areas = scores.segm.area_names[1:]
     for a, name in enumerate(areas, start=1):
         values = [scores.segm.mean('ap')[a], *scores.segm.ap[:, a]]
@@ -47,13 +47,15 @@ def _ap_block(scores: Scores) -> str:
     return _grid([title, 'mean', *scores.class_names], rows)
 
 
-def _ap_rows(scores: Scores, table: ApTable, *, bold: bool) -> list[Row]:
-    names = {'ap': 'AP', 'ap50': 'AP50', 'ap75': 'AP75'} if bold else {'ap': 'AP', 'ap50': 'AP50'}
+def _ap_rows(scores: Scores, table: ApTable, *, is_main: bool) -> list[Row]:
+    names = (
+        {'ap': 'AP', 'ap50': 'AP50', 'ap75': 'AP75'} if is_main else {'ap': 'AP', 'ap50': 'AP50'}
+    )
     rows = []
     for attribute, name in names.items():
         values = getattr(table, attribute)[:, 0]
-        interval = scores.intervals.get(f'{table.kind}_{name}') if bold else None
-        label = f'{table.kind} {name} @{table.cap}' + ('' if bold else ' (conventional)')
+        interval = scores.intervals.get(f'{table.kind}_{name}') if is_main else None
+        label = f'{table.kind} {name} @{table.cap}' + ('' if is_main else ' (conventional)')
         rows.append((label, [table.mean(attribute)[0], *values], _interval(interval)))
     return rows
 

@@ -428,6 +428,29 @@ def test_weighted_ap_equals_pycocotools_on_repeated_images(seed: int) -> None:
             np.testing.assert_allclose(got, want[:, k], rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize('cap', [1, 3, 50])
+def test_weighted_ap_of_ones_is_the_table(cap: int) -> None:
+    _, gts, preds = random_sets(310, n_images=5)
+    table = score(gts, preds, NAMES, dataclasses.replace(PARAMS, cap=cap)).segm
+    images = [compare(g, p) for g, p in zip(gts, preds, strict=True)]
+    for k in range(3):
+        ranked = rank_class(images, k, np.array(PARAMS.iou_thrs), cap=cap)
+        got = weighted_ap(ranked, np.ones((1, 5), dtype=np.int64))[0]
+        np.testing.assert_allclose(got.mean(), table.ap[k, 0], rtol=0, atol=1e-12)
+        np.testing.assert_allclose(got[0], table.ap50[k, 0], rtol=0, atol=1e-12)
+
+
+def test_of_two_overlapping_cells_the_better_is_matched() -> None:
+    """Class maps overlap: a prediction of 10 px meets 6 px of one cell and all 8 px of another."""
+    masks = np.zeros((3, 3, 12), dtype=bool)
+    masks[0, 1, :6] = masks[1, 1, 1:9] = masks[2, 1, :10] = True
+    gt = to_set(1, masks[:2], [0, 1])
+    scores = score([gt], [to_set(1, masks[2:], [2], [0.9])], NAMES, PARAMS)
+    assert scores.detected[0].tp.tolist() == [1]
+    assert scores.detected[0].iou_sum[0] == pytest.approx(0.8)  # not 0.6
+    assert scores.counted[0].tp.tolist() == [0, 0, 0]
+
+
 def test_intervals_are_reproducible_and_hold_the_score() -> None:
     _, gts, preds = random_sets(21, n_images=12)
     params = dataclasses.replace(PARAMS, n_bootstrap=200)
