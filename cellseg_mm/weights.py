@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from mmengine.runner.checkpoint import CheckpointLoader
 
+from cellseg_mm.checkpoints import load_checkpoint_file
 from cellseg_mm.errors import CheckpointError
 from cellseg_mm.files import atomic_path, file_hash, text_hash, write_json
 from cellseg_mm.progress import track
@@ -40,7 +41,7 @@ def read_published(path: Path | str) -> tuple[dict[str, object], str]:
     """
     path = locate(str(path))
     check_name_hash(path)
-    content = read_pickle(path) if path.suffix == '.pkl' else _load_weights_only(path)
+    content = read_pickle(path) if path.suffix == '.pkl' else load_checkpoint_file(path)
     meta = content.get('meta') if isinstance(content, dict) else None
     config = meta.get('config') or meta.get('cfg') if isinstance(meta, dict) else None
     for key in ('model', 'state_dict'):
@@ -53,17 +54,6 @@ def read_published(path: Path | str) -> tuple[dict[str, object], str]:
             '"state_dict" was expected; check that it is a model file'
         )
     return content, config if isinstance(config, str) else ''
-
-
-def _load_weights_only(path: Path) -> object:
-    try:
-        return torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, KeyError ...
-        raise CheckpointError(
-            f'{path}: cannot be read as weights ({type(error).__name__}: '
-            f'{str(error).splitlines()[0][:120]}); a whole file with tensors and nothing else was '
-            'expected; download it again, or get it from a source you trust'
-        ) from error
 
 
 _HASH_IN_NAME = re.compile(r'model_final_([0-9a-f]{6,64})\.pkl|.*-([0-9a-f]{8,64})\.pth')
@@ -246,7 +236,7 @@ def load_from_published(
     if problem[0] is not None:
         raise CheckpointError(problem[0])
     path = path or _converted(filename)  # other ranks: in the cache now, or on another machine
-    return torch.load(path, map_location=map_location, weights_only=True)
+    return load_checkpoint_file(path, map_location=map_location)
 
 
 def locate(name: str) -> Path:

@@ -527,7 +527,7 @@ def test_unsafe_torch_file_is_refused(tmp_path: Path) -> None:
     marker = tmp_path / 'code-was-run'
     path = tmp_path / 'evil.pth'
     torch.save({'state_dict': {}, 'x': Call(os.system, f'touch {marker}')}, path)
-    with pytest.raises(CheckpointError, match='cannot be read as weights'):
+    with pytest.raises(CheckpointError, match=r'asks for .*system'):
         convert_file(path, tmp_path / 'out.pth')
     assert not marker.exists()
     assert not (tmp_path / 'out.pth').exists()
