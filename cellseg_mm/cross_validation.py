@@ -1,9 +1,9 @@
 """All folds, from nothing to one answer, and safe to start again at any moment.
 
-In: the configs of the folds. Out: trained folds, their out-of-fold score, the ensemble's predictions
-and the report, each made by the same tools that a user would type. Invariant: a step that is done is
-never done again, and a step counts as done only when its last file is there and belongs to this data,
-these folds and these settings.
+In: the configs of the folds. Out: trained folds, their out-of-fold score, the ensemble's
+predictions and the report, each made by the same tools that a user would type. Invariant: a step
+that is done is never done again, and counts as done only when its last file is there and belongs to
+this data, these folds and these settings.
 """
 
 from __future__ import annotations

@@ -99,13 +99,13 @@ def _checked_fold(
     fold, fold_hash = provenance.get('fold'), provenance.get('fold_hash')
     if not isinstance(fold, int) or isinstance(fold, bool) or not 0 <= fold < folds.n_folds:
         raise FoldError(
-            f'{path}: names fold {fold!r}; expected the predictions of a validation split, fold 0 to '
-            f'{folds.n_folds - 1}; make them with tools/test.py'
+            f'{path}: names fold {fold!r}; expected the predictions of a validation split, '
+            f'fold 0 to {folds.n_folds - 1}; make them with tools/test.py'
         )
     if fold_hash != folds.hash:
         raise FoldError(
-            f'{path}: made with folds {fold_hash}, {folds_path or "the folds file"} has {folds.hash}; '
-            'the member may have trained on these images; restore the folds file or train again'
+            f'{path}: made with folds {fold_hash}, {folds_path or "the folds file"} has '
+            f'{folds.hash}; the member may have trained on these images; restore the folds file or train again'
         )
     has, wanted = {s.name for s in predictions.sets}, set(folds.val_names(fold))
     if has != wanted:
