@@ -73,8 +73,10 @@ class _SharedIouEval(COCOeval_faster):
     """The evaluator with IoU tables that are already there."""
 
     tables: dict[tuple[int, int], Float]
+    n_asked: int = 0
 
     def computeIoU(self, imgId: int, catId: int) -> Float:
+        self.n_asked += 1
         return self.tables[imgId, catId]
 
 
@@ -109,6 +111,8 @@ def ap_tables(
     evaluator.params.areaRngLbl = [name for name, _, _ in area_ranges]
     evaluator.tables = _iou_tables(images, n_classes, kind=kind, cap=max(caps))
     evaluator.evaluate()
+    if not evaluator.n_asked and any(table.size for table in evaluator.tables.values()):
+        raise RuntimeError('this faster-coco-eval does not call computeIoU; 1.8.0 does')
     evaluator.accumulate()
     shape = (len(iou_thrs), 101, n_classes, len(area_ranges), len(caps))
     result = {
@@ -175,7 +179,7 @@ def _rows(image_id: int, class_ids: Int, areas: Float, scores: Float, before: li
             'category_id': class_id + 1,
             'area': float(area),
             'score': score,
-            'bbox': [0.0, 0.0, 1.0, 1.0],
+            'bbox': [0.0, 0.0, 0.0, 0.0],  # never read, see _SharedIouEval
             'iscrowd': 0,
         }
         for i, (class_id, area, score) in enumerate(values)
@@ -252,7 +256,7 @@ def weighted_ap(ranked: RankedClass, weights: NDArray[np.int64]) -> Float:
     n_positive = weights @ ranked.n_gt
     for b in np.flatnonzero(n_positive > 0).tolist():
         n_seen = np.cumsum(weights[b][ranked.image_index])
-        needed = _needed_tp(int(n_positive[b]))
+        needed = needed_tp(int(n_positive[b]))
         for t, at in enumerate(tp_at):
             # Precision is highest and recall rises only at true positives: others can be left out.
             n_tp = np.cumsum(weights[b][tp_image[t]])
@@ -260,7 +264,7 @@ def weighted_ap(ranked: RankedClass, weights: NDArray[np.int64]) -> Float:
     return result
 
 
-def _needed_tp(n_positive: int) -> Int:
+def needed_tp(n_positive: int) -> Int:
     """Return (101,) int64: fewest true positives that reach each of COCO's recall points."""
     needed = np.ceil(RECALL_POINTS * n_positive)
     # Rounding must fall as it does when COCO compares n / n_positive with the point.

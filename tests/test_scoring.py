@@ -15,7 +15,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from cellseg_mm.average_precision import rank_class, weighted_ap
+from cellseg_mm.average_precision import RECALL_POINTS, needed_tp, rank_class, weighted_ap
 from cellseg_mm.errors import ConfigError, PredictionError
 from cellseg_mm.instances import InstanceSet
 from cellseg_mm.matching import compare, greedy_matches
@@ -426,6 +426,14 @@ def test_weighted_ap_equals_pycocotools_on_repeated_images(seed: int) -> None:
             ranked = rank_class(images, k, np.array(PARAMS.iou_thrs), cap=cap)
             got = weighted_ap(ranked, row[None])[0]
             np.testing.assert_allclose(got, want[:, k], rtol=0, atol=1e-10)
+
+
+def test_needed_true_positives_round_like_coco() -> None:
+    """n * r in floating point misses n / n_positive >= r on either side in a thousandth of cases."""
+    for n_positive in range(1, 600):
+        recalls = np.arange(n_positive + 1) / n_positive
+        want = np.searchsorted(recalls, RECALL_POINTS, side='left')
+        assert needed_tp(n_positive).tolist() == want.tolist()
 
 
 @pytest.mark.parametrize('cap', [1, 3, 50])
