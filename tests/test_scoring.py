@@ -429,7 +429,7 @@ def test_weighted_ap_equals_pycocotools_on_repeated_images(seed: int) -> None:
 
 
 def test_needed_true_positives_round_like_coco() -> None:
-    """n * r in floating point misses n / n_positive >= r on either side in a thousandth of cases."""
+    """ceil(r * n) misses the first c with c / n >= r on either side in a thousandth of cases."""
     for n_positive in range(1, 600):
         recalls = np.arange(n_positive + 1) / n_positive
         want = np.searchsorted(recalls, RECALL_POINTS, side='left')
