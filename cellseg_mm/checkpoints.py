@@ -109,9 +109,10 @@ class _History:
         """Return the buffer with mmengine's own statistics, whatever the file names."""
         state = self.state or {}
         logs, counts = (state[key].value for key in ('_log_history', '_count_history'))
-        if len(logs) != len(counts):
-            raise _Refused('asks for a HistoryBuffer of unequal lengths')
-        return HistoryBuffer(logs, counts, int(state['max_length']))
+        max_length = int(state['max_length'])
+        if not len(logs) == len(counts) <= max_length:
+            raise _Refused('asks for a HistoryBuffer of impossible length')
+        return HistoryBuffer(logs, counts, max_length)
 
 
 def _statistic(owner: type, name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,39 @@ def test_code_in_a_file_is_refused_and_not_run(
         if function is not getattr:
             torch.load(path, weights_only=False)
             assert trace.exists()
+
+
+@pytest.mark.parametrize(
+    'value',
+    [
+        np.array([{}, 1], dtype=object),
+        np.array(['text']),
+        np.zeros(2, 'V4'),
+        np.zeros(2, [('x', 'i4')]),
+        np.datetime64('2026-01-01'),
+        Path('a'),
+        Payload(HistoryBuffer, [1, 2], [1, 2]),
+    ],
+    ids=['objects', 'text', 'void', 'structured', 'date', 'path', 'called buffer'],
+)
+def test_only_plain_numbers_are_admitted(tmp_path: Path, value: object) -> None:
+    path = save(tmp_path / 'a.pth', {'state_dict': {}, 'value': value})
+    with pytest.raises(CheckpointError, match=r'asks for|is no checkpoint, or is damaged'):
+        load_checkpoint_file(path)
+
+
+def test_containers_keep_their_kind_and_sharing(tmp_path: Path) -> None:
+    shared = OrderedDict(a=np.float32(1))
+    shared._metadata = {'': {'version': 1}}
+    content = {'state_dict': shared, 'again': (shared, [np.arange(3)]), 'loop': []}
+    content['loop'].append(content['loop'])
+    got = load_checkpoint_file(save(tmp_path / 'a.pth', content))
+    assert type(got['state_dict']) is OrderedDict
+    assert got['state_dict']._metadata == {'': {'version': 1}}
+    assert got['again'][0] is got['state_dict']
+    assert type(got['again'][1][0]) is np.ndarray
+    assert got['again'][1][0].flags.writeable
+    assert got['loop'][0] is got['loop']
 
 
 def test_every_scheme_of_mmengine_is_ours(safe_loading: None) -> None:
