@@ -178,7 +178,9 @@ def prepare(data_root: Path | str, params: PrepareParams | None = None) -> Prepa
     test = _check_all(test_scan.cases, index, params, is_labelled=False)
     errors = [*train_scan.problems, *test_scan.problems]
     errors += [text for facts in (*train, *test) for text in facts.errors]
-    warnings = _all_warnings(root, train, test, train_scan, test_scan, params)
+    alike = _alike(train)
+    warnings = _all_warnings(root, (train, test), (train_scan, test_scan), params)
+    warnings += _duplicates(root, train, test, alike)
     report = PrepareReport(
         data_root=root,
         class_names=params.class_names,
@@ -195,7 +197,7 @@ def prepare(data_root: Path | str, params: PrepareParams | None = None) -> Prepa
     )
     if not errors:
         try:
-            report = _with_folds(report, params)
+            report = _with_folds(report, params, alike)
         except DataError as problem:
             report = replace(report, errors=tuple(problem.problems))
         except CellSegError as problem:
@@ -366,27 +368,35 @@ def _mapped(check: partial[CaseFacts], cases: list[Case], n_workers: int) -> Ite
 
 def _all_warnings(
     root: Path,
-    train: Sequence[CaseFacts],
-    test: Sequence[CaseFacts],
-    train_scan: Scan,
-    test_scan: Scan,
+    all_facts: tuple[Sequence[CaseFacts], Sequence[CaseFacts]],
+    scans: tuple[Scan, Scan],
     params: PrepareParams,
 ) -> list[Finding]:
-    found = [warning for facts in (*train, *test) for warning in facts.warnings]
-    found += [Finding('note', 1, text) for text in (*train_scan.notes, *test_scan.notes)]
-    found += _duplicates(root, train, test)
-    if not train_scan.problems and not test_scan.problems:
+    found = [warning for part in all_facts for facts in part for warning in facts.warnings]
+    found += [Finding('note', 1, text) for scan in scans for text in scan.notes]
+    if not any(scan.problems for scan in scans):
         try:
             listed = read_exclude(root, params.exclude_file)
         except CellSegError:
             listed = frozenset()
-        for name in sorted(listed - {*train_scan.excluded, *test_scan.excluded}):
+        for name in sorted(listed.difference(*(scan.excluded for scan in scans))):
             text = f'{params.exclude_file or root / "exclude.txt"}: no case is called {name}.'
             found.append(Finding('unknown name in exclude.txt', 1, text))
     return found
 
 
-def _duplicates(root: Path, train: Sequence[CaseFacts], test: Sequence[CaseFacts]) -> list[Finding]:
+def _alike(train: Sequence[CaseFacts]) -> list[tuple[int, int]]:
+    """Return pairs of indices of readable images that look alike."""
+    usable = [i for i, facts in enumerate(train) if facts.thumb]
+    return [(usable[i], usable[j]) for i, j in near_duplicates([train[i] for i in usable])]
+
+
+def _duplicates(
+    root: Path,
+    train: Sequence[CaseFacts],
+    test: Sequence[CaseFacts],
+    alike: Sequence[tuple[int, int]],
+) -> list[Finding]:
     found = []
     by_hash: dict[str, list[str]] = {}
     for split, all_facts in (('train', train), ('test', test)):
@@ -399,16 +409,15 @@ def _duplicates(root: Path, train: Sequence[CaseFacts], test: Sequence[CaseFacts
             is_leak = {name.split('/')[0] for name in names} == {'train', 'test'}
             kind = 'test image among the training images' if is_leak else 'duplicate image'
             found.append(Finding(kind, len(names), text))
-    usable = [facts for facts in train if facts.thumb]
-    for i, j in near_duplicates(usable):
-        if usable[i].pixel_hash != usable[j].pixel_hash:
-            text = f'{root}: train/{usable[i].name} and train/{usable[j].name} look alike.'
+    for i, j in alike:
+        if train[i].pixel_hash != train[j].pixel_hash:
+            text = f'{root}: train/{train[i].name} and train/{train[j].name} look alike.'
             found.append(Finding('near-duplicate image', 2, text))
     return found
 
 
 def find_groups(
-    facts: Sequence[CaseFacts], rule: GroupRule
+    facts: Sequence[CaseFacts], rule: GroupRule, alike: Sequence[tuple[int, int]]
 ) -> tuple[dict[str, str], list[Finding]]:
     """Find out which cases belong together.
 
@@ -418,6 +427,7 @@ def find_groups(
     Args:
         facts: Facts of the training cases.
         rule: Where groups come from.
+        alike: Pairs of indices of images that look alike; see ``case_checks.near_duplicates``.
 
     Returns:
         Group by case name, only for cases whose group is known or shared; and warnings.
@@ -440,7 +450,7 @@ def find_groups(
         keys += [('group', known[one.name])] if one.name in known else []
         for key in keys:
             parent[top(i)] = top(first_with.setdefault(key, i))
-    for i, j in near_duplicates(facts) if rule.alike else []:
+    for i, j in alike if rule.alike else []:
         parent[top(j)] = top(i)
     members: dict[int, list[str]] = {}
     for i, one in enumerate(facts):
@@ -507,8 +517,10 @@ def _read_groups_csv(path: Path, rule: GroupRule) -> dict[str, str]:
     return table
 
 
-def _with_folds(report: PrepareReport, params: PrepareParams) -> PrepareReport:
-    groups, warnings = find_groups(report.train, params.groups)
+def _with_folds(
+    report: PrepareReport, params: PrepareParams, alike: Sequence[tuple[int, int]]
+) -> PrepareReport:
+    groups, warnings = find_groups(report.train, params.groups, alike)
     made = fold_files.make_folds(
         [facts.name for facts in report.train],
         np.array([facts.counts for facts in report.train], dtype=np.int64),

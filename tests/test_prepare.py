@@ -306,12 +306,12 @@ def test_likeness_joins_groups() -> None:
         facts_of('g', np.full((16, 16), 8), 'h5'),  # one shade is no likeness
     ]
     assert near_duplicates(facts) == [(0, 1)]
-    groups, warnings = prepare.find_groups(facts, GroupRule())
+    groups, warnings = prepare.find_groups(facts, GroupRule(), near_duplicates(facts))
     assert groups == {'a': 'alike:a', 'b': 'alike:a', 'c': 'alike:c', 'd': 'alike:c'}
     assert warnings == []
-    groups, _ = prepare.find_groups(facts, GroupRule(alike=False))
+    groups, _ = prepare.find_groups(facts, GroupRule(alike=False), [(0, 1)])
     assert groups == {'c': 'alike:c', 'd': 'alike:c'}
-    groups, warnings = prepare.find_groups(facts, GroupRule(regex='[abe]'))
+    groups, warnings = prepare.find_groups(facts, GroupRule(regex='[abe]'), [(0, 1)])
     assert groups['a'] == groups['b'] == 'a+b'
     assert groups['e'] == 'e'
     assert [warning.kind for warning in warnings] == ['no group', 'groups joined']
