@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -26,6 +27,8 @@ from cellseg_mm.launch import default_work_dir
 from cellseg_mm.predictions import load_predictions
 from cellseg_mm.training import FINISHED, dataset_settings, finished_state
 
+# what mmengine's logger writes, for example: Iter(train) [ 50/300]  lr: 1e-3  eta: 0:03:20
+PROGRESS = re.compile(r'(?:Iter|Epoch)\((\w+)\)\s*\[\s*(\d+)/(\d+)\].*?eta: (\S+)')
 TOOLS = Path(__file__).resolve().parents[1] / 'tools'
 
 
@@ -233,15 +236,53 @@ def _run_step(step: Step, device: str) -> None:
     step.log_path.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, 'CUDA_VISIBLE_DEVICES': device} if device else None
     with step.log_path.open('ab') as log:
-        code = subprocess.run(
-            step.command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False
-        ).returncode
+        start = log.tell()
+        process = subprocess.Popen(
+            step.command, stdout=log, stderr=subprocess.STDOUT, env=environment
+        )
+        try:
+            code = _wait_and_show(process, step, start)
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
     if code:
         tail = step.log_path.read_text(errors='replace').strip().splitlines()[-1:]
         raise CellSegError(
             f'{step.name}: stopped with status {code}: {"".join(tail)}; see {step.log_path}; '
             'repair it and start the same command again'
         )
+
+
+def _wait_and_show(process: subprocess.Popen, step: Step, start: int) -> int:
+    """Wait for a step; on a terminal, show the newest progress that its log tells of."""
+    is_terminal = sys.stderr.isatty()
+    while True:
+        try:
+            code = process.wait(timeout=1)
+            break
+        except subprocess.TimeoutExpired:
+            if is_terminal:
+                print(
+                    f'\r\x1b[K  {step.name}: {progress_of(step.log_path, start)}',
+                    end='',
+                    file=sys.stderr,
+                )
+    if is_terminal:
+        print('\r\x1b[K', end='', file=sys.stderr)
+    return code
+
+
+def progress_of(log_path: Path, start: int = 0) -> str:
+    """Return the last progress that mmengine wrote to a log after byte ``start``."""
+    with log_path.open('rb') as log:
+        log.seek(max(start, log.seek(0, os.SEEK_END) - 20_000))
+        text = log.read().decode(errors='replace')
+    found = PROGRESS.findall(text)
+    if not found:
+        return 'starting'
+    phase, now, last, eta = found[-1]
+    return f'{phase} {now}/{last}, ETA {eta}'
 
 
 def slurm_script(config_paths: Sequence[str | Path], options: Sequence[str] = ()) -> str:
@@ -264,3 +305,10 @@ def slurm_script(config_paths: Sequence[str | Path], options: Sequence[str] = ()
         f'#   python tools/cross_validate.py {shlex.join(configs)}',
     ]
     return '\n'.join(lines) + '\n'
+
+
+def visible_devices() -> list[str]:
+    """Return the numbers of the CUDA devices, or one empty name for the CPU."""
+    import torch
+
+    return [str(i) for i in range(torch.cuda.device_count())] or ['']

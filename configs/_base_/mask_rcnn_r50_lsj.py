@@ -147,6 +147,7 @@ default_hooks = dict(
         save_best='cell/segm_mAP_50',
         rule='greater',
     ),
+    weights=dict(type='WeightsReportHook'),
     provenance=dict(type='ProvenanceHook'),
     step_seed=dict(type='StepSeedHook'),
     revalidate=dict(type='RevalidateOnResumeHook'),

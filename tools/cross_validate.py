@@ -1,0 +1,39 @@
+"""Train, test, pool, ensemble and report all folds: python tools/cross_validate.py configs/*.py
+
+Start the same command again after any interruption: what is done is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from cellseg_mm.launch import run_tool
+
+
+def main() -> None:
+    """Plan and run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('configs', nargs='+', help='one config per fold')
+    parser.add_argument('--work-root', help='folder for all work folders (default: work_dirs)')
+    parser.add_argument('--gpus', help='device numbers such as 0,1,3 (default: all there are)')
+    parser.add_argument('--dry-run', action='store_true', help='print the plan only')
+    parser.add_argument('--slurm', action='store_true', help='print a Slurm job array instead')
+    parser.add_argument(
+        '--cfg-options', nargs='+', default=[], help='key=value settings for every fold'
+    )
+    args = parser.parse_args()
+
+    from cellseg_mm import cross_validation as cv
+
+    if args.slurm:
+        print(cv.slurm_script(args.configs, args.cfg_options), end='')
+        return
+    plan = cv.make_plan(args.configs, work_root=args.work_root, options=args.cfg_options)
+    if args.dry_run:
+        print(plan.text())
+        return
+    cv.run_plan(plan, args.gpus.split(',') if args.gpus else cv.visible_devices())
+
+
+if __name__ == '__main__':
+    run_tool(main)
