@@ -10,9 +10,9 @@ The rules are in ``fusion_rules``, the steps after them in ``fusion_post``; see 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from cellseg_mm.errors import ConfigError
 from cellseg_mm.fusion_masks import paste_probs
@@ -160,7 +160,7 @@ def to_spec(record: Rule | PostProcess) -> str:
     """Write what :func:`from_spec` or :func:`post_from_spec` reads back; defaults are left out."""
     settings = ','.join(
         f'{field.name}={_as_text(getattr(record, field.name))}'
-        for field in fields(record)
+        for field in fields(cast('type', record))
         if getattr(record, field.name) != field.default
     )
     if isinstance(record, PostProcess):
@@ -174,13 +174,13 @@ def _as_text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _names(known: object) -> str:
+def _names(known: Iterable[str]) -> str:
     return ', '.join(known) or 'nothing'
 
 
 def _read(record: type[Record], settings: str, where: str) -> Record:
     types = get_type_hints(record)
-    known = {field.name: types[field.name] for field in fields(record)}
+    known = {field.name: types[field.name] for field in fields(cast('type', record))}
     values: dict[str, object] = {}
     for item in settings.split(',') if settings else ():
         key, equals, value = (part.strip() for part in item.partition('='))
@@ -206,7 +206,7 @@ def _value(text: str, kind: object, where: str) -> object:
     if get_origin(kind) is tuple:
         return tuple(_value(part, get_args(kind)[0], where) for part in text.split('/'))
     try:
-        return kind(text)
+        return cast('Callable[[str], object]', kind)(text)
     except ValueError:
         word = 'a whole number' if kind is int else 'a number'
         raise ConfigError(f'{where} is {text!r}; it must be {word}') from None

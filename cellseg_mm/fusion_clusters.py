@@ -289,7 +289,8 @@ def weighted_boxes(
     """
     boxes = np.asarray(boxes_xyxy, dtype=np.float64)
     grid = _Grid(_cell_size(boxes))
-    owner, leads = np.empty(len(boxes), dtype=np.int64), []
+    owner = np.empty(len(boxes), dtype=np.int64)
+    leads: list[int] = []
     sums: list[list[float]] = []
     means: list[list[float]] = []
     # Boxes with score 0 still have a mean; the small number does not change any other sum.
@@ -297,7 +298,7 @@ def weighted_boxes(
     for i, (box, weight, kind) in enumerate(
         zip(boxes.tolist(), weights, group.tolist(), strict=True)
     ):
-        best = _best_mean(box, grid.near(kind, box), means, iou_thr)
+        best = _best_mean(box, grid.near(kind, _where_to_look(box, iou_thr)), means, iou_thr)
         if best < 0:
             best = len(leads)
             leads.append(i)
@@ -315,6 +316,18 @@ def weighted_boxes(
         Clusters(owner, np.array(leads, dtype=np.int64)),
         np.array(means, dtype=np.float64).reshape(-1, 4),
     )
+
+
+def _where_to_look(box: list[float], iou_thr: float) -> list[float]:
+    """Return what every box that fits must touch: the centre where IoU has to be above a half.
+
+    Such boxes share more than half of the width and of the height, so each holds the other's
+    centre; above 0.51 that is safe from rounding.
+    """
+    if iou_thr < 0.51:
+        return box
+    x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    return [x, y, x, y]
 
 
 class _Grid:

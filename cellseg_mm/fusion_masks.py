@@ -12,6 +12,7 @@ its centre. Source: ``_do_paste_mask`` of MMDetection 3.x (``grid_sample``,
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -59,7 +60,7 @@ def paste_probs(
         raise ValueError(f'a mask threshold must be above 0, not {thr}')
     boxes = np.asarray(boxes_xyxy, dtype=np.float64)
     low, size = _extent(boxes, probs.shape[-1], image_hw)
-    crops = [np.zeros((0, 0), dtype=bool)] * len(boxes)
+    crops: list[NDArray[np.bool_]] = [np.zeros((0, 0), dtype=bool)] * len(boxes)
     for batch in _batches(size):
         height, width = size[batch].max(axis=0).tolist()
         columns, rows = _weights(
@@ -99,7 +100,7 @@ def _batches(size: Int) -> Iterator[Int]:
 
 
 def _weights(
-    boxes: NDArray[np.float64], side: int, x: NDArray[np.float64], y: NDArray[np.float64]
+    boxes: NDArray[np.float64], side: int, x: NDArray[np.floating], y: NDArray[np.floating]
 ) -> tuple[Float32, Float32]:
     """Return the share of each bin in each place, (N, len, S) float32, of x and of y.
 
@@ -135,7 +136,7 @@ def resample_probs(
     frames = np.asarray(frames_xyxy, dtype=np.float64)
     targets = np.asarray(targets_xyxy, dtype=np.float64)
     side = probs.shape[-1]
-    flat = (frames[:, 2:] <= frames[:, :2]).any(axis=1)
+    flat = (frames[:, 2] <= frames[:, 0]) | (frames[:, 3] <= frames[:, 1])
     frames = np.where(flat[:, None], [0.0, 0.0, 1.0, 1.0], frames)
     centres = (np.arange(side) + 0.5) / side
     size = targets[:, 2:] - targets[:, :2]
@@ -172,8 +173,8 @@ def average_probs(
     order = inside[np.argsort(clusters.owner[inside], kind='stable')]
     owner = clusters.owner[order]
     total = clusters.sums(weights)
-    frames = np.stack([clusters.sums(weights * frames_xyxy[:, k]) for k in range(4)], axis=1)
-    frames = (frames / total[:, None]).astype(np.float32)
+    sums = np.stack([clusters.sums(weights * frames_xyxy[:, k]) for k in range(4)], axis=1)
+    frames = (sums / total[:, None]).astype(np.float32)
     moved = resample_probs(probs[order], frames_xyxy[order], frames[owner])
     moved *= (weights[order] / total[owner]).astype(np.float32)[:, None, None]
     begin = np.concatenate([[0], np.cumsum(clusters.sizes)])[:-1]
@@ -203,25 +204,38 @@ def vote_pixels(
         C crops (h_i, w_i) bool, not always tight, and their (C, 2) int64 row and column.
     """
     low, size = _union_boxes(runs, clusters)
-    weights = vote_weights(scores)
-    height = size[:, 0] + 1  # one more row per column keeps the columns' votes apart
-    n_pixels = size[:, 1] * height
-    begin = np.cumsum(n_pixels) - n_pixels
     owner, column, top, bottom = rle.column_pieces(runs)
     inside = clusters.owner[owner] >= 0
     owner, column, top, bottom = owner[inside], column[inside], top[inside], bottom[inside]
     to = clusters.owner[owner]
+    height = size[:, 0] + 1  # one more row per column keeps the columns' votes apart
+    end = np.cumsum(size[:, 1] * height)
+    begin = end - size[:, 1] * height
     at = begin[to] + (column - low[to, 1]) * height[to] - low[to, 0]
-    places = np.concatenate([at + top, at + bottom])
-    steps = np.concatenate([weights[owner], -weights[owner]])
-    votes = np.cumsum(np.bincount(places, weights=steps, minlength=int(n_pixels.sum()) + 1))
-    needed = np.repeat(clusters.sums(weights) * thr, n_pixels)
-    won = votes[: len(needed)] >= needed
-    crops = [
-        won[a : a + w * (h + 1)].reshape(w, h + 1)[:, :h].T
-        for a, (h, w) in zip(begin.tolist(), size.tolist(), strict=True)
-    ]
+    weights = vote_weights(scores)
+    needed = clusters.sums(weights) * thr
+    crops: list[NDArray[np.bool_]] = []
+    for batch in _cluster_batches(begin):
+        here = (to >= batch.start) & (to < batch.stop)
+        first, n_pixels = begin[batch.start], end[batch.stop - 1] - begin[batch.start]
+        places = np.concatenate([(at + top)[here], (at + bottom)[here]]) - first
+        steps = np.concatenate([weights[owner[here]], -weights[owner[here]]])
+        votes = np.cumsum(np.bincount(places, weights=steps, minlength=int(n_pixels) + 1))[:-1]
+        won = votes >= np.repeat(needed[batch], (end - begin)[batch])
+        crops += [
+            won[a : a + w * (h + 1)].reshape(w, h + 1)[:, :h].T
+            for a, (h, w) in zip((begin[batch] - first).tolist(), size[batch].tolist(), strict=True)
+        ]
     return crops, low
+
+
+def _cluster_batches(begin: Int) -> Iterator[slice]:
+    """Yield ranges of clusters of about ``MAX_PIXELS`` pixels, or one cluster at a time."""
+    batch_of = begin // MAX_PIXELS
+    edges = (np.flatnonzero(np.diff(batch_of)) + 1).tolist()
+    if len(begin):
+        for a, b in itertools.pairwise([0, *edges, len(begin)]):
+            yield slice(a, b)
 
 
 def _union_boxes(runs: rle.Runs, clusters: Clusters) -> tuple[Int, Int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Protocol, TypeVar
+from typing import ClassVar, Literal, Protocol, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,8 +73,8 @@ def register(name: str, *, needs_models: bool = False) -> Callable[[RuleType], R
     def add(rule: RuleType) -> RuleType:
         if name in FUSION_RULES:
             raise ValueError(f'fusion rule {name!r} is registered twice')
-        rule.name, rule.needs_models = name, needs_models
-        FUSION_RULES[name] = rule
+        FUSION_RULES[name] = cast('type[Rule]', rule)
+        FUSION_RULES[name].name, FUSION_RULES[name].needs_models = name, needs_models
         return rule
 
     return add
@@ -399,7 +399,7 @@ def _average(
 ) -> Merged:
     """Build instances whose masks are averaged over their clusters; a lone mask stays as it is."""
     kept = _keep_leads(pool, clusters, class_vote, pairs)
-    kept = replace(kept, boxes_xyxy=boxes, scores=scores)
+    kept = replace(kept, boxes_xyxy=boxes.astype(np.float32), scores=scores.astype(np.float32))
     shared = np.flatnonzero(clusters.sizes > 1)
     part = _only(clusters, shared)
     found, hw = pool.instances.extra, pool.instances.image_hw

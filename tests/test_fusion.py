@@ -503,18 +503,21 @@ def test_boxes_that_overlap_by_less_than_rounding_meet() -> None:
     assert (found.first.tolist(), found.second.tolist()) == ([0], [1])
 
 
-@pytest.mark.parametrize('seed', range(6))
-def test_weighted_boxes_equal_reference_where_means_wander(seed: int) -> None:
+@pytest.mark.parametrize('seed', range(4))
+@pytest.mark.parametrize('iou_thr', [0.0, 0.05, 0.3, 0.5, 0.52])
+def test_weighted_boxes_equal_reference_where_means_wander(iou_thr: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
     n = 150
     low = rng.random((n, 2)) * 40
-    boxes = np.concatenate([low, low + rng.choice([2, 5, 20], (n, 2))], axis=1)
+    sizes = rng.choice([2, 5, 20], (n, 2)) * (1 + rng.random((n, 2)) / 2)
+    boxes = np.concatenate([low, low + sizes], axis=1)
+    boxes[n // 2 :] = boxes[: n // 2] + rng.normal(size=(n // 2, 4)) / 3  # so that many fit well
     scores = np.sort(rng.random(n))[::-1]
     group = rng.integers(0, 2, n)
-    clusters, means = weighted_boxes(boxes, scores, group, 0.05)
+    clusters, means = weighted_boxes(boxes, scores, group, iou_thr)
     rows = zip(boxes.tolist(), scores.tolist(), group.tolist(), strict=True)
     cells = [{'box': b, 'score': s, 'cls': g, 'id': i} for i, (b, s, g) in enumerate(rows)]
-    expected, expected_means = reference.weigh_boxes(cells, 0.05, False)
+    expected, expected_means = reference.weigh_boxes(cells, iou_thr, False)
     got = [np.flatnonzero(clusters.owner == c).tolist() for c in range(len(clusters))]
     assert got == [[cell['id'] for cell in cluster] for cluster in expected]
     np.testing.assert_allclose(means, expected_means, rtol=1e-12)
@@ -605,6 +608,14 @@ def test_paste_equals_the_mask_heads(thr: float, seed: int) -> None:
     theirs = build_from_crops(*rle.decode_crops(rle.encode_runs(runs), hw), hw).masks()
     assert ours.sum() > 500
     assert (ours != theirs).sum() <= 1  # float32 rounding at the threshold: none seen on x86
+
+
+def test_votes_in_small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = from_spec('wbf:iou_thr=0.2')
+    whole = [fuse(random_members(seed), rule) for seed in range(6)]
+    monkeypatch.setattr(fusion_masks, 'MAX_PIXELS', 30)
+    for seed, expected in enumerate(whole):
+        assert_identical(fuse(random_members(seed), rule), expected)
 
 
 def test_resampling_to_the_same_frame_changes_nothing() -> None:
