@@ -176,6 +176,7 @@ RECIPE_KEYS = ('model', 'train_dataloader', 'optim_wrapper', 'param_scheduler', 
 def recipe_hash(cfg: Config) -> str:
     """Return 16 hex digits over the settings that decide the weights."""
     parts = {key: cfg.to_dict().get(key) for key in (*RECIPE_KEYS, 'randomness', 'custom_hooks')}
+    parts['model'] = {k: v for k, v in (parts['model'] or {}).items() if k != 'test_cfg'}
     return files.text_hash(json.dumps(parts, sort_keys=True, default=str))
 
 

@@ -159,6 +159,42 @@ class RandomScale(Resize):
 
 
 @TRANSFORMS.register_module()
+class ScaleBy(Resize):
+    """Resize by a fixed factor of the file's own resolution, up to a largest side.
+
+    The test-time counterpart of :class:`RandomScale`.
+
+    Args:
+        factor: Factor of both sides.
+        max_side_px: An image whose longer side would become larger is scaled to this instead, which
+            bounds memory; use tools/predict.py to see such an image at full scale in tiles.
+        **kwargs: Options of ``Resize`` other than the scale.
+
+    Raises:
+        ConfigError: ``factor`` or ``max_side_px`` is not positive.
+    """
+
+    def __init__(self, *, factor: float, max_side_px: int, **kwargs) -> None:
+        if factor <= 0 or max_side_px <= 0:
+            raise ConfigError(
+                f'ScaleBy: found factor {factor}, max_side_px {max_side_px}; expected two positive '
+                'numbers'
+            )
+        super().__init__(scale_factor=float(factor), keep_ratio=True, **kwargs)
+        self.factor = float(factor)
+        self.max_side_px = int(max_side_px)
+
+    def transform(self, results: dict) -> dict:
+        """Resize by the factor, or less for a very large image."""
+        height, width = results['img'].shape[:2]
+        factor = min(self.factor, self.max_side_px / max(height, width))
+        hw = [max(1, round(side * factor)) for side in (height, width)]
+        self.scale = (hw[1], hw[0])
+        self.keep_ratio = False  # the rounded size is exact already
+        return super().transform(results)
+
+
+@TRANSFORMS.register_module()
 class RandomRotate90(BaseTransform):
     """Turn the sample by 90, 180 or 270 degrees; exact for image, masks and boxes.
 

@@ -1,4 +1,4 @@
-"""configs: the folds differ in nothing but the fold, everything builds, the curve is the original's."""
+"""configs: the folds differ in the fold alone, everything builds, the curve is the original's."""
 
 from __future__ import annotations
 
@@ -57,32 +57,30 @@ def test_folds_differ_only_in_leaves_named_fold(folder: Path) -> None:
         assert other <= used.keys()
 
 
-@pytest.mark.parametrize('path', FOLD_CONFIGS, ids=lambda p: p.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize(
+    'path',
+    # folds differ in one integer, see above
+    [path for path in FOLD_CONFIGS if path.stem == 'fold0'],
+    ids=lambda p: p.relative_to(ROOT).as_posix(),
+)
 def test_every_type_is_registered_and_the_model_builds(path: Path) -> None:
     from mmdet.registry import MODELS
-    from mmengine.registry import DefaultScope, Registry, root
+    from mmdet.utils import register_all_modules
+    from mmengine.registry import Registry
 
     cfg = load(path)
-    if not path.stem.endswith('0'):
-        return  # folds differ in one integer; see above
-    DefaultScope.overwrite_default_scope('mmdet')
+    register_all_modules()
     with torch.device('meta'):
         model = MODELS.build(cfg.model)
     assert model.roi_head.bbox_head.num_classes == len(cfg.metainfo.classes)
-    known: set[str] = set()
-    registries: list[Registry] = [root.Registry] if hasattr(root, 'Registry') else []
     import mmdet.registry as registry_module
     import mmengine.registry as base_module
 
-    registries += [
-        v
-        for m in (registry_module, base_module)
-        for v in vars(m).values()
-        if isinstance(v, Registry)
-    ]
-    for registry in registries:
-        known |= set(registry.module_dict)
-    known |= {name for name in dir(torch.optim)}
+    known: set[str] = set()
+    for module in (registry_module, base_module):
+        for registry in vars(module).values():
+            known |= set(registry.module_dict) if isinstance(registry, Registry) else set()
+    known |= set(dir(torch.optim))
     known |= {'BN', 'SyncBN', 'GN', 'nms', 'soft_nms', 'RoIAlign', 'Conv', 'deconv'}
     parts = {k: v for k, v in cfg.to_dict().items() if k not in ('custom_imports',)}
     types = {v for p, v in leaves(parts).items() if p[-1] == 'type' and isinstance(v, str)}

@@ -1,7 +1,9 @@
 # The original recipe on MMDetection's replica of detectron2's new_baselines Mask R-CNN R50-FPN.
 # Cost: 5000 iterations of 3 images, about 1 h on one 24 GB GPU, one fold. Start:
 #   python tools/train.py configs/fold0.py
-_base_ = 'mmdet::strong_baselines/mask-rcnn_r50-caffe_fpn_rpn-2conv_4conv1fc_syncbn-all_lsj-400e_coco.py'  # noqa: E501
+_base_ = (
+    'mmdet::strong_baselines/mask-rcnn_r50-caffe_fpn_rpn-2conv_4conv1fc_syncbn-all_lsj-400e_coco.py'
+)
 
 custom_imports = dict(imports=['cellseg_mm.components'], allow_failed_imports=False)
 
@@ -109,7 +111,7 @@ model = dict(
         rcnn=dict(score_thr=score_thr, max_per_img=max_per_img),
     ),
 )
-load_from = 'https://dl.fbaipublicfiles.com/detectron2/new_baselines/mask_rcnn_R_50_FPN_400ep_LSJ/42019571/model_final_14d201.pkl'  # noqa: E501
+load_from = 'https://dl.fbaipublicfiles.com/detectron2/new_baselines/mask_rcnn_R_50_FPN_400ep_LSJ/42019571/model_final_14d201.pkl'
 
 # ------------------------------------------------------------------------------ training
 max_iters = 5000

@@ -10,9 +10,7 @@ crop_size = (256, 256)  # px; cells are 10 to 60 px at the files' own resolution
 meta_keys = _base_.meta_keys
 
 model = dict(
-    backbone=dict(
-        depth=18, base_channels=24, style='pytorch', norm_cfg=norm_cfg, norm_eval=False
-    ),
+    backbone=dict(depth=18, base_channels=24, style='pytorch', norm_cfg=norm_cfg, norm_eval=False),
     neck=dict(in_channels=[24, 48, 96, 192], out_channels=64, norm_cfg=norm_cfg, num_outs=4),
     rpn_head=dict(
         in_channels=64,
@@ -72,8 +70,8 @@ train_dataloader = dict(batch_size=4, dataset=dict(dataset=dict(pipeline=train_p
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 
-max_iters = 300
-train_cfg = dict(max_iters=max_iters, val_interval=150)
+max_iters = 200
+train_cfg = dict(max_iters=max_iters, val_interval=100)
 optim_wrapper = dict(
     # one rate for all: nothing here is pretrained
     paramwise_cfg=dict(_delete_=True),
@@ -86,4 +84,4 @@ param_scheduler = [
         T_max=max_iters,
     ),
 ]  # fmt: skip
-default_hooks = dict(logger=dict(interval=25), checkpoint=dict(interval=150))
+default_hooks = dict(logger=dict(interval=25), checkpoint=dict(interval=100))
