@@ -339,7 +339,8 @@ def _id_entry(where: str, item: object) -> IdEntry:
     name = item.get('file_name')
     if not isinstance(name, str) or not name:
         raise IdMapError(f'{where}: file_name is {name!r}; expected the name of a test image.')
-    if name in ('.', '..') or set(name) & set('/\\\0') or not _TEST_FILE.fullmatch(name):
+    is_plain = not set(name) & set('/\\\0') and _printable(name) == name
+    if not is_plain or not _TEST_FILE.fullmatch(name):
         raise IdMapError(
             f'{where}: file_name is {name[:80]!r}; expected a plain name that ends in .tif, '
             'without folders: test images lie directly in the test folder.'
@@ -351,7 +352,7 @@ def _id_entry(where: str, item: object) -> IdEntry:
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= MAX_NUMBER:
             raise IdMapError(
-                f'{where} ({name}): {key} is {str(value)[:40]}; '
+                f'{where} ({name}): {key} is {_printable(str(value)[:40])}; '
                 f'expected an integer from {low} to {MAX_NUMBER}.'
             )
         numbers.append(value)
@@ -405,6 +406,11 @@ def _test_files(folder: Path, scan: Scan) -> dict[str, Path]:
     if not files:
         scan.problems.append(f'{folder}: no TIFF in it; expected the test images.')
     return files
+
+
+def _printable(text: str) -> str:
+    """Return text that can be written as UTF-8; JSON can smuggle half a surrogate pair in."""
+    return text.encode('utf-8', 'backslashreplace').decode()
 
 
 def _composed(name: str) -> str:

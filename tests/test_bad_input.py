@@ -420,6 +420,14 @@ BAD_ID_MAPS: dict[str, tuple[object, str]] = {
     'absolute path': ([entry('/etc/a.tif')], r"file_name is '/etc/a.tif'; expected a plain name"),
     'Windows path': ([entry('..\\a.tif')], 'expected a plain name that ends in .tif'),
     'sub-folder': ([entry('x/a.tif')], 'without folders'),
+    'half a letter': (
+        '[{"file_name": "\\ud800.tif", "id": 1}]',
+        r"is '\\ud800.tif'; expected a plain",
+    ),
+    'half a letter as id': (
+        '[{"file_name": "a.tif", "id": "\\ud800"}]',
+        r'id is \\ud800; expected',
+    ),
     'zero byte in name': ([entry('a\0.tif')], 'expected a plain name'),
     'two dots': ([entry('..')], 'expected a plain name'),
     'other suffix': ([entry('a.png')], 'expected a plain name that ends in .tif'),
@@ -435,6 +443,7 @@ def test_bad_id_map(tmp_path: Path, kind: str) -> None:
     with pytest.raises(DataError, match=sentence) as caught:
         labels.find_cases(tmp_path, 'test', 2)
     assert all(problem.startswith(str(path)) for problem in caught.value.problems)
+    str(caught.value).encode()  # can be printed
 
 
 def test_id_map_missing_or_a_folder(tmp_path: Path) -> None:

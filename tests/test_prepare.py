@@ -339,6 +339,33 @@ def test_near_duplicates_equal_a_loop_over_pairs(seed: int) -> None:
     assert near_duplicates(facts) == expected
 
 
+@pytest.mark.parametrize('where', ['everywhere', 'diagonals', 'elsewhere'])
+def test_near_duplicates_that_look_the_same_from_all_sides(where: str) -> None:
+    """Where averaging over turns changes nothing, pairs are as far apart as they may be."""
+    rng = np.random.default_rng(3)
+    symmetric = []
+    for _ in range(2):
+        quarter = rng.normal(0, 1, (8, 8))
+        half = np.concatenate([quarter + quarter.T, (quarter + quarter.T)[::-1]])
+        symmetric.append(np.concatenate([half, half[:, ::-1]], axis=1))
+    row, column = np.indices((16, 16))
+    on_diagonal = (row == column) | (row + column == 15)
+    chosen = {'everywhere': True, 'diagonals': on_diagonal, 'elsewhere': ~on_diagonal}[where]
+    base, noise = symmetric[0], np.where(chosen, symmetric[1], 0)
+    noise *= np.linalg.norm(base) / np.linalg.norm(noise)
+    pictures = {}
+    for strength in np.linspace(0.2, 0.5, 301):
+        first, second = 128 + 14 * base, 128 + 14 * (base + strength * noise)
+        pair = np.rint(np.clip([first, second], 0, 255))
+        pictures[float(np.corrcoef(pair[0].ravel(), pair[1].ravel())[0, 1])] = pair
+    just_above = min(r for r in pictures if r >= 0.9501)
+    just_below = max(r for r in pictures if r < 0.9499)
+    assert just_above < 0.953
+    for likeness, expected in ((just_above, [(0, 1)]), (just_below, [])):
+        facts = [facts_of(str(i), picture, str(i)) for i, picture in enumerate(pictures[likeness])]
+        assert near_duplicates(facts) == expected
+
+
 # ---- folds file
 
 
