@@ -101,14 +101,17 @@ def run(head: FCNMaskHead, images: list[Image]) -> list[list[dict]]:
 def compare(images: list[Image], rounds: int) -> tuple[float, float, float]:
     """Return median seconds of stock and ours, and the median ratio; raise if they differ."""
     heads = {'stock': FCNMaskHead(**HEAD), 'ours': CellMaskHead(**HEAD)}
-    if run(heads['stock'], images) != run(heads['ours'], images):  # also the warm-up
-        sys.exit('benchmarks/postprocess.py: the results differ; no time is worth printing')
     seconds: dict[str, list[float]] = {'stock': [], 'ours': []}
+    for head in heads.values():
+        run(head, [make_image(20, (200, 300))])  # warm-up
     for _ in range(rounds):
+        results = []
         for name, head in heads.items():
             start = time.perf_counter()
-            run(head, images)
+            results.append(run(head, images))
             seconds[name].append(time.perf_counter() - start)
+        if results[0] != results[1]:
+            sys.exit('benchmarks/postprocess.py: the results differ; no time is worth printing')
     ratios = [a / b for a, b in zip(seconds['stock'], seconds['ours'], strict=True)]
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     return medians['stock'], medians['ours'], statistics.median(ratios)

@@ -27,7 +27,8 @@ from cellseg_mm.instances import InstanceSet
 
 Sample = TypeVar('Sample', DetDataSample, dict)
 
-EXTRA_KEYS = ('mask_probs', 'mask_boxes')  # what CellMaskHead adds on request
+# What CellMaskHead adds on request, and what fusion adds.
+EXTRA_KEYS = ('mask_probs', 'mask_boxes', 'n_votes', 'agreement', 'mask_uncertainty', 'uncut_area')
 
 
 def to_instance_set(data_sample: DetDataSample | Mapping) -> InstanceSet:
@@ -204,8 +205,8 @@ class CapReport:
             return f'No image of {self.n_images} hit the cap of {self.cap} instances.'
         lines = [
             f'{len(self.capped)} of {self.n_images} images hit the cap of {self.cap} instances; '
-            f'lost are detections between the score threshold {self.score_thr:g} and the score '
-            'shown. Raise model.test_cfg.rcnn.max_per_img if that score is one you would keep.'
+            f'anything lost scored between the threshold {self.score_thr:g} and the score shown. '
+            'Raise model.test_cfg.rcnn.max_per_img if you would keep such scores.'
         ]
         lines += [f'  {c.name}: kept down to {c.lowest_score:.4f}' for c in self.capped[:n_shown]]
         if len(self.capped) > n_shown:
