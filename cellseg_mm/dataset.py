@@ -55,9 +55,11 @@ class CellDataset(BaseDetDataset):
         split: ``train`` or ``val`` part of the fold, ``all`` training cases, or ``test``.
         fold: Which fold is held out; unused by ``all`` and ``test``.
         folds_file: Where the folds are; ``auto`` means ``<data_root>/folds.json``.
+        exclude_folds: Further folds that the training split leaves out, so that several members
+            are clean on them and fusion can be measured there; see docs/fusion.md.
 
     Raises:
-        FoldError: The folds file is missing, wrong, or has no such fold.
+        FoldError: The folds file is missing, wrong, or has no such fold, or nothing is left.
         ConfigError: ``metainfo`` names no classes, or ``split`` is unknown.
     """
 
@@ -68,12 +70,14 @@ class CellDataset(BaseDetDataset):
         split: Literal['train', 'val', 'all', 'test'] = 'train',
         fold: int | None = 0,
         folds_file: str | None = 'auto',
+        exclude_folds: Sequence[int] = (),
         **kwargs,
     ) -> None:
         if split not in ('train', 'val', 'all', 'test'):
             raise ConfigError(f'dataset.split: found {split!r}; expected train, val, all or test')
         self.split = split
         self.fold = fold
+        self.exclude_folds = tuple(sorted(set(exclude_folds)))
         is_auto = folds_file in (None, 'auto')
         self.folds_file = Path(data_root) / 'folds.json' if is_auto else Path(folds_file)
         self.fold_hash = ''
@@ -102,14 +106,22 @@ class CellDataset(BaseDetDataset):
                 f'make them with: {_prepare_command(self.data_root, self.folds_file)}'
             )
         folds = load_folds(self.folds_file, [case.name for case in cases])
-        if self.fold is None or not 0 <= self.fold < folds.n_folds:
-            raise FoldError(
-                f'{self.folds_file}: has folds 0 to {folds.n_folds - 1}, the config asks for fold '
-                f'{self.fold}; make more folds or choose one of these'
-            )
+        for fold in (self.fold, *self.exclude_folds):
+            if fold is None or not 0 <= fold < folds.n_folds:
+                raise FoldError(
+                    f'{self.folds_file}: has folds 0 to {folds.n_folds - 1}, the config asks for '
+                    f'fold {fold}; make more folds or choose one of these'
+                )
         self.fold_hash = folds.hash
-        part = folds.train_names if self.split == 'train' else folds.val_names
-        wanted = set(part(self.fold))
+        wanted = set(folds.val_names(self.fold))
+        if self.split == 'train':
+            left_out = {self.fold, *self.exclude_folds}
+            wanted = {name for name, fold in folds.fold_of().items() if fold not in left_out}
+        if not wanted:
+            raise FoldError(
+                f'{self.folds_file}: fold {self.fold} and exclude_folds {self.exclude_folds} leave '
+                f'nothing of {folds.n_folds} folds to train on; exclude fewer'
+            )
         return [case for case in cases if case.name in wanted]
 
     @staticmethod
@@ -197,8 +209,11 @@ def base_dataset(dataset: object) -> CellDataset | None:
 
 def log_parts(dataset: CellDataset) -> None:
     """Log once what a split consists of."""
+    without = ''
+    if dataset.split == 'train' and dataset.exclude_folds:
+        without = f' without folds {", ".join(map(str, dataset.exclude_folds))} too'
     print_log(
         f'{dataset.split}: {len(dataset)} images of {os.fspath(dataset.data_root)}, fold '
-        f'{dataset.fold}, fold hash {dataset.fold_hash or "-"}, data hash {dataset.data_hash}',
+        f'{dataset.fold}{without}, fold hash {dataset.fold_hash or "-"}, data hash {dataset.data_hash}',
         logger='current',
     )

@@ -21,6 +21,9 @@ from cellseg_mm import files, provenance
 from cellseg_mm.dataset import CellDataset, base_dataset, log_parts
 from cellseg_mm.errors import CellSegError, FoldError
 
+# What a result file says about the checkpoint that made it.
+TRAINED_KEYS = ('fold', 'fold_hash', 'excluded_folds', 'commit')
+
 
 def run_provenance(runner: Runner, dataset: CellDataset | None) -> dict:
     """Return what a checkpoint or result of this run must carry, as plain JSON values."""
@@ -29,6 +32,7 @@ def run_provenance(runner: Runner, dataset: CellDataset | None) -> dict:
         'fold': dataset.fold if dataset and dataset.split in ('train', 'val') else None,
         'split': dataset.split if dataset else '',
         'fold_hash': dataset.fold_hash if dataset else '',
+        'excluded_folds': list(dataset.exclude_folds) if dataset else [],
         'data_hash': dataset.data_hash if dataset else '',
         'data_root': str(dataset.data_root) if dataset else '',
         'class_names': [str(name) for name in classes],
@@ -75,7 +79,7 @@ class ProvenanceHook(Hook):
             **run_provenance(runner, dataset),
             'checkpoint': str(source or ''),
             'checkpoint_hash': files.file_hash(source)[:16] if is_file else '',
-            'trained': {key: self._loaded.get(key) for key in ('fold', 'fold_hash', 'commit')},
+            'trained': {key: self._loaded.get(key) for key in TRAINED_KEYS},
         }
         for metric in runner.test_loop.evaluator.metrics:
             if hasattr(metric, 'provenance'):
@@ -109,10 +113,16 @@ def refuse_other_folds(trained: dict, dataset: CellDataset) -> None:
             f'folds {dataset.fold_hash}; its validation images may have been trained on; restore '
             'the old folds file or train again'
         )
-    if trained['fold'] != dataset.fold:
+    excluded = list(trained.get('excluded_folds', ()))
+    if dataset.split == 'train':  # resuming: the same images must follow
+        is_same = (trained['fold'], excluded) == (dataset.fold, list(dataset.exclude_folds))
+    else:
+        is_same = dataset.fold in (trained['fold'], *excluded)
+    if not is_same:
         raise FoldError(
-            f'checkpoint: trained for fold {trained["fold"]}, the config is fold {dataset.fold}; '
-            'it has seen these validation images; use the config of its own fold'
+            f'checkpoint: trained for fold {trained["fold"]} without folds {excluded}, the config '
+            f'is fold {dataset.fold} without {list(dataset.exclude_folds)}; it has seen images '
+            'that this config holds out; use the config of its own fold'
         )
 
 
