@@ -8,15 +8,17 @@ the fold that held it out, and all files name the same folds; anything else is r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cellseg_mm.errors import FoldError, PredictionError
 from cellseg_mm.folds import Folds
 from cellseg_mm.instances import InstanceSet
 from cellseg_mm.labels import find_cases, read_gt
-from cellseg_mm.predictions import Predictions, load_predictions
+from cellseg_mm.predictions import Predictions, load_predictions, save_predictions
 from cellseg_mm.progress import track
+from cellseg_mm.provenance import code_commit
+from cellseg_mm.scoring import Scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +107,10 @@ def _checked_fold(
     if fold_hash != folds.hash:
         raise FoldError(
             f'{path}: made with folds {fold_hash}, {folds_path or "the folds file"} has '
-            f'{folds.hash}; the member may have trained on these images; restore the folds file or train again'
+            f'{folds.hash}; the member may have trained on these images; restore the folds file '
+            'or train again'
         )
+    _check_trained(path, provenance.get('trained'), fold, folds.hash)
     has, wanted = {s.name for s in predictions.sets}, set(folds.val_names(fold))
     if has != wanted:
         raise FoldError(
@@ -114,3 +118,98 @@ def _checked_fold(
             f'({len(wanted - has)} missing, {len(has - wanted)} of other folds); test it again'
         )
     return fold
+
+
+def _check_trained(path: Path, trained: object, fold: int, fold_hash: str) -> None:
+    """Refuse a file whose checkpoint is not known to have held the fold out."""
+    if not isinstance(trained, dict):  # made elsewhere: the file's own word has to do
+        return
+    clean = (trained.get('fold'), *(trained.get('excluded_folds') or ()))
+    if trained.get('fold_hash') != fold_hash or fold not in clean:
+        raise FoldError(
+            f'{path}: its checkpoint was trained for fold {trained.get("fold")} of folds '
+            f'{trained.get("fold_hash") or "unknown"}, the images are those of fold {fold} of '
+            f'folds {fold_hash}; it may have seen them; test the checkpoint of fold {fold}'
+        )
+
+
+def describe(pool: Pool, scores: Scores, data_root: Path | str) -> str:
+    """Return the headline and what it rests on, for a terminal."""
+    value = scores.headline()['segm_AP50']
+    low, high = scores.intervals.get('segm_AP50', (float('nan'), float('nan')))
+    interval = f' (95 % interval {low:.4f} to {high:.4f})' if scores.intervals else ''
+    held_out = ', '.join(map(str, pool.folds))
+    partial = '' if len(pool.folds) == pool.n_folds else ' ONLY'
+    return (
+        f'out-of-fold mask AP50 {value:.4f}{interval}\n'
+        f'data {data_root}, {len(pool.pred_sets)} images of folds {held_out}{partial} '
+        f'(of {pool.n_folds}, folds {pool.fold_hash}), at most {scores.cap} detections per class '
+        f'and image, commit {code_commit() or "unknown"}'
+    )
+
+
+def save_pool(path: Path | str, pool: Pool) -> None:
+    """Write the pooled predictions as one prediction file; see docs/formats.md."""
+    members = {
+        str(fold): {
+            key: provenance.get(key) for key in ('checkpoint', 'checkpoint_hash', 'code_commit')
+        }
+        for fold, provenance in pool.provenance.items()
+    }
+    keys = [set(s.extra) for s in pool.pred_sets if len(s)]
+    kept = set.intersection(*keys) if keys else set()
+    sets = [
+        replace(s, extra={k: v for k, v in s.extra.items() if k in kept}) for s in pool.pred_sets
+    ]
+    provenance = {
+        'split': 'oof',
+        'fold': None,
+        'folds': list(pool.folds),
+        'fold_of': {s.name: fold for s, fold in zip(pool.pred_sets, pool.fold_of, strict=True)},
+        'fold_hash': pool.fold_hash,
+        'class_names': list(pool.class_names),
+        'code_commit': code_commit(),
+        'members': members,
+    }
+    save_predictions(path, Predictions(sets, provenance))
+
+
+def validation_files(configs: Sequence[str], work_dirs: Sequence[Path]) -> list[Path]:
+    """Return where each fold's tested predictions are.
+
+    Raises:
+        PredictionError: Some are missing; names the commands that make them.
+    """
+    return _existing(
+        [work_dir / 'val.predictions.npz' for work_dir in work_dirs],
+        [
+            f'python tools/test.py {config} --work-dir {work_dir}'
+            for config, work_dir in zip(configs, work_dirs, strict=True)
+        ],
+    )
+
+
+def held_out_files(configs: Sequence[str], work_dirs: Sequence[Path], fold: int) -> list[Path]:
+    """Return where each member's predictions of a held-out fold are.
+
+    Raises:
+        PredictionError: Some are missing; names the commands that make them.
+    """
+    return _existing(
+        [work_dir / f'on_fold{fold}' / 'val.predictions.npz' for work_dir in work_dirs],
+        [
+            f'python tools/test.py {config} --work-dir {work_dir} --out {work_dir}/on_fold{fold} '
+            f'--cfg-options test_dataloader.dataset.fold={fold}'
+            for config, work_dir in zip(configs, work_dirs, strict=True)
+        ],
+    )
+
+
+def _existing(paths: list[Path], commands: Sequence[str]) -> list[Path]:
+    missing = [i for i, path in enumerate(paths) if not path.is_file()]
+    if missing:
+        raise PredictionError(
+            f'{paths[missing[0]]}: {len(missing)} of {len(paths)} prediction files are missing; '
+            f'make them with: {"; ".join(commands[i] for i in missing)}'
+        )
+    return paths

@@ -1,0 +1,102 @@
+"""Merge folds, or prediction files, into one answer.
+
+    python tools/ensemble.py configs/*.py                      # best checkpoint of each fold
+    python tools/ensemble.py configs/fold0.py --checkpoints a.pth b.pth c.pth
+    python tools/ensemble.py configs/fold0.py --predictions a.npz test-results.json.zip
+
+On many GPUs: tools/dist_ensemble.sh GPUS configs/*.py [options].
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from cellseg_mm.launch import add_config_arguments, load_config, run_tool
+
+
+def parse_args(words: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('configs', nargs='+', help='one config per fold')
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument('--checkpoints', nargs='+', help='instead of the best of each work folder')
+    what.add_argument(
+        '--predictions', nargs='+', help='merge these files (npz, COCO JSON or zip); run no model'
+    )
+    parser.add_argument('--fusion', help='rule, for example soft_mask:iou_thr=0.4 (default: nms)')
+    parser.add_argument('--post', help='afterwards, for example disjoint,min_area_px=20')
+    parser.add_argument('--settings', help='inference.json of tools/find_best.py')
+    parser.add_argument(
+        '--tta', action='store_true', help='test-time augmentation as the config says'
+    )
+    parser.add_argument('--split', choices=['test', 'val', 'all'], default='test')
+    parser.add_argument('--fold', type=int, help="fold of --split val (default: first config's)")
+    parser.add_argument(
+        '--leave-out-seen',
+        action='store_true',
+        help='on training images use only the members that never saw them',
+    )
+    parser.add_argument('--placement', choices=['auto', 'device', 'turns'], default='auto')
+    parser.add_argument('--amp', action='store_true', help='use automatic mixed precision')
+    parser.add_argument('--work-root', help='folder of the work folders (default: work_dirs)')
+    parser.add_argument('--out', help='folder for the results (default: ensemble beside the folds)')
+    add_config_arguments(parser)
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    """Merge, write, and say what was merged."""
+    args = parse_args()
+    from mmengine.dist import is_main_process
+
+    from cellseg_mm import ensemble
+    from cellseg_mm.cross_validation import ensemble_dir
+    from cellseg_mm.training import dataset_settings, folds_path
+
+    work_dirs = ensemble.work_dirs_of(args.configs, args.work_root)
+    args.work_dir = out = Path(args.out or ensemble_dir(work_dirs))
+    configs = {}
+    for path in args.configs:
+        args.config = path
+        configs[path] = load_config(args)
+    cfg = configs[args.configs[0]]
+    data = dataset_settings(cfg, 'test_dataloader')
+    classes = tuple(data.metainfo.classes)
+    fusion = ensemble.choose_fusion(
+        rule=args.fusion,
+        post=args.post,
+        tta='config' if args.tta else None,
+        settings=args.settings,
+        class_names=classes,
+    )
+    fold = None if args.split != 'val' else data.fold if args.fold is None else args.fold
+    images = ensemble.find_images(
+        data.data_root, args.split, classes, folds_path=folds_path(data), fold=fold
+    )
+    if args.predictions:
+        merged = ensemble.ensemble_files(
+            args.predictions, images, fusion, out, leave_out_seen=args.leave_out_seen
+        )
+    else:
+        from cellseg_mm.ensemble_models import ensemble_models, pair_sources
+
+        checkpoints = args.checkpoints or ensemble.find_checkpoints(work_dirs)
+        merged = ensemble_models(
+            cfg,
+            pair_sources(configs, checkpoints),
+            images,
+            fusion,
+            out,
+            placement=args.placement,
+            amp=args.amp,
+            leave_out_seen=args.leave_out_seen,
+        )
+    if is_main_process():
+        print(ensemble.finish(merged, images, out))
+
+
+if __name__ == '__main__':
+    run_tool(main)

@@ -1,0 +1,72 @@
+"""Score all folds on the images that each of them never saw.
+
+    python tools/score_oof.py configs/*.py
+    python tools/score_oof.py configs/*.py --held-out 4 --fusion nms soft_mask   # fusion's gain
+
+With --held-out, the members must have been trained without that fold (docs/fusion.md says how).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from cellseg_mm.launch import run_tool
+
+
+def parse_args(words: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('configs', nargs='+', help='one config per fold')
+    parser.add_argument('--work-root', help='folder of the work folders (default: work_dirs)')
+    parser.add_argument('--out', help='folder for the results (default: ensemble beside the folds)')
+    parser.add_argument('--held-out', type=int, help='measure what fusion brings on this fold')
+    parser.add_argument(
+        '--fusion', nargs='+', default=['nms', 'soft_mask'], help='rules to measure'
+    )
+    parser.add_argument('--post', default='', help='post-processing after each rule')
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    """Score, write, and print the headline."""
+    args = parse_args()
+    from mmengine.config import Config
+
+    from cellseg_mm import ensemble, files, folds, oof, scoring
+    from cellseg_mm.cross_validation import ensemble_dir
+    from cellseg_mm.fusion_gain import fusion_gain
+    from cellseg_mm.training import dataset_settings, folds_path
+
+    work_dirs = ensemble.work_dirs_of(args.configs, args.work_root)
+    out = Path(args.out or ensemble_dir(work_dirs))
+    data = dataset_settings(Config.fromfile(args.configs[0]), 'test_dataloader')
+    if args.held_out is not None:
+        images = ensemble.find_images(
+            data.data_root,
+            'val',
+            data.metainfo.classes,
+            folds_path=folds_path(data),
+            fold=args.held_out,
+        )
+        paths = oof.held_out_files(args.configs, work_dirs, args.held_out)
+        gain = fusion_gain(paths, images, args.fusion, post=args.post)
+        path = out / f'fusion_gain_fold{args.held_out}.json'
+        files.write_json(path, dataclasses.asdict(gain))
+        print(f'{gain.table()}\nwritten: {path}')
+        return
+    paths = oof.validation_files(args.configs, work_dirs)
+    in_force = folds.load_folds(folds_path(data))
+    pool = oof.pool_predictions(paths, in_force, data.data_root, folds_path=folds_path(data))
+    scores = scoring.score(pool.gt_sets, pool.pred_sets, pool.class_names)
+    oof.save_pool(out / 'oof.predictions.npz', pool)
+    files.write_json(out / 'oof.scores.json', scores.to_dict())
+    print(f'{scores.table()}\n\n{oof.describe(pool, scores, data.data_root)}')
+    print(f'written: {out / "oof.scores.json"}, {out / "oof.predictions.npz"}')
+
+
+if __name__ == '__main__':
+    run_tool(main)
