@@ -1,0 +1,151 @@
+"""Pictures: what is drawn is inside the cells, in the right colour, and quick."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import tifffile
+from scipy import ndimage
+
+from cellseg_mm import overlay
+from cellseg_mm.instances import InstanceSet
+
+NAMES = ('epithelial', 'lymphocyte')
+COLOURS = [(0, 114, 178), (213, 94, 0)]
+IMAGE = np.full((40, 51, 3), 200, dtype=np.uint8)
+
+
+def make_set(crops, offsets, class_ids, scores, image_hw=(40, 51)) -> InstanceSet:
+    return InstanceSet.from_crops(
+        'a',
+        1,
+        image_hw,
+        crops=crops,
+        offsets_yx=np.array(offsets),
+        class_ids=np.array(class_ids),
+        scores=np.array(scores),
+    )
+
+
+def disc(radius: int) -> np.ndarray:
+    y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1]
+    return y * y + x * x <= radius * radius
+
+
+def two_cells() -> InstanceSet:
+    ring = disc(8)
+    ring[6:11, 6:11] = False  # a hole has an outline too
+    return make_set([disc(6), ring], [(2, 3), (15, 30)], [0, 1], [0.9, 0.4])
+
+
+@pytest.mark.parametrize('line_px', [1, 2, 3])
+def test_outlines_are_the_rim_of_the_masks(line_px: int) -> None:
+    drawn = overlay.draw_overlay(IMAGE, two_cells(), COLOURS, line_px=line_px)
+    expected = IMAGE.copy()
+    for mask, colour in zip(two_cells().masks(), COLOURS, strict=True):
+        inside = ndimage.binary_erosion(mask, iterations=line_px)
+        expected[mask & ~inside] = colour
+    assert np.array_equal(drawn, expected)
+    assert (IMAGE == 200).all()  # the input is left alone
+
+
+def test_a_cell_at_the_edge_gets_a_closed_line() -> None:
+    instances = make_set([np.ones((5, 5), bool)], [(0, 0)], [0], [1.0])
+    drawn = overlay.draw_overlay(IMAGE, instances, COLOURS, line_px=1)
+    outlined = (drawn[:5, :5] == COLOURS[0]).all(axis=2)
+    assert outlined.sum() == 16  # 5 x 5 without the inner 3 x 3
+    assert not outlined[1:4, 1:4].any()
+
+
+def test_the_higher_score_is_drawn_last() -> None:
+    square = np.ones((6, 6), bool)
+    instances = make_set([square, square], [(4, 4)] * 2, [0, 1], [0.3, 0.6])
+    drawn = overlay.draw_overlay(IMAGE, instances, COLOURS)
+    assert (drawn[4, 4] == COLOURS[1]).all()
+    drawn = overlay.draw_overlay(IMAGE, instances[[1, 0]], COLOURS)
+    assert (drawn[4, 4] == COLOURS[1]).all()
+
+
+def test_no_cells_and_cells_without_pixels() -> None:
+    empty = InstanceSet.empty('a', 1, (40, 51))
+    assert np.array_equal(overlay.draw_overlay(IMAGE, empty, COLOURS), IMAGE)
+    hollow = make_set([np.zeros((0, 0), bool)], [(0, 0)], [0], [1.0])
+    assert np.array_equal(overlay.draw_overlay(IMAGE, hollow, COLOURS), IMAGE)
+
+
+def test_legend_scores_and_titles_add_to_the_picture() -> None:
+    drawn = overlay.draw_overlay(
+        IMAGE, two_cells(), COLOURS, class_names=NAMES, scores=True, legend=True
+    )
+    assert drawn.shape == (68, 51, 3)
+    strip = drawn[40:]
+    assert (strip == COLOURS[0]).all(axis=2).sum() > 50  # the swatch of class 0
+    plain = overlay.draw_overlay(IMAGE, two_cells(), COLOURS)
+    assert (drawn[:40] != plain).any()  # scores were written
+
+
+def test_pair() -> None:
+    gt = two_cells()
+    pair = overlay.draw_pair(IMAGE, gt, gt, COLOURS, class_names=NAMES, score_thr=0.5)
+    assert pair.shape == (28 + 40 + 28, 51 + 8 + 51, 3)
+    left, right = pair[28:68, :51], pair[28:68, 59:]
+    assert np.array_equal(left, overlay.draw_overlay(IMAGE, gt, COLOURS))
+    assert np.array_equal(right, overlay.draw_overlay(IMAGE, gt[:1], COLOURS))  # 0.4 < 0.5
+
+
+def test_contact_sheet() -> None:
+    pictures = [np.full((40, 60, 3), 10, np.uint8), np.full((100, 50, 3), 20, np.uint8)] * 2
+    params = overlay.SheetParams(n_columns=3, cell_px=50)
+    sheet = overlay.draw_contact_sheet(pictures, ['a', 'b', 'c', 'd'], params)
+    # shrunk to 33 x 50 and 50 x 25; titles 28, gaps 8; rows of 3 and 1
+    assert sheet.shape == (2 * (28 + 50 + 8), 3 * (50 + 8), 3)
+    assert (sheet[28:61, :50] == 10).all()
+    assert (sheet[28:78, 58 : 58 + 25] == 20).all()
+    with pytest.raises(ValueError, match='4 pictures with 1 titles'):
+        overlay.draw_contact_sheet(pictures, ['a'])
+
+
+def test_true_colours_of_swapped_files(tmp_path: Path) -> None:
+    stored = np.zeros((4, 5, 3), np.uint8)
+    stored[..., 2] = 250  # red, where blue belongs
+    tifffile.imwrite(tmp_path / 'a.tif', stored, photometric='rgb')
+    plain = overlay.read_rgb(tmp_path / 'a.tif')
+    true = overlay.read_rgb(tmp_path / 'a.tif', red_blue_swapped=True)
+    assert plain[0, 0].tolist() == [0, 0, 250]
+    assert true[0, 0].tolist() == [250, 0, 0]
+
+
+def test_png_is_read_back_in_rgb(tmp_path: Path) -> None:
+    picture = overlay.draw_overlay(IMAGE, two_cells(), COLOURS)
+    overlay.write_png(tmp_path / 'a.png', picture)
+    found = cv2.cvtColor(cv2.imread(str(tmp_path / 'a.png')), cv2.COLOR_BGR2RGB)
+    assert np.array_equal(found, picture)
+    assert [p.name for p in tmp_path.iterdir()] == ['a.png']
+
+
+def test_wrong_input_is_refused() -> None:
+    with pytest.raises(ValueError, match=r'shape \(40, 50, 3\)'):
+        overlay.draw_overlay(IMAGE[:, :50], two_cells(), COLOURS)
+    with pytest.raises(ValueError, match='class 1 has no colour'):
+        overlay.draw_overlay(IMAGE, two_cells(), COLOURS[:1])
+
+
+def test_cost_follows_the_cells_not_the_image() -> None:
+    """A thousand cells on a large picture: painting full-size masks would take minutes."""
+    rng = np.random.default_rng(0)
+    crops = [disc(int(r)) for r in rng.integers(4, 20, 1000)]
+    offsets = rng.integers(0, 3900, (1000, 2))
+    instances = make_set(crops, offsets, rng.integers(0, 2, 1000), rng.random(1000), (4000, 4000))
+    image = np.zeros((4000, 4000, 3), np.uint8)
+    start = time.process_time()
+    overlay.draw_overlay(image, instances, COLOURS)
+    assert time.process_time() - start < 2.0  # about 0.1 s on a quiet core
+
+
+def test_colours_differ() -> None:
+    assert len(set(overlay.default_colours(8))) == 8
+    assert len(overlay.default_colours(11)) == 11
