@@ -101,7 +101,8 @@ def adapt_to_machine(cfg: Config) -> None:
     cfg.setdefault('env_cfg', ConfigDict()).setdefault('dist_cfg', ConfigDict())
     cfg.env_cfg.dist_cfg.backend = 'gloo'
     # MMDetection would hand the CPU model a CUDA device number
-    cfg.setdefault('model_wrapper_cfg', ConfigDict(type='MMDistributedDataParallel'))
+    wrapper = {'type': 'MMDistributedDataParallel', 'device_ids': None, 'broadcast_buffers': False}
+    cfg.setdefault('model_wrapper_cfg', ConfigDict(wrapper))
     _start_gloo()
     print_log(f'No CUDA device: gloo backend, {n_changed} SyncBN settings changed to BN', 'current')
 

@@ -8,6 +8,7 @@ the same weights as a run that was never cut.
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
@@ -72,7 +73,7 @@ def _set_resume(cfg: Config, resume: str) -> None:
         return
     newest, skipped = checkpoints.last_good_checkpoint(cfg.work_dir)
     for reason in skipped:
-        print_log(f'{reason}; going back to the one before', 'current', level='WARNING')
+        print_log(f'{reason}; going back to the one before', 'current', level=logging.WARNING)
     if newest is None:
         print_log(f'{cfg.work_dir}: no checkpoint to resume from, starting anew', 'current')
         return

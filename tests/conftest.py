@@ -1,0 +1,45 @@
+"""What several test files share: a small generated data set, and a model that trains in seconds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# One thread per process: the suite runs several processes on two cores.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Shrinks configs/sample to seconds; the parts stay the same.
+MICRO = {
+    'model.backbone.base_channels': 8,
+    'model.neck.in_channels': [8, 16, 32, 64],
+    'train_dataloader.batch_size': 2,
+    'train_dataloader.num_workers': 0,
+    'train_dataloader.persistent_workers': False,
+    'val_dataloader.num_workers': 0,
+    'val_dataloader.persistent_workers': False,
+    'test_dataloader.num_workers': 0,
+    'test_dataloader.persistent_workers': False,
+    'model.test_cfg.rcnn.max_per_img': 30,
+    'model.test_cfg.rpn.max_per_img': 50,
+    'train_cfg.max_iters': 4,
+    'train_cfg.val_interval': 2,
+    'default_hooks.checkpoint.interval': 2,
+    'default_hooks.logger.interval': 1,
+}
+
+
+@pytest.fixture(scope='session')
+def sample_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A generated data set of six training and two test images with two folds."""
+    from cellseg_mm import prepare
+    from cellseg_mm.sample import make_sample
+
+    root = tmp_path_factory.mktemp('sample') / 'data'
+    make_sample(root, n_train=6, n_test=2, seed=3)
+    report = prepare.prepare(root, prepare.PrepareParams(n_folds=2, n_workers=1))
+    report.raise_for_errors()
+    return root

@@ -1,0 +1,196 @@
+"""training: exact resuming, folds that are checked, errors that name images, stock tools."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import MICRO, ROOT
+
+pytestmark = pytest.mark.mm
+
+
+def options(**changes: object) -> list[str]:
+    merged = {**MICRO, **changes}
+    return ['--cfg-options', *(f'{key}={json.dumps(value)}' for key, value in merged.items())]
+
+
+def run(
+    command: list[str | Path], data: Path, *, expect: int = 0, folds: Path | None = None
+) -> subprocess.CompletedProcess:
+    environment = {**os.environ, 'CELLSEG_DATA': str(data), 'PYTHONPATH': str(ROOT)}
+    environment.pop('CELLSEG_FOLDS', None)
+    if folds is not None:
+        environment['CELLSEG_FOLDS'] = str(folds)
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == expect, (done.stdout + done.stderr)[-4000:]
+    return done
+
+
+def train(data: Path, work_dir: Path, *words: str, expect: int = 0, **changes: object):
+    command = ['tools/train.py', 'configs/sample/fold0.py', '--work-dir', work_dir, *words]
+    return run([*command, *options(**changes)], data, expect=expect)
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=False, map_location='cpu')['state_dict']
+
+
+@pytest.fixture(scope='module')
+def trained(sample_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A work folder of an uninterrupted run of four iterations."""
+    work_dir = tmp_path_factory.mktemp('trained')
+    done = train(sample_data, work_dir)
+    assert 'Parameter groups' in done.stdout
+    assert 'best checkpoint:' in done.stdout
+    return work_dir
+
+
+def test_resumed_run_ends_with_the_same_bytes(
+    sample_data: Path, trained: Path, tmp_path: Path
+) -> None:
+    # The first run ends at iteration 2 of the same schedule, as if it had been killed there;
+    # its newest checkpoint is torn on top, as by a full disk.
+    train(sample_data, tmp_path, **{'train_cfg.max_iters': 2})
+    (tmp_path / 'iter_3.pth').write_bytes((tmp_path / 'iter_2.pth').read_bytes()[:5000])
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'iter_3.pth'))
+    done = train(sample_data, tmp_path, '--resume')
+    assert 'iter_3.pth' in done.stdout + done.stderr
+    assert 'repeating its validation' in done.stdout
+    whole, resumed = weights(trained / 'iter_4.pth'), weights(tmp_path / 'iter_4.pth')
+    assert whole.keys() == resumed.keys()
+    differing = [name for name in whole if not torch.equal(whole[name], resumed[name])]
+    assert differing == []
+
+
+def test_checkpoint_says_where_it_comes_from(sample_data: Path, trained: Path) -> None:
+    from cellseg_mm.folds import load_folds
+
+    meta = torch.load(trained / 'iter_4.pth', weights_only=False)['meta']['cellseg']
+    assert meta['fold'] == 0
+    assert meta['fold_hash'] == load_folds(sample_data / 'folds.json').hash
+    assert meta['class_names'] == ['epithelial', 'lymphocyte', 'neutrophil', 'macrophage']
+    assert meta['versions']['torch']
+    assert len(meta['data_hash']) == 16
+
+
+def test_scoring_finds_the_best_and_writes_instances(
+    sample_data: Path, trained: Path, tmp_path: Path
+) -> None:
+    from cellseg_mm.folds import load_folds
+    from cellseg_mm.predictions import load_predictions
+
+    command = ['tools/test.py', 'configs/sample/fold0.py', '--work-dir', trained, '--out', tmp_path]
+    run([*command, *options()], sample_data)
+    predictions = load_predictions(tmp_path / 'val.predictions.npz')
+    folds = load_folds(sample_data / 'folds.json')
+    assert sorted(s.name for s in predictions.sets) == sorted(folds.val_names(0))
+    assert predictions.provenance['fold'] == 0
+    assert predictions.provenance['fold_hash'] == folds.hash
+    assert predictions.provenance['checkpoint_hash']
+    scores = json.loads((tmp_path / 'val.scores.json').read_text())
+    assert scores['cap'] == 30
+
+
+def test_checkpoint_of_another_fold_is_refused(
+    sample_data: Path, trained: Path, tmp_path: Path
+) -> None:
+    checkpoint = trained / 'iter_4.pth'
+    command = ['tools/test.py', 'configs/sample/fold1.py', checkpoint, '--work-dir', tmp_path]
+    done = run([*command, *options()], sample_data, expect=2)
+    assert 'trained for fold 0' in done.stderr
+    assert 'the config is fold 1' in done.stderr
+    assert 'Traceback' not in done.stderr.split('error:')[-1]
+
+
+def test_checkpoint_of_other_folds_is_refused(
+    sample_data: Path, trained: Path, tmp_path: Path
+) -> None:
+    from cellseg_mm.folds import load_folds, save_folds
+
+    folds = load_folds(sample_data / 'folds.json')
+    swapped = type(folds)(folds.names_by_fold[::-1], folds.groups, folds.method, folds.seed)
+    save_folds(tmp_path / 'folds.json', swapped)
+    command = ['tools/test.py', 'configs/sample/fold0.py', trained / 'iter_4.pth']
+    done = run(
+        [*command, '--work-dir', tmp_path, *options()],
+        sample_data,
+        expect=2,
+        folds=tmp_path / 'folds.json',
+    )
+    assert folds.hash in done.stderr
+    assert swapped.hash in done.stderr
+
+
+def test_infinite_loss_stops_and_names_the_images(sample_data: Path, tmp_path: Path) -> None:
+    done = train(
+        sample_data,
+        tmp_path,
+        expect=2,
+        **{'model.roi_head.mask_head.loss_mask.loss_weight': 1e39},
+    )
+    assert 'loss_mask not finite at iteration 1' in done.stderr
+    saved = json.loads((tmp_path / 'invalid_loss_rank0.json').read_text())
+    assert len(saved['images']) == 2
+    assert all(Path(name).is_file() for name in saved['images'])
+
+
+@pytest.mark.parametrize(
+    ('change', 'sentence'),
+    [
+        pytest.param({'modle.backbone.depth': 18}, 'modle', id='misspelt key'),
+        pytest.param(
+            {'optim_wrapper.paramwise_cfg.custom_keys.bakbone.lr_mult': 0.1},
+            'bakbone',
+            id='learning-rate key that matches nothing',
+        ),
+        pytest.param(
+            {'train_dataloader.dataset.dataset.fold': 7}, 'folds 0 to 1', id='no such fold'
+        ),
+    ],
+)
+def test_settings_without_effect_are_refused(
+    sample_data: Path, tmp_path: Path, change: dict, sentence: str
+) -> None:
+    done = train(sample_data, tmp_path, expect=2, **change)
+    assert sentence in done.stderr
+
+
+def test_two_gloo_processes_train_and_score(sample_data: Path, tmp_path: Path) -> None:
+    words = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=29517']
+    command = [*words, 'tools/train.py', 'configs/sample/fold0.py', '--launcher', 'pytorch']
+    done = run([*command, '--work-dir', tmp_path, *options()], sample_data)
+    assert 'gloo' in done.stdout + done.stderr
+    assert (tmp_path / 'iter_4.pth').is_file()
+    assert (tmp_path / 'finished.json').is_file()
+
+
+def test_stock_mmdetection_tools_run_our_configs(
+    sample_data: Path, trained: Path, tmp_path: Path
+) -> None:
+    import mmdet
+
+    tools = Path(mmdet.__file__).parent / '.mim/tools'
+    command = [tools / 'train.py', 'configs/sample/fold0.py', '--work-dir', tmp_path]
+    run([*command, *options()], sample_data)
+    mine, stock = weights(trained / 'iter_4.pth'), weights(tmp_path / 'iter_4.pth')
+    assert all(torch.equal(mine[name], stock[name]) for name in mine)
+    best = next(tmp_path.glob('best_*.pth'))
+    # test.py imports mmdet.models before it reads a config
+    command = ['-m', 'cellseg_mm', tools / 'test.py', 'configs/sample/fold0.py', best]
+    done = run([*command, '--work-dir', tmp_path, *options()], sample_data)
+    assert 'segm_mAP_50' in done.stdout
