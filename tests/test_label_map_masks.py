@@ -287,6 +287,18 @@ def test_pickle_and_deepcopy_drop_what_is_not_needed() -> None:
     assert_same(copy.deepcopy(cropped), stock(cropped))
 
 
+@pytest.mark.parametrize('measured', [False, True])  # sent as pixels, or as runs
+def test_pickle_of_a_window_inside_padding(measured: bool) -> None:
+    masks = some_masks(4, (90, 80))
+    if measured:
+        assert masks.areas.any()
+    seen = masks.crop(np.array([21, 33, 62, 71])).flip('diagonal').expand(60, 70, 9, 11)
+    wanted = stock(masks).crop(np.array([21, 33, 62, 71])).flip('diagonal').expand(60, 70, 9, 11)
+    received = pickle.loads(pickle.dumps(seen))
+    assert (received.view.source.shape == masks.view.source.shape) == measured  # not cut
+    assert_same(received, wanted)
+
+
 def test_decoded_masks_refuse_writes() -> None:
     masks = some_masks(0)
     with pytest.raises(ValueError, match='read-only'):
@@ -408,6 +420,18 @@ def test_crop_and_resize_equals_bitmaps(seed: int) -> None:
     hard = stock(masks).crop_and_resize(boxes, (14, 14), inds, 'cpu').masks
     differs = masks.crop_and_resize(boxes, (14, 14), inds).masks != hard
     assert (np.abs(soft[differs] - 0.5) < 1e-5).all()
+
+
+@pytest.mark.parametrize('seed', SEEDS[:3])
+def test_crop_and_resize_of_a_view_with_padding(seed: int) -> None:
+    masks = some_masks(seed)
+    box = np.array([2, 3, 27, 33])  # cells are cut at its border, where padding begins
+    seen = masks.crop(box).flip().expand(44, 41, 6, 8)
+    dense = stock(masks).crop(box).flip().expand(44, 41, 6, 8).masks
+    inds = np.arange(len(BOXES))
+    wanted = [roi_align_by_loops(dense[i], b, (7, 7)) for i, b in enumerate(BOXES)]
+    got = seen.crop_and_resize(BOXES, (7, 7), inds, binarize=False)
+    np.testing.assert_allclose(got.masks, np.stack(wanted), atol=1e-5)
 
 
 def test_exact_ties_count_as_covered() -> None:
