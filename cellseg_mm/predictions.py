@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import json
+import tokenize
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -193,12 +194,17 @@ def _read_array(content: bytes) -> NDArray:
     """Read one .npy: like ``np.load``, but a false shape cannot make it allocate."""
     stream = io.BytesIO(content)
     version = np.lib.format.read_magic(stream)
-    if version == (1, 0):
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    elif version == (2, 0):
-        shape, fortran, dtype = np.lib.format.read_array_header_2_0(stream)
-    else:
+    readers = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    if version not in readers:
         raise ValueError(f'npy version {version}')
+    try:
+        shape, fortran, dtype = readers[version](stream)
+    except (tokenize.TokenError, RecursionError, MemoryError) as problem:
+        # numpy hands a header that is no Python literal to Python's tokenizer
+        raise ValueError(f'a damaged array header ({problem})') from problem
     if dtype.kind not in 'biuf' or not dtype.isnative or fortran:
         raise ValueError(f'an array of type {dtype}')
     values = np.frombuffer(content, dtype=dtype, offset=stream.tell()).copy()
