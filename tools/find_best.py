@@ -1,0 +1,51 @@
+"""Choose score thresholds, least area, masks, augmentation and fusion out of fold.
+
+    python tools/find_best.py configs/*.py
+
+Writes inference.json for tools/ensemble.py and tools/predict.py (--settings).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from cellseg_mm.launch import run_tool
+
+
+def parse_args(words: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('configs', nargs='+', help='one config per fold, all tested')
+    parser.add_argument('--work-root', help='folder of the work folders (default: work_dirs)')
+    parser.add_argument('--out', help='folder for the result (default: ensemble beside the folds)')
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    """Choose, write, and say what was chosen."""
+    args = parse_args()
+    from mmengine.config import Config
+
+    from cellseg_mm.cross_validation import ensemble_dir
+    from cellseg_mm.ensemble import work_dirs_of
+    from cellseg_mm.find_best import Inputs, find_best
+    from cellseg_mm.training import dataset_settings, folds_path
+
+    work_dirs = work_dirs_of(args.configs, args.work_root)
+    data = dataset_settings(Config.fromfile(args.configs[0]), 'test_dataloader')
+    inputs = Inputs(
+        configs=tuple(args.configs),
+        work_dirs=tuple(work_dirs),
+        data_root=Path(data.data_root),
+        folds_path=folds_path(data),
+        class_names=tuple(data.metainfo.classes),
+        work_root=args.work_root,
+    )
+    print(find_best(inputs, args.out or ensemble_dir(work_dirs)))
+
+
+if __name__ == '__main__':
+    run_tool(main)
