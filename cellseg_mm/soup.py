@@ -1,0 +1,328 @@
+"""Soups: the weights of several members averaged into one model, at one model's cost.
+
+In: checkpoints of one architecture. Out: one checkpoint that says whose weights are in it. The
+statistics of batch normalisation are estimated anew for the averaged weights. Invariant: a soup
+counts as having seen every image that any of its members saw, and it is never chosen by scores on
+images that one of the candidates saw.
+
+Source: Wortsman et al., Model soups (ICML 2022), uniform and greedy; statistics re-estimated as in
+stochastic weight averaging (Izmailov et al., UAI 2018, section 3.2). The code is ours.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from mmengine.runner import Runner
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from cellseg_mm import files
+from cellseg_mm.checkpoints import load_checkpoint_file
+from cellseg_mm.detections import to_instance_set
+from cellseg_mm.errors import CheckpointError, ConfigError, FoldError
+from cellseg_mm.labels import find_cases, read_gt
+from cellseg_mm.member_models import checkpoint_member, fill_strictly
+from cellseg_mm.members import Member, check_classes, in_order
+from cellseg_mm.progress import track
+from cellseg_mm.provenance import code_commit
+from cellseg_mm.scoring import ScoreParams, score
+from cellseg_mm.training import dataset_settings
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Ingredient:
+    """A checkpoint that may go into a soup."""
+
+    member: Member
+    state: State
+    meta: dict
+
+
+def load_ingredients(
+    paths: Sequence[Path | str], class_names: Sequence[str] = ()
+) -> list[Ingredient]:
+    """Load checkpoints, sorted by content.
+
+    Raises:
+        CheckpointError: One cannot be read, or they are of different architectures.
+        PredictionError: One is given twice, or they have other classes.
+    """
+    loaded = []
+    for path in paths:
+        content = load_checkpoint_file(path)
+        if 'state_dict' not in content:
+            raise CheckpointError(f'{path}: has no state_dict; expected a checkpoint of a training')
+        loaded.append(
+            Ingredient(checkpoint_member(path, content), content['state_dict'], content['meta'])
+        )
+    members = [item.member for item in loaded]
+    order = in_order(members)
+    check_classes(members, class_names or members[0].class_names)
+    loaded = [loaded[i] for i in order]
+    shapes = [{name: tuple(t.shape) for name, t in item.state.items()} for item in loaded]
+    for item, shape in zip(loaded, shapes, strict=True):
+        if shape != shapes[0]:
+            differing = sorted({*shape.items()} ^ {*shapes[0].items()})
+            raise CheckpointError(
+                f'{item.member.source}: is of another architecture than {loaded[0].member.source} '
+                f'(first difference: {differing[0][0]}); only equal shapes can be averaged; merge '
+                'their predictions with tools/ensemble.py instead'
+            )
+    return loaded
+
+
+def average_states(states: Sequence[State]) -> State:
+    """Average weights in float64; integer buffers (counters) are those of the first."""
+    first = states[0]
+    mixed: State = {}
+    for name, tensor in first.items():
+        if not tensor.is_floating_point():
+            mixed[name] = tensor.clone()
+            continue
+        total = torch.zeros_like(tensor, dtype=torch.float64)
+        for state in states:
+            total += state[name]
+        mixed[name] = (total / len(states)).to(tensor.dtype)
+    return mixed
+
+
+def mixed_provenance(ingredients: Sequence[Ingredient]) -> dict:
+    """Return ``meta['cellseg']`` of a soup.
+
+    It is clean only on folds that every ingredient left out, and on none if the ingredients
+    were trained with different folds.
+    """
+    members = [item.member for item in ingredients]
+    hashes = {member.fold_hash for member in members}
+    folds = {member.fold for member in members}
+    clean = frozenset.intersection(*(member.clean_folds for member in members))
+    is_one_split = len(hashes) == 1
+    fold = folds.pop() if is_one_split and len(folds) == 1 else None
+    return {
+        **ingredients[0].meta.get('cellseg', {}),
+        'fold': fold,
+        'fold_hash': hashes.pop() if is_one_split else '',
+        'excluded_folds': sorted(clean - {fold}) if is_one_split else [],
+        'commit': code_commit(),
+        'soup': [member.to_json() for member in members],
+    }
+
+
+def norm_layers(model: nn.Module) -> list[_BatchNorm]:
+    """Return the batch norms that use a batch's own statistics when ``model`` trains."""
+    model.train()  # a backbone with norm_eval sets its norms back to evaluation
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
+
+
+def reestimate_norms(model: nn.Module, batches: Iterable[dict], *, seed: int = 0) -> int:
+    """Estimate the statistics of batch norms anew: the plain mean over training batches.
+
+    The batches go through the training path, so that norms of the heads see the same mixture of
+    proposals as in training. Norms that are frozen keep the average of the members' statistics,
+    which are all equal then.
+
+    Args:
+        model: Changed in place, left in evaluation mode.
+        batches: Batches of a training data loader.
+        seed: Of the sampling of proposals.
+
+    Returns:
+        Batches used; 0 when there is no such norm.
+
+    Raises:
+        ConfigError: There are norms to estimate and no batch.
+    """
+    norms = norm_layers(model)
+    if not norms:
+        model.eval()
+        return 0
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the cumulative mean
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - mmdet's samplers draw from it
+    torch.manual_seed(seed)
+    n_batches = 0
+    with torch.no_grad():
+        for batch in batches:
+            data = model.data_preprocessor(batch, True)
+            model(**data, mode='loss')
+            n_batches += 1
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.eval()
+    if not n_batches:
+        raise ConfigError(
+            f'soup: {len(norms)} norms need their statistics from training images, none were '
+            'given; set a number of batches above 0'
+        )
+    return n_batches
+
+
+def training_batches(cfg: Config, n_batches: int) -> Iterable[dict]:
+    """Return the first ``n_batches`` of a config's training data loader, the same every time."""
+    loader = Runner.build_dataloader(cfg.train_dataloader, seed=0)
+    return islice(loader, n_batches)
+
+
+def greedy_choice(
+    candidates: Sequence[float], score_of: Callable[[list[int]], float]
+) -> tuple[list[int], float]:
+    """Choose ingredients: best first, each stays if the soup does not get worse with it.
+
+    Args:
+        candidates: Each ingredient's own score.
+        score_of: Score of the soup of the given ingredients.
+
+    Returns:
+        The indices chosen, in the order in which they joined, and the score of their soup.
+    """
+    order = sorted(range(len(candidates)), key=lambda i: (-candidates[i], i))
+    chosen, best = [order[0]], candidates[order[0]]
+    for index in order[1:]:
+        value = score_of([*chosen, index])
+        if value >= best:
+            chosen, best = [*chosen, index], value
+    return chosen, best
+
+
+def honest_fold(ingredients: Sequence[Ingredient]) -> int:
+    """Return the fold that a greedy choice may look at: one that no candidate saw.
+
+    Raises:
+        FoldError: There is none, so that a choice would reward what was memorised.
+    """
+    members = [item.member for item in ingredients]
+    hashes = {member.fold_hash for member in members}
+    clean = frozenset.intersection(*(member.clean_folds for member in members))
+    if len(hashes) > 1 or '' in hashes or not clean:
+        seen = '; '.join(member.describe() for member in members)
+        raise FoldError(
+            f'greedy soup: there is no fold that none of the candidates saw ({seen}); each '
+            'would be judged on images that others trained on; use checkpoints of one fold, or '
+            'train with exclude_folds (docs/fusion.md), or make a uniform soup'
+        )
+    return min(clean)
+
+
+@dataclass(frozen=True, slots=True)
+class Soup:
+    """What was made.
+
+    Attributes:
+        path: The checkpoint.
+        members: The checkpoints in it.
+        n_batches: Training batches for the norms.
+        selected_on: The fold that a greedy choice looked at; its score there is flattered.
+        scores: Of a greedy choice, mask AP50 of each candidate by its path, and of the soup.
+    """
+
+    path: Path
+    members: tuple[Member, ...]
+    n_batches: int
+    selected_on: int | None
+    scores: dict[str, float]
+
+
+class SoupKitchen:
+    """Makes soups of one config's architecture.
+
+    Args:
+        cfg: Config of the checkpoints; its training images re-estimate the norms.
+        n_batches: Training batches for the norms.
+        device: Where to compute.
+    """
+
+    def __init__(self, cfg: Config, *, n_batches: int = 50, device: str = 'cpu') -> None:
+        self.cfg = cfg
+        self.n_batches = n_batches
+        self.device = device
+
+    def cook(self, ingredients: Sequence[Ingredient]) -> tuple[nn.Module, int]:
+        """Return the averaged model in evaluation mode, and the batches its norms saw."""
+        model = MODELS.build(copy.deepcopy(self.cfg.model)).to(self.device)
+        where = f'{ingredients[0].member.source}: does not fit {self.cfg.filename}'
+        fill_strictly(model, average_states([item.state for item in ingredients]), where)
+        if len(ingredients) == 1 or not norm_layers(model):
+            return model.eval(), 0
+        batches = training_batches(self.cfg, self.n_batches)
+        return model, reestimate_norms(model, track(batches, description='norms'))
+
+    def score(self, ingredients: Sequence[Ingredient], fold: int) -> float:
+        """Return the mask AP50 of a soup on a fold's held-out images."""
+        model, _ = self.cook(ingredients)
+        loader_settings = copy.deepcopy(self.cfg.val_dataloader)
+        settings = dataset_settings(Config({'x': loader_settings}), 'x')
+        settings.split, settings.fold = 'val', fold
+        loader = Runner.build_dataloader(loader_settings, seed=0)
+        classes = tuple(settings.metainfo.classes)
+        cases = {c.name: c for c in find_cases(settings.data_root, 'train', len(classes))}
+        with torch.no_grad():
+            found = [to_instance_set(s) for batch in loader for s in model.test_step(batch)]
+        gt = [read_gt(cases[s.name]) for s in found]
+        value = score(gt, found, classes, ScoreParams(n_bootstrap=0)).headline()['segm_AP50']
+        return 0.0 if np.isnan(value) else value
+
+    def uniform(self, ingredients: Sequence[Ingredient], path: Path | str) -> Soup:
+        """Average everything and save."""
+        model, n_batches = self.cook(ingredients)
+        save_soup(path, model, ingredients)
+        members = tuple(item.member for item in ingredients)
+        return Soup(Path(path), members, n_batches, None, {})
+
+    def greedy(self, ingredients: Sequence[Ingredient], path: Path | str) -> Soup:
+        """Choose on images that no candidate saw, average and save.
+
+        Raises:
+            FoldError: There are no such images; see :func:`honest_fold`.
+        """
+        fold = honest_fold(ingredients)
+        single = [self.score([item], fold) for item in ingredients]
+        chosen, best = greedy_choice(
+            single, lambda index: self.score([ingredients[i] for i in index], fold)
+        )
+        parts = [ingredients[i] for i in sorted(chosen)]
+        soup = self.uniform(parts, path)
+        scores = {item.member.source: v for item, v in zip(ingredients, single, strict=True)}
+        scores['soup'] = best
+        return Soup(soup.path, soup.members, soup.n_batches, fold, scores)
+
+
+def save_soup(path: Path | str, model: nn.Module, ingredients: Sequence[Ingredient]) -> None:
+    """Write a soup as a checkpoint that every tool loads."""
+    meta = {**ingredients[0].meta, 'cellseg': mixed_provenance(ingredients)}
+    state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    with files.atomic_path(path) as temporary:
+        torch.save({'meta': meta, 'state_dict': state}, temporary)
+
+
+def describe(soup: Soup) -> str:
+    """Return what was made, for a terminal."""
+    lines = [f'soup of {len(soup.members)}:']
+    lines += [f'  {member.describe()}' for member in soup.members]
+    if soup.n_batches:
+        lines.append(f'batch norm statistics from {soup.n_batches} training batches')
+    else:
+        lines.append('no batch norm statistics to estimate: averaged as they are')
+    if soup.selected_on is not None:
+        lines.append(
+            f'chosen by mask AP50 on fold {soup.selected_on}, which nobody saw in training (the '
+            "soup's own score there is flattered by the choice):"
+        )
+        lines += [f'  {value:.4f}  {name}' for name, value in soup.scores.items()]
+    lines.append(f'written: {soup.path}')
+    lines.append(f'next: python tools/ensemble.py CONFIG --checkpoints {soup.path}')
+    return '\n'.join(lines)
