@@ -452,6 +452,11 @@ def _read_cases(
     rows = content.get('cases')
     if not isinstance(rows, list) or not rows:
         raise FoldError(f'{path}: cases is missing or empty, expected a list with one row per case')
+    if n_folds > len(rows):
+        raise FoldError(
+            f'{path}: n_folds is {n_folds}, but there are {len(rows)} cases; expected at least one '
+            f'case per fold; mend n_folds or make the file again with tools/prepare_data.py'
+        )
     parts: list[list[str]] = [[] for _ in range(n_folds)]
     groups: dict[str, str] = {}
     for number, row in enumerate(rows, start=1):
