@@ -39,11 +39,11 @@ from cellseg_mm.predictions import (
 from cellseg_mm.progress import track
 from cellseg_mm.provenance import code_commit, versions
 from cellseg_mm.scoring import score
+from cellseg_mm.selection import DEFAULT_MASK_THR, Profile, load_settings
 from cellseg_mm.submission import DEFAULT_ZIP_NAME, Finding, lint_submission, write_submission
 
 Split = Literal['test', 'val', 'all']
 ID_MAP = 'test_image_name_to_ids.json'
-SETTINGS_VERSION = 1
 SHOWN = 3
 PROBS = ('mask_probs', 'mask_boxes')
 
@@ -74,45 +74,21 @@ class Fusion:
         return post_from_spec(self.post)
 
 
-def read_settings(path: Path | str, class_names: Sequence[str]) -> Fusion:
-    """Read ``inference.json``, which tools/find_best.py writes.
+def read_settings(
+    path: Path | str, class_names: Sequence[str], profile: Profile = 'submission'
+) -> Fusion:
+    """Read one profile of ``inference.json``, which tools/find_best.py writes.
 
     Raises:
         ConfigError: The file is missing, of another version, or names other classes.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(
-            f'{path}: there are no settings; make them with: python tools/find_best.py '
-            'configs/*.py, or leave --settings out'
-        )
-    try:
-        content = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as problem:
-        raise ConfigError(f'{path}: cannot be read ({problem}); write it again') from problem
-    if not isinstance(content, dict) or content.get('version') != SETTINGS_VERSION:
-        raise ConfigError(
-            f'{path}: is no settings file of version {SETTINGS_VERSION}; write it again with '
-            'tools/find_best.py'
-        )
-    score_thr = content.get('score_thr') or {}
-    if score_thr and sorted(score_thr) != sorted(class_names):
-        raise ConfigError(
-            f'{path}: has score thresholds for {", ".join(sorted(score_thr))}; the classes are '
-            f'{", ".join(class_names)}; find the settings again'
-        )
-    post = PostProcess(
-        score_thr=tuple(float(score_thr[name]) for name in class_names) if score_thr else (0.0,),
-        min_area_px=int(content.get('min_area_px') or 0),
-        min_votes=int(content.get('min_votes') or 1),
-        disjoint=bool(content.get('disjoint') or False),
-    )
-    mask_thr = content.get('mask_thr')
+    settings = load_settings(path, profile, class_names)
     return Fusion(
-        rule=str(content.get('fusion') or 'nms'),
-        post=to_spec(post),
-        mask_thr=None if mask_thr is None else float(mask_thr),
-        tta=content.get('tta'),
+        rule=settings.fusion,
+        post=to_spec(settings.post),
+        # Masks are predicted at the default: no probabilities need be kept for it.
+        mask_thr=None if settings.mask_thr == DEFAULT_MASK_THR else settings.mask_thr,
+        tta=settings.tta,
     )
 
 
@@ -496,13 +472,14 @@ def choose_fusion(
     tta: str | None,
     settings: Path | str | None,
     class_names: Sequence[str],
+    profile: Profile = 'submission',
 ) -> Fusion:
-    """Join the settings file with what the command line says, which wins.
+    """Join a profile of the settings file with what the command line says, which wins.
 
     Raises:
         ConfigError: See :func:`read_settings`.
     """
-    fusion = read_settings(settings, class_names) if settings is not None else Fusion()
+    fusion = read_settings(settings, class_names, profile) if settings is not None else Fusion()
     if rule is not None:
         fusion = replace(fusion, rule=rule)
     if tta is not None:

@@ -148,7 +148,9 @@ def read_samples(inputs: Inputs, folds: Folds) -> tuple[Samples, dict[str, str]]
             notes[f'tta {name}'] = f'{len(missing)} folds lack it, for example {missing[0]}'
             continue
         again = oof.pool_predictions(paths, folds, inputs.data_root, folds_path=inputs.folds_path)
-        views[name, DEFAULT_FUSION] = again.pred_sets
+        # A file's name is short; what made it says exactly how.
+        spec = again.provenance[again.folds[0]].get('tta') or name
+        views[spec, DEFAULT_FUSION] = again.pred_sets
     if not names:
         notes['tta'] = 'no fold has val.<name>.predictions.npz with test-time augmentation'
     if not all('mask_probs' in s.extra for s in pool.pred_sets if len(s)):
@@ -221,8 +223,8 @@ def read_fusion_samples(inputs: Inputs, folds: Folds) -> tuple[Samples | None, s
 def _commands(inputs: Inputs, path: Path) -> list[str]:
     root = ['--work-root', inputs.work_root] if inputs.work_root else []
     words = ['python', 'tools/ensemble.py', *inputs.configs, *root, '--settings', str(path)]
-    first = ['python', 'tools/predict.py', 'IMAGES', '--settings', str(path)]
-    return [shlex.join(words), shlex.join(first)]
+    predict = ['python', 'tools/predict.py', *inputs.configs, 'IMAGES', '--out', 'OUT', *root]
+    return [shlex.join(words), shlex.join([*predict, '--settings', str(path)])]
 
 
 # ---- evidence ----
