@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cellseg_mm.cases import find_cases
-from cellseg_mm.errors import ConfigError, PredictionError
+from cellseg_mm.errors import ConfigError, DataError, PredictionError
 from cellseg_mm.folds import Folds, load_folds
 from cellseg_mm.oof import Pool, pool_predictions
+from cellseg_mm.overlay import default_colours
 from cellseg_mm.predictions import Predictions, load_predictions
 from cellseg_mm.report_logs import TrainingLog, read_training_log, step_of_checkpoint
 
@@ -25,11 +26,6 @@ if TYPE_CHECKING:
 
 VAL_FILE = 'val.predictions.npz'
 TEST_FILE = 'test.predictions.npz'
-# Okabe and Ito's colour-blind-safe colours, for data sets that name none.
-DEFAULT_PALETTE = (
-    (0, 114, 178), (213, 94, 0), (240, 228, 66), (0, 158, 115),
-    (204, 121, 167), (86, 180, 233), (230, 159, 0), (120, 120, 120),
-)  # fmt: skip
 Rgb = tuple[int, int, int]
 
 
@@ -205,7 +201,10 @@ def _gathered(
     if data_root is not None and pool is not None:
         train_paths = _image_paths(find_cases(data_root, 'train', len(class_names)))
     if data_root is not None and ensemble is not None:
-        test_paths = _image_paths(find_cases(data_root, 'test', len(class_names)))
+        try:
+            test_paths = _image_paths(find_cases(data_root, 'test', len(class_names)))
+        except DataError as problem:
+            notes.append(f'Test images are not shown. {problem}')
     return ReportInputs(
         title=title,
         runs=tuple(runs),
@@ -250,9 +249,7 @@ def _data_settings(
 
 def _palette(named: Sequence[Sequence[int]], n_classes: int) -> tuple[Rgb, ...]:
     colours = [tuple(int(v) for v in colour) for colour in named][:n_classes]
-    rest = [c for c in DEFAULT_PALETTE if c not in colours] or list(DEFAULT_PALETTE)
-    while len(colours) < n_classes:
-        colours.append(rest[(len(colours)) % len(rest)])
+    colours += default_colours(n_classes)[len(colours) :]
     return tuple(colours)
 
 

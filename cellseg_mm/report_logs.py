@@ -53,7 +53,7 @@ class TrainingLog:
         if not logged or len(self.group_lrs) < 2 or not first:
             return {'all parameters': logged} if logged else {}
         return {
-            name: {step: value * lr / first for step, value in logged.items()}
+            name: {step: value * (lr / first) for step, value in logged.items()}
             for name, lr in self.group_lrs.items()
         }
 

@@ -16,6 +16,7 @@ from cellseg_mm.errors import CellSegError
 from cellseg_mm.files import JsonValue
 from cellseg_mm.instances import InstanceSet
 from cellseg_mm.matching import Compared
+from cellseg_mm.overlay import read_rgb
 from cellseg_mm.progress import track
 from cellseg_mm.report_charts import number
 from cellseg_mm.report_findings import (
@@ -39,7 +40,6 @@ from cellseg_mm.report_pictures import (
     crop_figure,
     outline_paths,
     prediction_entry,
-    read_true_colours,
     viewer_entry,
 )
 from cellseg_mm.report_sections import NO_SCORES
@@ -88,7 +88,7 @@ class Pictures:
             self.problems[name] = 'its file is not in the data folder'
             return None
         try:
-            image = read_true_colours(self._paths[name], self._swapped)
+            image = read_rgb(self._paths[name], red_blue_swapped=self._swapped)
         except (CellSegError, OSError) as problem:
             self.problems[name] = str(problem)
             return None

@@ -11,7 +11,6 @@ import io
 import math
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -20,7 +19,6 @@ from PIL import Image
 
 from cellseg_mm.files import JsonValue
 from cellseg_mm.instances import InstanceSet
-from cellseg_mm.labels import read_image
 from cellseg_mm.matching import Compared
 from cellseg_mm.report_findings import match_in_class
 
@@ -29,12 +27,6 @@ CROP_SIDE_PX = 132
 QUALITY = 72
 TOLERANCE_PX = 0.7  # most that a simplified outline is off
 EMBED_SCORE_THR = 0.05  # predictions below are not embedded
-
-
-def read_true_colours(path: Path, red_blue_swapped: bool) -> NDArray[np.uint8]:
-    """Return (H, W, 3) uint8 RGB as it looked under the microscope."""
-    image = read_image(path)
-    return np.ascontiguousarray(image[..., ::-1]) if red_blue_swapped else image
 
 
 def data_uri(image: NDArray[np.uint8], long_side_px: int) -> str:

@@ -13,6 +13,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,6 +24,13 @@ FLAGS = (
     '--disable-background-networking', '--disable-component-update', '--disable-sync',
     '--disable-dev-shm-usage', '--remote-debugging-pipe',
 )  # fmt: skip
+
+# The browser reads from descriptor 3 and writes to 4.
+PUT_PIPES = (
+    'import fcntl, os, sys;'
+    'high = [fcntl.fcntl(int(n), fcntl.F_DUPFD, 10) for n in sys.argv[1:3]];'
+    'os.dup2(high[0], 3); os.dup2(high[1], 4); os.execv(sys.argv[3], sys.argv[3:])'
+)
 
 
 def find_chromium() -> str | None:
@@ -56,8 +64,7 @@ class Chromium:
         self._profile = tempfile.mkdtemp(prefix='cellseg-chromium-')
         to_read, self._to = os.pipe()
         self._from, from_write = os.pipe()
-        # The browser reads from descriptor 3 and writes to 4; a shell puts ours there.
-        command = ['sh', '-c', f'exec "$@" 3<&{to_read} 4>&{from_write}', 'sh', path, *FLAGS]
+        command = [sys.executable, '-c', PUT_PIPES, str(to_read), str(from_write), path, *FLAGS]
         self._process = subprocess.Popen(
             [*command, f'--user-data-dir={self._profile}', 'about:blank'],
             pass_fds=(to_read, from_write),
