@@ -129,7 +129,11 @@ def _image_hw(data_sample: DetDataSample | Mapping) -> tuple[int, int]:
 
 def _array(values: object) -> NDArray:
     values = getattr(values, 'tensor', values)  # HorizontalBoxes
-    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+    if not isinstance(values, torch.Tensor):
+        return np.asarray(values)
+    # numpy has no bfloat16, which mixed precision leaves on a CPU.
+    values = values.float() if values.dtype == torch.bfloat16 else values
+    return values.detach().cpu().numpy()
 
 
 def _rles(name: str, masks: object, image_hw: tuple[int, int]) -> list[bytes]:

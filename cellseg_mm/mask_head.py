@@ -168,7 +168,7 @@ def paste_runs(
         whole_grid = device.type != 'cpu'
     if max_pixels is None:
         max_pixels = MAX_PIXELS.get(device.type, MAX_PIXELS_ELSEWHERE)
-    boxes = boxes_xyxy.detach()
+    boxes = boxes_xyxy.detach().to(torch.float32)  # numpy has no bfloat16
     margin = 2 * mask_probs.shape[-1] if whole_grid else None
     found = [np.empty((0, 3), dtype=np.int64)]
     for batch in _batches(_pieces(boxes.cpu().numpy(), image_hw, margin, max_pixels), max_pixels):
