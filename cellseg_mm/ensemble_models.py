@@ -14,6 +14,7 @@ from mmengine.dist import barrier
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from cellseg_mm import tta
 from cellseg_mm.ensemble import Fusion, Images, Merged
 from cellseg_mm.errors import ConfigError
 from cellseg_mm.fold_ensemble import FoldEnsembleHook
@@ -66,7 +67,9 @@ def ensemble_models(
         CellSegError: See ``FoldEnsembleHook``.
     """
     _prepare(cfg, images, Path(out_dir), amp=amp)
-    tta_model = _use_tta(cfg) if fusion.tta else None
+    if fusion.tta:
+        settings = dataset_settings(cfg, 'test_dataloader')
+        settings.pipeline = tta.from_spec(fusion.tta).tta_pipeline(settings.pipeline)
     hook = FoldEnsembleHook(
         [
             {
@@ -81,7 +84,7 @@ def ensemble_models(
         mask_thr=fusion.mask_thr,
         placement=placement,
         leave_out_seen=leave_out_seen,
-        tta_model=tta_model,
+        tta=fusion.tta,
     )
     runner = Runner.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)
     runner.register_hook(hook)
@@ -113,16 +116,6 @@ def _prepare(cfg: Config, images: Images, out_dir: Path, *, amp: bool) -> None:
         cfg.test_evaluator.max_per_img = None
     if amp:
         cfg.test_cfg.fp16 = True
-
-
-def _use_tta(cfg: Config) -> Mapping:
-    if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
-        raise ConfigError(
-            f'{cfg.filename}: has no tta_model and tta_pipeline; expected them for test-time '
-            'augmentation; add them to the config, or leave --tta out'
-        )
-    dataset_settings(cfg, 'test_dataloader').pipeline = cfg.tta_pipeline
-    return cfg.tta_model
 
 
 def _own_names(headline: Mapping[str, float]) -> dict[str, float]:

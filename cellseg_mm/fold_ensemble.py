@@ -213,7 +213,8 @@ class FoldEnsembleHook(Hook):
         mask_thr: Least probability of a member's mask pixel; None leaves the configs' own.
         placement: ``auto``, ``device`` or ``turns``; see ``MemberModels``.
         leave_out_seen: On training images use only the members that never saw them.
-        tta_model: Settings of a test-time augmentation model; its pipeline is the data loader's.
+        tta: Test-time augmentation of each member, as on the command line (``d4``); the data
+            loader's pipeline must be the one that ``tta.TtaSpec.tta_pipeline`` makes.
         keep_mask_probs: Keep the fused mask probabilities in the results.
 
     Attributes:
@@ -238,7 +239,7 @@ class FoldEnsembleHook(Hook):
         mask_thr: float | None = None,
         placement: Placement = 'auto',
         leave_out_seen: bool = False,
-        tta_model: Mapping | None = None,
+        tta: str | None = None,
         keep_mask_probs: bool = False,
     ) -> None:
         if not members:
@@ -249,7 +250,7 @@ class FoldEnsembleHook(Hook):
         self.mask_thr = mask_thr
         self.placement = placement
         self.leave_out_seen = leave_out_seen
-        self.tta_model = tta_model
+        self.tta = tta
         self.keep_mask_probs = keep_mask_probs
         self.members: tuple[Member, ...] = ()
         self.report = FuseReport()
@@ -287,7 +288,7 @@ class FoldEnsembleHook(Hook):
             self.rule,
             self.post,
             chosen=chosen,
-            tta_model=self.tta_model,
+            tta_model=self._tta_model(),
             keep_mask_probs=self.keep_mask_probs,
         )
         for metric in runner.test_loop.evaluator.metrics:
@@ -329,10 +330,17 @@ class FoldEnsembleHook(Hook):
             'fusion': to_spec(self.rule),
             'post': to_spec(self.post) if self.post is not None else '',
             'mask_thr': self.mask_thr,
-            'tta': None if self.tta_model is None else str(self.tta_model.get('type')),
+            'tta': self.tta,
             'leave_out_seen': self.leave_out_seen,
             'members': [member.to_json() for member in self.members],
         }
+
+    def _tta_model(self) -> dict | None:
+        if self.tta is None:
+            return None
+        from cellseg_mm import tta
+
+        return tta.from_spec(self.tta).tta_model()
 
     @staticmethod
     def _source(member: Mapping, runner: Runner) -> Source:

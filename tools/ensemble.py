@@ -30,7 +30,7 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--post', help='afterwards, for example disjoint,min_area_px=20')
     parser.add_argument('--settings', help='inference.json of tools/find_best.py')
     parser.add_argument(
-        '--tta', action='store_true', help='test-time augmentation as the config says'
+        '--tta', nargs='?', const='flips', help='hflip, flips or d4, with scales=0.8/1.25'
     )
     parser.add_argument('--split', choices=['test', 'val', 'all'], default='test')
     parser.add_argument('--fold', type=int, help="fold of --split val (default: first config's)")
@@ -68,7 +68,7 @@ def main() -> None:
     fusion = ensemble.choose_fusion(
         rule=args.fusion,
         post=args.post,
-        tta='config' if args.tta else None,
+        tta=args.tta,
         settings=args.settings,
         class_names=classes,
     )
