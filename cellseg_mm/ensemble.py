@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from cellseg_mm import files, rle
+from cellseg_mm import files
 from cellseg_mm.errors import CheckpointError, ConfigError, PredictionError
 from cellseg_mm.folds import load_folds
 from cellseg_mm.fusion import (
@@ -21,7 +21,6 @@ from cellseg_mm.fusion import (
     PostProcess,
     from_spec,
     fuse_with_report,
-    paste_probs,
     post_from_spec,
     to_spec,
 )
@@ -38,7 +37,7 @@ from cellseg_mm.predictions import (
 from cellseg_mm.progress import track
 from cellseg_mm.provenance import code_commit, versions
 from cellseg_mm.scoring import score
-from cellseg_mm.selection import DEFAULT_MASK_THR, Profile, load_settings
+from cellseg_mm.selection import DEFAULT_MASK_THR, Profile, cut_masks, load_settings
 from cellseg_mm.submission import DEFAULT_ZIP_NAME, Finding, lint_submission, write_submission
 
 Split = Literal['test', 'val', 'all']
@@ -190,7 +189,9 @@ def ensemble_files(
     fused, counts, report = [], {}, FuseReport()
     for case in track(images.cases, description='fuse'):
         indices = chosen[case.name]
-        sets = [_cut_at(by_name[i][case.name], fusion.mask_thr) for i in indices]
+        sets = [by_name[i][case.name] for i in indices]
+        if fusion.mask_thr is not None:
+            sets = [cut_masks(s, fusion.mask_thr) for s in sets]
         result, part = fuse_with_report(sets, rule, post)
         report += part
         sizes = dict(zip(indices, map(len, sets), strict=True))
@@ -276,22 +277,6 @@ def _matched(path: Path, predictions: Predictions, images: Images) -> tuple[Inst
                 f'data have {case.image_hw} and {case.image_id}; they must match; predict again'
             )
     return tuple(by_name[case.name] for case in images.cases)
-
-
-def _cut_at(instances: InstanceSet, mask_thr: float | None) -> InstanceSet:
-    """Paint the masks anew from their probabilities."""
-    if mask_thr is None or not len(instances):
-        return instances
-    if 'mask_probs' not in instances.extra:
-        if mask_thr == 0.5:  # what files without probabilities were cut at
-            return instances
-        raise ConfigError(
-            f'image {instances.name}: masks cannot be cut at {mask_thr} without probabilities; '
-            'predict with model.roi_head.mask_head.keep_mask_probs=True, or use mask_thr 0.5'
-        )
-    frames = instances.extra.get('mask_boxes', instances.boxes_xyxy)
-    crops, low = paste_probs(instances.extra['mask_probs'], frames, instances.image_hw, mask_thr)
-    return replace(instances, rles=tuple(rle.encode_crops(crops, low, instances.image_hw)))
 
 
 def _clean(

@@ -30,6 +30,12 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--post', help='afterwards, for example disjoint,min_area_px=20')
     parser.add_argument('--settings', help='inference.json of tools/find_best.py')
     parser.add_argument(
+        '--profile',
+        choices=['submission', 'instances'],
+        default='submission',
+        help='which settings of the file: best AP, or best cells to count and look at',
+    )
+    parser.add_argument(
         '--tta', nargs='?', const='flips', help='hflip, flips or d4, with scales=0.8/1.25'
     )
     parser.add_argument('--split', choices=['test', 'val', 'all'], default='test')
@@ -39,6 +45,11 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
         action='store_true',
         help='on training images use only the members that never saw them',
     )
+    parser.add_argument(
+        '--export', nargs='+', default=[], help='formats of tools/predict.py, for example geojson'
+    )
+    parser.add_argument('--overlays', type=int, default=0, help='pictures of the first N images')
+    parser.add_argument('--show-thr', type=float, default=0.5, help='least score in both')
     parser.add_argument('--placement', choices=['auto', 'device', 'turns'], default='auto')
     parser.add_argument('--amp', action='store_true', help='use automatic mixed precision')
     parser.add_argument('--work-root', help='folder of the work folders (default: work_dirs)')
@@ -71,6 +82,7 @@ def main() -> None:
         tta=args.tta,
         settings=args.settings,
         class_names=classes,
+        profile=args.profile,
     )
     fold = None if args.split != 'val' else data.fold if args.fold is None else args.fold
     images = ensemble.find_images(
@@ -95,7 +107,22 @@ def main() -> None:
             leave_out_seen=args.leave_out_seen,
         )
     if is_main_process():
+        if args.export or args.overlays:
+            print(_write_outputs(args, cfg, merged, images, out))
         print(ensemble.finish(merged, images, out))
+
+
+def _write_outputs(args: argparse.Namespace, cfg, merged, images, out: Path) -> str:
+    from cellseg_mm.ensemble_outputs import Outputs, write_outputs
+
+    outputs = Outputs(
+        formats=tuple(args.export),
+        n_overlays=args.overlays,
+        score_thr=args.show_thr,
+        class_colours=tuple(tuple(colour) for colour in cfg.metainfo.palette),
+        red_blue_swapped=bool(cfg.get('red_blue_swapped', False)),
+    )
+    return write_outputs(merged.predictions_path, images, out, outputs)
 
 
 if __name__ == '__main__':
