@@ -7,6 +7,7 @@ where cells overlap the higher score is drawn last.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,12 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from cellseg_mm import files
+from cellseg_mm import files, rle
 from cellseg_mm.instances import InstanceSet
 from cellseg_mm.labels import read_image
+from cellseg_mm.measure import RegionReader
 from cellseg_mm.tiff import DEFAULT_MAX_PIXELS
+from cellseg_mm.tiling import crop_to
 
 Picture = NDArray[np.uint8]  # (H, W, 3) RGB
 Colour = Sequence[int]
@@ -37,6 +40,8 @@ OKABE_ITO: tuple[tuple[int, int, int], ...] = (
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 STRIP_PX = 28
 GAP_PX = 8
+MAX_PICTURE_PX = 25_000_000  # 5000 x 5000: what viewers still open with ease
+BLOCK_PX = 2048
 
 
 def default_colours(n_classes: int) -> list[tuple[int, int, int]]:
@@ -139,6 +144,75 @@ def _draw_scores(picture: Picture, instances: InstanceSet) -> None:
         at = (round((x0 + x1 - width) / 2), max(round(y0) - 2, height))
         cv2.putText(picture, text, at, FONT, 0.35, (255, 255, 255), 3, cv2.LINE_AA)
         cv2.putText(picture, text, at, FONT, 0.35, (0, 0, 0), 1, cv2.LINE_AA)
+
+
+def draw_large(
+    read: RegionReader,
+    instances: InstanceSet,
+    class_colours: Sequence[Colour],
+    *,
+    class_names: Sequence[str] = (),
+    max_pixels: int = MAX_PICTURE_PX,
+    line_px: int = 2,
+) -> Picture:
+    """Outline the cells of an image of any size, shrunk by a whole factor if it is large.
+
+    Args:
+        read: Reads regions in true colours; see ``measure.RegionReader``.
+        instances: Cells of the image.
+        class_colours: RGB of each class.
+        class_names: Adds a legend.
+        max_pixels: Most pixels of the picture.
+        line_px: Width of the outlines in the picture.
+
+    Returns:
+        (H / f, W / f, 3) uint8, rounded up, with the least f that ``max_pixels`` allows. Memory
+        follows the picture and one block of the image.
+    """
+    height, width = instances.image_hw
+    factor = max(math.ceil(math.sqrt(height * width / max_pixels)), 1)
+    if factor == 1:
+        picture = draw_overlay(read(0, 0, height, width), instances, class_colours, line_px=line_px)
+    else:
+        picture = _draw_blocks(read, instances, class_colours, factor, line_px * factor)
+    if not class_names:
+        return picture
+    counts = np.bincount(instances.class_ids, minlength=len(class_names)).tolist()
+    strip = draw_legend(picture.shape[1], class_colours, class_names, counts=counts)
+    return np.concatenate([picture, strip])
+
+
+def _draw_blocks(
+    read: RegionReader,
+    instances: InstanceSet,
+    class_colours: Sequence[Colour],
+    factor: int,
+    line_px: int,
+) -> Picture:
+    height, width = instances.image_hw
+    picture = np.empty((-(-height // factor), -(-width // factor), 3), dtype=np.uint8)
+    left, top, right, bottom = rle.boxes_of(rle.decode_runs(instances.rles, instances.image_hw)).T
+    block = max(BLOCK_PX // factor, 1) * factor
+    for y0 in range(0, height, block):
+        for x0 in range(0, width, block):
+            y1, x1 = min(y0 + block, height), min(x0 + block, width)
+            # A margin, so that a cell that goes on beyond the block gets no line at its edge
+            window = (
+                max(y0 - line_px, 0),
+                max(x0 - line_px, 0),
+                min(y1 + line_px, height),
+                min(x1 + line_px, width),
+            )
+            near = (left < window[3]) & (right > window[1])
+            near &= (top < window[2]) & (bottom > window[0])
+            cells = crop_to(instances[near], window)
+            drawn = draw_overlay(read(*window), cells, class_colours, line_px=line_px)
+            drawn = drawn[y0 - window[0] : y1 - window[0], x0 - window[1] : x1 - window[1]]
+            size_wh = (-(-(x1 - x0) // factor), -(-(y1 - y0) // factor))
+            picture[y0 // factor :, x0 // factor :][: size_wh[1], : size_wh[0]] = cv2.resize(
+                drawn, size_wh, interpolation=cv2.INTER_AREA
+            )
+    return picture
 
 
 def draw_legend(

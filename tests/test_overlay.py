@@ -77,6 +77,31 @@ def test_no_cells_and_cells_without_pixels() -> None:
     assert np.array_equal(overlay.draw_overlay(IMAGE, hollow, COLOURS), IMAGE)
 
 
+@pytest.mark.parametrize('block_px', [16, 30, 4096])
+def test_large_images_are_drawn_block_by_block(
+    block_px: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shrunk blocks equal the whole picture shrunk; cells that cross blocks get no extra line."""
+    monkeypatch.setattr(overlay, 'BLOCK_PX', block_px)
+    image = np.random.default_rng(0).integers(0, 256, (40, 51, 3)).astype(np.uint8)
+    regions = []
+
+    def read(y0: int, x0: int, y1: int, x1: int) -> np.ndarray:
+        regions.append((y1 - y0) * (x1 - x0))
+        return image[y0:y1, x0:x1]
+
+    found = overlay.draw_large(read, two_cells(), COLOURS, max_pixels=600, line_px=1)
+    whole = overlay.draw_overlay(image, two_cells(), COLOURS, line_px=2)  # 40 * 51 / 600 -> 2
+    shrunk = cv2.resize(whole[:, :50], (25, 20), interpolation=cv2.INTER_AREA)
+    assert found.shape == (20, 26, 3)
+    assert np.abs(found[:, :25].astype(int) - shrunk).max() <= 1  # last column: 1 px, not 2
+    assert max(regions) <= (block_px + 4) ** 2
+    plain = overlay.draw_large(read, two_cells(), COLOURS, class_names=NAMES)
+    assert np.array_equal(
+        plain, overlay.draw_overlay(image, two_cells(), COLOURS, class_names=NAMES, legend=True)
+    )
+
+
 def test_legend_scores_and_titles_add_to_the_picture() -> None:
     drawn = overlay.draw_overlay(
         IMAGE, two_cells(), COLOURS, class_names=NAMES, scores=True, legend=True
