@@ -208,10 +208,13 @@ def _draw_blocks(
             cells = crop_to(instances[near], window)
             drawn = draw_overlay(read(*window), cells, class_colours, line_px=line_px)
             drawn = drawn[y0 - window[0] : y1 - window[0], x0 - window[1] : x1 - window[1]]
-            size_wh = (-(-(x1 - x0) // factor), -(-(y1 - y0) // factor))
-            picture[y0 // factor :, x0 // factor :][: size_wh[1], : size_wh[0]] = cv2.resize(
-                drawn, size_wh, interpolation=cv2.INTER_AREA
-            )
+            # Whole squares only, so that every pixel of the picture averages factor^2 pixels
+            rest = (-(y1 - y0) % factor, -(x1 - x0) % factor)
+            drawn = np.pad(drawn, ((0, rest[0]), (0, rest[1]), (0, 0)), mode='edge')
+            size_wh = (drawn.shape[1] // factor, drawn.shape[0] // factor)
+            shrunk = cv2.resize(drawn, size_wh, interpolation=cv2.INTER_AREA)
+            top_out, left_out = y0 // factor, x0 // factor
+            picture[top_out : top_out + size_wh[1], left_out : left_out + size_wh[0]] = shrunk
     return picture
 
 

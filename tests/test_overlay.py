@@ -94,7 +94,9 @@ def test_large_images_are_drawn_block_by_block(
     whole = overlay.draw_overlay(image, two_cells(), COLOURS, line_px=2)  # 40 * 51 / 600 -> 2
     shrunk = cv2.resize(whole[:, :50], (25, 20), interpolation=cv2.INTER_AREA)
     assert found.shape == (20, 26, 3)
-    assert np.abs(found[:, :25].astype(int) - shrunk).max() <= 1  # last column: 1 px, not 2
+    assert np.array_equal(found[:, :25], shrunk)
+    last = whole[:, 50].reshape(20, 2, 3).mean(axis=1)  # one column is left over
+    assert np.abs(found[:, 25] - last).max() <= 0.5
     assert max(regions) <= (block_px + 4) ** 2
     plain = overlay.draw_large(read, two_cells(), COLOURS, class_names=NAMES)
     assert np.array_equal(
