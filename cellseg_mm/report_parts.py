@@ -68,14 +68,18 @@ def table(
     *,
     caption: str,
     sortable: bool = False,
+    kind: str = '',
 ) -> str:
-    """Return a table that scrolls sideways by itself; cells are HTML, head and caption text."""
+    """Return a table that scrolls sideways by itself; cells are HTML, head and caption text.
+
+    ``kind`` is a class of report.css; ``facts`` are texts, which wrap.
+    """
     heads = ''.join(f'<th scope="col">{escape(name)}</th>' for name in head)
     lines = []
     for first, *rest in rows:
         cells = ''.join(f'<td>{cell}</td>' for cell in rest)
         lines.append(f'<tr><th scope="row">{first}</th>{cells}</tr>')
-    kind = ' class="sortable"' if sortable else ''
+    kind = f' class="{"sortable" if sortable else kind}"'
     height = ' tall' if len(rows) > TALL_ROWS else ''
     return (
         f'<div class="scroll{height}" tabindex="0" role="region" '
@@ -110,7 +114,10 @@ def script_json(value: JsonValue) -> str:
 
 def swatch(class_id: int, name: str) -> str:
     """Return a class's name beside its colour."""
-    return f'<span class="swatch" style="background:var(--p{class_id})"></span>{escape(name)}'
+    return (
+        f'<span class="class-name"><span class="swatch" style="background:var(--p{class_id})">'
+        f'</span>{escape(name)}</span>'
+    )
 
 
 def colour_css(palette: Sequence[Rgb]) -> str:

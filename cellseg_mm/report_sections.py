@@ -74,11 +74,11 @@ def score_section(inputs: ReportInputs, scores: Scores | None) -> Section:
     if scores is None or inputs.pool is None:
         return Section('scores', title, nothing(NO_SCORES))
     pool = inputs.pool
-    has = ' and '.join(map(str, pool.folds))
+    has = f'fold{"s" if len(pool.folds) > 1 else ""} ' + ', '.join(map(str, pool.folds))
     part = (
         f'all {pool.n_folds} folds'
         if len(pool.folds) == pool.n_folds
-        else f'only fold {has} of {pool.n_folds} (scores of all folds may differ)'
+        else f'only {has} of {pool.n_folds} (scores of all folds may differ)'
     )
     per_image = scores.per_image
     text = (
@@ -576,7 +576,7 @@ def settings_section(inputs: ReportInputs) -> Section:
             if any(p.get(key) not in (None, '') for p in by_name.values())
         ]
         rows += _version_rows(by_name)
-        body += table(['', *by_name], rows, caption='Where the predictions come from')
+        body += table(['', *by_name], rows, caption='Where the predictions come from', kind='facts')
     else:
         body += nothing('There are no predictions yet, so there is nothing to trace.')
     for name, record in by_name.items():

@@ -119,7 +119,7 @@ class ValidationPictureHook(Hook):
             class_names=names,
             score_thr=self.score_thr,
         )
-        runner.visualizer.add_image(f'val/{info["name"]}', picture, step=runner.iter)
+        runner.visualizer.add_image(f'val_{info["name"]}', picture, step=runner.iter)
         if self.out_dir:
             folder = Path(runner.work_dir) / self.out_dir
             write_png(folder / f'{info["name"]}_iter_{runner.iter}.png', picture)

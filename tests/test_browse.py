@@ -259,7 +259,7 @@ def validate(cfg: Config, work_dir: Path, hook: ValidationPictureHook, times: in
 
 def test_pictures_reach_files_and_backends(cfg: Config, tmp_path: Path) -> None:
     recorder = validate(cfg, tmp_path, ValidationPictureHook(n_images=3), 1)
-    assert [name for name, _, _ in recorder.images] == ['val/case0']
+    assert [name for name, _, _ in recorder.images] == ['val_case0']
     (path,) = (tmp_path / 'val_pictures').glob('*.png')
     picture = cv2.imread(str(path))[..., ::-1]
     assert picture.shape == recorder.images[0][1]
