@@ -141,15 +141,22 @@ def from_work_dir(work_dir: Path | str) -> ReportInputs:
             f'{work_dir}: found neither a config (*.py) nor {TEST_FILE}; expected the work folder '
             'of a fold or of an ensemble; check the path'
         )
-    if own is not None:
+    if own is not None and not _is_ensemble(work_dir):
         cfg = Config.fromfile(own)
         run = _fold_run(cfg, work_dir, str(own))
         return _gathered(f'Report on {run.name} in {work_dir}', [run], cfg, work_dir)
-    # An ensemble folder holds no config; its members lie beside it.
-    beside = [_newest_config(p) for p in sorted(work_dir.resolve().parent.glob('*')) if p.is_dir()]
+    # The ensemble's runner may have left a member's config; else the members lie beside it.
+    beside = [own] + [
+        _newest_config(p) for p in sorted(work_dir.resolve().parent.glob('*')) if p.is_dir()
+    ]
     found = next((path for path in beside if path is not None), None)
     cfg = Config.fromfile(found) if found else None
     return _gathered(f'Report on the ensemble in {work_dir}', [], cfg, work_dir)
+
+
+def _is_ensemble(folder: Path) -> bool:
+    marks = ('finished.json', 'last_checkpoint', VAL_FILE)
+    return (folder / TEST_FILE).is_file() and not any((folder / name).exists() for name in marks)
 
 
 def _newest_config(folder: Path) -> Path | None:

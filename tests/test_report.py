@@ -420,6 +420,13 @@ def test_one_fold_and_ensemble_folder(project: Path, tmp_path: Path) -> None:
     # the configs beside an ensemble folder tell where the images are
     beside = report.write_report(report.from_work_dir(project / 'out'), tmp_path / 'b.html')
     assert (beside.scores, beside.n_images) == (None, 1)
+    # so does the config that the ensemble's runner leaves in the folder; it is no fold for that
+    (project / 'out' / 'fold1.py').write_text(config.read_text())
+    try:
+        inputs = report.from_work_dir(project / 'out')
+    finally:
+        (project / 'out' / 'fold1.py').unlink()
+    assert (inputs.runs, inputs.notes) == ((), ())
     away = tmp_path / 'away' / 'ensemble'
     away.mkdir(parents=True)
     content = (project / 'out' / 'test.predictions.npz').read_bytes()
