@@ -20,6 +20,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+import cellseg_mm  # noqa: F401  isort: skip  (before mmcv: gives it NMS and RoIAlign)
 from mmcv.ops import batched_nms
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample

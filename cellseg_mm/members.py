@@ -148,7 +148,12 @@ def clean_members(
     fold_of = folds.fold_of()
     chosen: dict[str, tuple[int, ...]] = {}
     for name in names:
-        fold = fold_of[name]
+        fold = fold_of.get(name)
+        if fold is None:
+            raise FoldError(
+                f'image {name}: is in no fold of {folds_path}; nobody knows who saw it; restore '
+                'the folds file, or leave the image out'
+            )
         chosen[name] = tuple(i for i, m in enumerate(members) if fold in m.clean_folds)
         if len(chosen[name]) < len(members) and not leave_out_seen:
             seen = next(m for m in members if fold not in m.clean_folds)

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from mmdet.registry import MODELS
 from mmengine.config import Config
+from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -65,7 +66,9 @@ def load_ingredients(
         if 'state_dict' not in content:
             raise CheckpointError(f'{path}: has no state_dict; expected a checkpoint of a training')
         loaded.append(
-            Ingredient(checkpoint_member(path, content), content['state_dict'], content['meta'])
+            Ingredient(
+                checkpoint_member(path, content), content['state_dict'], content.get('meta', {})
+            )
         )
     members = [item.member for item in loaded]
     order = in_order(members)
@@ -247,6 +250,7 @@ class SoupKitchen:
     """
 
     def __init__(self, cfg: Config, *, n_batches: int = 50, device: str = 'cpu') -> None:
+        init_default_scope(cfg.get('default_scope', 'mmdet'))  # as a Runner would
         self.cfg = cfg
         self.n_batches = n_batches
         self.device = device

@@ -13,10 +13,12 @@ import cellseg_mm  # noqa: F401  (makes mmdet importable where mmcv has no compi
 torch = pytest.importorskip('torch')
 pytest.importorskip('mmdet')
 
+from mmdet.registry import MODELS  # noqa: E402
 from mmengine.config import Config  # noqa: E402
 from mmengine.hooks import Hook  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
 
+from cellseg_mm import tta  # noqa: E402
 from cellseg_mm.dataset import CellDataset  # noqa: E402
 from cellseg_mm.detections import to_instance_set  # noqa: E402
 from cellseg_mm.errors import CheckpointError, ConfigError, FoldError, PredictionError  # noqa: E402
@@ -354,3 +356,29 @@ def test_checkpoint_is_scored_on_excluded_folds_but_never_resumed_there(tiny: Ti
     for other in (dataset('val', 1), dataset('train', 2, (1,)), dataset('train', 0)):
         with pytest.raises(FoldError, match='holds out'):
             refuse_other_folds(trained, other)
+
+
+@pytest.mark.parametrize('batch_size', [1, 2])
+def test_augmented_members_and_members_by_image(
+    tiny: TinyFolds, loaded: list[Loaded], batch_size: int
+) -> None:
+    cfg = Config.fromfile(tiny.configs[0])
+    settings = cfg.test_dataloader
+    spec = tta.from_spec('hflip')
+    settings.batch_size, settings.dataset.split = batch_size, 'test'
+    settings.dataset.pipeline = spec.tta_pipeline(settings.dataset.pipeline)
+    data = list(Runner.build_dataloader(settings))
+    alone = []
+    for item in loaded:
+        alone.append(predict(MODELS.build({**spec.tta_model(), 'module': item.model}), data))
+    first, second = sorted(alone[0])
+    chosen = {first: (0,), second: (1, 2)}
+    ensemble = FoldEnsembleModel(
+        MemberModels(loaded, 'cpu'), from_spec('nms'), chosen=chosen, tta_model=spec.tta_model()
+    )
+    got = predict(ensemble, data)
+    for name, members in chosen.items():
+        wanted = fuse([alone[k][name] for k in members], from_spec('nms'))
+        assert len(wanted) > 0
+        assert equal(got[name], wanted)
+    assert [c >= 0 for c in ensemble.member_counts[second]] == [False, True, True]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from mmdet.registry import MODELS
 from mmengine.config import Config
-from mmengine.registry import DefaultScope
+from mmengine.registry import init_default_scope
 from torch import nn
 
 import cellseg_mm.components
@@ -83,7 +83,7 @@ def make_tiny_folds(root: Path) -> TinyFolds:
 def random_model(config: Path | str, seed: int) -> nn.Module:
     """Build the model of a config with weights that make it find something."""
     assert cellseg_mm.components.__all__
-    DefaultScope.overwrite_default_scope('mmdet')
+    init_default_scope('mmdet')
     torch.manual_seed(seed)
     model = MODELS.build(Config.fromfile(config).model)
     nn.init.normal_(model.rpn_head.rpn_cls.weight, std=1.0)

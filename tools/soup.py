@@ -35,7 +35,6 @@ def main() -> None:
     """Cook, write, and say what is in it."""
     args = parse_args()
     import torch
-    from mmengine.registry import init_default_scope
 
     from cellseg_mm import ensemble, soup
     from cellseg_mm.cross_validation import ensemble_dir
@@ -44,7 +43,6 @@ def main() -> None:
     work_dirs = ensemble.work_dirs_of(args.configs, args.work_root)
     args.config = args.configs[0]
     cfg = load_config(args)
-    init_default_scope(cfg.get('default_scope', 'mmdet'))
     paths = args.checkpoints or ensemble.find_checkpoints(work_dirs)
     classes = tuple(dataset_settings(cfg).metainfo.classes)
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
