@@ -39,7 +39,7 @@ train_pipeline = [
     dict(type='RandomFlip', prob=0.5),
     # keep_empty=False keeps an image that lost all its cells, as a negative sample
     dict(type='FilterAnnotations', min_gt_bbox_wh=(1e-2, 1e-2), keep_empty=False),
-    dict(type='PackDetInputs', meta_keys=meta_keys),
+    dict(type='PackCellInputs', meta_keys=meta_keys),
 ]
 test_pipeline = [
     dict(type='LoadCellImage', red_blue_swapped=red_blue_swapped),

@@ -14,7 +14,7 @@ train_pipeline = [
     ),
     dict(type='FilterAnnotations', min_gt_bbox_wh=(1e-2, 1e-2), keep_empty=False),
     dict(type='RandomFlip', prob=0.5),
-    dict(type='PackDetInputs', meta_keys=meta_keys),
+    dict(type='PackCellInputs', meta_keys=meta_keys),
 ]  # fmt: skip
 train_dataloader = dict(dataset=dict(dataset=dict(pipeline=train_pipeline)))
 model = dict(

@@ -17,7 +17,7 @@ train_pipeline = [
     dict(type='RandomRotate90', prob=0.75),
     dict(type='HEDJitter'),
     dict(type='FilterAnnotations', min_gt_bbox_wh=(2, 2), keep_empty=False),
-    dict(type='PackDetInputs', meta_keys=meta_keys),
+    dict(type='PackCellInputs', meta_keys=meta_keys),
 ]
 test_pipeline = [
     dict(type='LoadCellImage', red_blue_swapped=True),
