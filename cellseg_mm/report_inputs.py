@@ -86,6 +86,19 @@ class ReportInputs:
     test_paths: dict[str, Path] = field(default_factory=dict)
     train_paths: dict[str, Path] = field(default_factory=dict)
 
+    @property
+    def why_no_scores(self) -> str:
+        """Why nothing can be compared with labels, when ``pool`` is None."""
+        if not self.runs:
+            return (
+                'An ensemble folder alone holds no predictions for labelled images. For scores '
+                'make the report from the configs: python tools/report.py CONFIGS'
+            )
+        return (
+            'No fold has validation predictions yet, so nothing can be compared with the labels. '
+            'Make them with: python tools/test.py CONFIG'
+        )
+
 
 def from_configs(
     config_paths: Sequence[Path | str],

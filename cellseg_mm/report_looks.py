@@ -42,7 +42,6 @@ from cellseg_mm.report_pictures import (
     prediction_entry,
     viewer_entry,
 )
-from cellseg_mm.report_sections import NO_SCORES
 from cellseg_mm.scoring import Scores
 
 KIND_TITLES = {
@@ -204,12 +203,16 @@ def viewer_section(
     n_scored = len(scores.per_image.names) if scores is not None else 0
     n_test = len(inputs.ensemble.sets) if inputs.ensemble is not None else 0
     if not entries:
-        why = 'The image files are not there.' if n_scored or n_test else NO_SCORES
+        why = 'The image files are not there.' if n_scored or n_test else inputs.why_no_scores
         return Section('images', title, nothing(why) + pictures.notes())
     n_shown = sum(entry['gt'] is not None for entry in entries)
+    parts = []
+    if n_scored:
+        parts.append(f'{n_shown} of {n_scored} labelled images (lowest and highest PQ)')
+    if n_test:
+        parts.append(f'{len(entries) - n_shown} of {n_test} test images')
     text = (
-        f'{n_shown} of {n_scored} labelled images (lowest and highest PQ) and '
-        f'{len(entries) - n_shown} of {n_test} test images lie in this page; '
+        f'{" and ".join(parts)} lie in this page; '
         f'{n_scored + n_test - len(entries)} were left out to keep it small. Predictions with '
         f'score below {EMBED_SCORE_THR:g} are not drawn. Dashed: a label that nothing found, or a '
         'prediction without a label of its class (mask IoU 0.5), at the chosen score threshold.'
@@ -267,7 +270,7 @@ def label_error_section(
     """Return crops of the clearest disagreements with the labels, and the images that have most."""
     title = 'Likely label errors'
     if not compared:
-        return Section('labels', title, nothing(NO_SCORES))
+        return Section('labels', title, nothing(inputs.why_no_scores))
     found = label_findings(compared)
     body = lead(
         'Confident predictions that contradict the labels, and labels that no prediction supports. '
@@ -424,7 +427,8 @@ def _doubt_card(f: Finding, one: InstanceSet, names: Sequence[str], pictures: Pi
     )
     if 'mask_uncertainty' in cell.extra:
         text += f', outline {float(cell.extra["mask_uncertainty"][0]):.2f}'
-    return _card(one.name, cell, one, text, pictures)
+    others = one[one.scores >= QUEUE_SCORE_THR]
+    return _card(one.name, cell, others, text, pictures)
 
 
 def doubts_of(inputs: ReportInputs) -> list[Doubt]:

@@ -31,10 +31,6 @@ from cellseg_mm.report_inputs import FoldRun, ReportInputs
 from cellseg_mm.report_parts import Section, details, figure, grid, lead, nothing, swatch, table
 from cellseg_mm.scoring import Scores
 
-NO_SCORES = (
-    'No fold has validation predictions yet, so nothing can be compared with the labels. '
-    'Make them with: python tools/test.py CONFIG'
-)
 PREDICTED_KINDS = ('correct', 'localisation', 'class', 'both', 'duplicate', 'background')
 FoldScores = Sequence[tuple[str, Scores]]
 Interval = tuple[float, float] | None
@@ -72,7 +68,7 @@ def score_section(inputs: ReportInputs, scores: Scores | None) -> Section:
     """Return the table of the pooled scores."""
     title = 'Scores out of fold'
     if scores is None or inputs.pool is None:
-        return Section('scores', title, nothing(NO_SCORES))
+        return Section('scores', title, nothing(inputs.why_no_scores))
     pool = inputs.pool
     has = f'fold{"s" if len(pool.folds) > 1 else ""} ' + ', '.join(map(str, pool.folds))
     part = (
@@ -330,11 +326,11 @@ def _lr_figures(runs: Sequence[FoldRun]) -> str:
 # ---- what is right and wrong ----
 
 
-def pr_section(scores: Scores | None) -> Section:
+def pr_section(inputs: ReportInputs, scores: Scores | None) -> Section:
     """Return precision over recall at IoU 0.5 per class."""
     title = 'Precision and recall'
     if scores is None:
-        return Section('pr', title, nothing(NO_SCORES))
+        return Section('pr', title, nothing(inputs.why_no_scores))
     curves, undefined = [], []
     thr = scores.params.pq_score_thr
     for k, name in enumerate(scores.class_names):
@@ -362,11 +358,11 @@ def pr_section(scores: Scores | None) -> Section:
     return Section('pr', title, lead(text) + body + notes)
 
 
-def confusion_section(scores: Scores | None) -> Section:
+def confusion_section(inputs: ReportInputs, scores: Scores | None) -> Section:
     """Return the confusion matrix with counts and shares of rows."""
     title = 'Confusion matrix'
     if scores is None:
-        return Section('confusion', title, nothing(NO_SCORES))
+        return Section('confusion', title, nothing(inputs.why_no_scores))
     names = scores.class_names
     rows = []
     for r, counts in enumerate(scores.confusion.tolist()):
@@ -396,11 +392,11 @@ def _heat(count: int, total: int, *, is_hit: bool) -> str:
     )
 
 
-def error_section(scores: Scores | None) -> Section:
+def error_section(inputs: ReportInputs, scores: Scores | None) -> Section:
     """Return the error breakdown by class and by size."""
     title = 'Errors by class and size'
     if scores is None:
-        return Section('errors', title, nothing(NO_SCORES))
+        return Section('errors', title, nothing(inputs.why_no_scores))
     names = scores.error_names
     kinds = [names.index(kind) for kind in PREDICTED_KINDS]
     low, high = scores.params.cell_area_edges
@@ -440,11 +436,11 @@ def error_section(scores: Scores | None) -> Section:
     return Section('errors', title, lead(text) + charts + table(head, rows, caption=title))
 
 
-def calibration_section(scores: Scores | None) -> Section:
+def calibration_section(inputs: ReportInputs, scores: Scores | None) -> Section:
     """Return scores against the share that is right."""
     title = 'Do scores mean what they say?'
     if scores is None:
-        return Section('calibration', title, nothing(NO_SCORES))
+        return Section('calibration', title, nothing(inputs.why_no_scores))
     c = scores.calibration
     if not c.n.sum():
         return Section('calibration', title, nothing('There are no detections.'))
@@ -475,7 +471,7 @@ def count_section(inputs: ReportInputs, scores: Scores | None) -> Section:
     """Return predicted against labelled numbers per image and class."""
     title = 'Counts'
     if scores is None or inputs.pool is None:
-        return Section('counts', title, nothing(NO_SCORES))
+        return Section('counts', title, nothing(inputs.why_no_scores))
     p = scores.per_image
     series = [
         Series(
