@@ -15,7 +15,9 @@ more pixels and runs per mask than cells have. ``--size 0`` takes the recipe's o
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import io
 import statistics
 import tempfile
 from collections import defaultdict
@@ -80,13 +82,14 @@ class Side:
     def begin(self) -> None:
         """Start a round: a new evaluator, which reads its ground truth again."""
         if self.name == 'stock':
-            self.metric = METRICS.build(
-                {
-                    'type': 'CocoMetric',
-                    'ann_file': str(self.json_path),
-                    'metric': ['bbox', 'segm'],
-                }
-            )
+            with contextlib.redirect_stdout(io.StringIO()):
+                self.metric = METRICS.build(
+                    {
+                        'type': 'CocoMetric',
+                        'ann_file': str(self.json_path),
+                        'metric': ['bbox', 'segm'],
+                    }
+                )
         else:
             self.metric = METRICS.build({'type': 'CellMetric', 'n_bootstrap': 0})
         self.metric.dataset_meta = self.loader.dataset.metainfo
@@ -109,7 +112,8 @@ class Side:
     def finish(self) -> None:
         """Compute the scores of the round."""
         self.results = list(self.metric.results)
-        with self.watch.section('evaluator, scores'):
+        quiet = contextlib.redirect_stdout(io.StringIO())  # pycocotools prints its tables
+        with quiet, self.watch.section('evaluator, scores'):
             self.metric.evaluate(len(self.loader.dataset))
 
 

@@ -43,3 +43,31 @@ def sample_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     report = prepare.prepare(root, prepare.PrepareParams(n_folds=2, n_workers=1))
     report.raise_for_errors()
     return root
+
+
+LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests that need a GPU where there is none, unless they are required."""
+    gpu = [item for item in items if item.get_closest_marker('gpu')]
+    is_wanted = 'CELLSEG_REQUIRE_GPU' in os.environ or 'CELLSEG_TEST_DEVICE' in os.environ
+    if not gpu or is_wanted:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        config.stash[LEFT_OUT] = len(gpu)
+        config.hook.pytest_deselected(items=gpu)
+        items[:] = [item for item in items if not item.get_closest_marker('gpu')]
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Say how many tests a machine without a GPU did not run."""
+    if n := config.stash.get(LEFT_OUT, 0):
+        terminalreporter.write_line(
+            f'{n} GPU tests left out: torch finds no CUDA device; where there is one, run '
+            'CELLSEG_REQUIRE_GPU=1 python -m pytest -m gpu'
+        )

@@ -1,0 +1,110 @@
+"""Packs real images for a machine that takes 64 MiB a call, and unpacks them there.
+
+    python benchmarks/gpu/pack_data.py pack [--max-mib 24]     # here: .gpu_pack1, .gpu_pack2, ...
+    python benchmarks/gpu/pack_data.py unpack /tmp/cellseg_gpu/data .gpu_pack*     # there
+
+Images become lossless JPEG XL, each decoded again and compared; label maps are small and go as
+they are. Unpacking writes the folders of docs/formats.md with uncompressed TIFF, so pixels, names
+and sizes are the same and file hashes are not. The packs are ignored by git and never committed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import imagecodecs
+import numpy as np
+import tifffile
+
+from cellseg_mm.labels import read_image
+
+ROOT = Path(__file__).resolve().parents[2]
+EFFORT = 3  # of JPEG XL: higher gains 5 % and takes six times as long
+
+
+def entries(shared: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield (name inside the data folder, bytes), training images first."""
+    train, test = shared / 'hw3_train155', shared / 'hw3_test93'
+    yield 'manifest.csv', (train / 'manifest.csv').read_bytes()
+    for folder in sorted((train / 'train').iterdir()):
+        yield f'train/{folder.name}/image.jxl', encoded(folder / 'image.tif')
+        for path in sorted(folder.glob('class*.tif')):
+            yield f'train/{folder.name}/{path.name}', path.read_bytes()
+    name = 'test_image_name_to_ids.json'
+    yield name, (test / name).read_bytes()
+    for path in sorted((test / 'test_release').iterdir()):
+        yield f'test_release/{path.stem}.jxl', encoded(path)
+
+
+def encoded(path: Path) -> bytes:
+    """Return an image as lossless JPEG XL, after checking that it comes back the same."""
+    pixels = np.ascontiguousarray(read_image(path))
+    data = imagecodecs.jpegxl_encode(pixels, lossless=True, effort=EFFORT)
+    if not np.array_equal(imagecodecs.jpegxl_decode(data), pixels):
+        raise SystemExit(f'{path}: JPEG XL changed a pixel')
+    return data
+
+
+def pack(shared: Path, out: Path, max_mib: float) -> None:
+    """Write ``.gpu_pack<k>/data.zip``, each of at most ``max_mib``; print their sizes."""
+    limit, size, number = max_mib * 2**20, 0, 0
+    archive: zipfile.ZipFile | None = None
+    for name, data in entries(shared):
+        if archive is None or size + len(data) > limit:
+            if archive is not None:
+                archive.close()
+            number, size = number + 1, 0
+            folder = out / f'.gpu_pack{number}'
+            folder.mkdir(parents=True, exist_ok=True)
+            archive = zipfile.ZipFile(folder / 'data.zip', 'w', zipfile.ZIP_STORED)
+        archive.writestr(name, data)
+        size += len(data) + 300  # the archive's own bytes per entry
+    if archive is not None:
+        archive.close()
+    for path in sorted(out.glob('.gpu_pack*/data.zip')):
+        print(f'{path}: {path.stat().st_size / 2**20:.1f} MiB')
+
+
+def unpack(data_root: Path, packs: list[Path]) -> None:
+    """Write the packs' files below ``data_root``; what is there already is written again."""
+    for folder in packs:
+        with zipfile.ZipFile(folder / 'data.zip') as archive:
+            for name in archive.namelist():
+                path = data_root / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                data = archive.read(name)
+                if path.suffix != '.jxl':
+                    path.write_bytes(data)
+                    continue
+                buffer = io.BytesIO()
+                tifffile.imwrite(buffer, imagecodecs.jpegxl_decode(data), photometric='rgb')
+                path.with_suffix('.tif').write_bytes(buffer.getvalue())
+    n_train = len(list(data_root.glob('train/*/image.tif')))
+    n_test = len(list(data_root.glob('test_release/*.tif')))
+    print(f'{data_root}: {n_train} training and {n_test} test images')
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest='command', required=True)
+    packing = commands.add_parser('pack')
+    packing.add_argument('--shared', type=Path, default=ROOT.parent / 'shared' / 'data')
+    packing.add_argument('--out', type=Path, default=ROOT)
+    packing.add_argument('--max-mib', type=float, default=24)
+    unpacking = commands.add_parser('unpack')
+    unpacking.add_argument('data_root', type=Path)
+    unpacking.add_argument('packs', type=Path, nargs='*')
+    args = parser.parse_args()
+    if args.command == 'pack':
+        pack(args.shared, args.out, args.max_mib)
+    else:
+        unpack(args.data_root, args.packs)
+
+
+if __name__ == '__main__':
+    main()
