@@ -1,35 +1,37 @@
 """All folds, from nothing to one answer, and safe to start again at any moment.
 
-In: the configs of the folds. Out: trained folds, their out-of-fold score, the ensemble's
-predictions and the report, each made by the same tools that a user would type. Invariant: a step
-that is done is never done again, and counts as done only when its last file is there and belongs to
-this data, these folds and these settings.
+In: the configs of the folds. Out: trained folds, their out-of-fold score, the best settings, the
+ensemble's predictions and the report, each made by the same tools that a user would type.
+Invariant: training and testing that is done is never done again, and counts as done only when its
+last file is there and belongs to these folds, these settings and this checkpoint; and at most one
+run works in a place at a time.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-import re
 import shlex
-import subprocess
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from queue import Queue
 
 from mmengine.config import Config
 
-from cellseg_mm.errors import CellSegError, ConfigError, PredictionError
-from cellseg_mm.launch import default_work_dir
+from cellseg_mm import files
+from cellseg_mm.errors import ConfigError, PredictionError
+from cellseg_mm.launch import add_config_arguments, default_work_dir, refuse_unknown_keys
 from cellseg_mm.predictions import load_predictions
-from cellseg_mm.training import FINISHED, dataset_settings, finished_state
+from cellseg_mm.step_runner import StepRunner, locked
+from cellseg_mm.training import FINISHED, dataset_settings, finished_state, fold_hash_of, read_mark
 
-# what mmengine's logger writes, for example: Iter(train) [ 50/300]  lr: 1e-3  eta: 0:03:20
-PROGRESS = re.compile(r'(?:Iter|Epoch)\((\w+)\)\s*\[\s*(\d+)/(\d+)\].*?eta: (\S+)')
 TOOLS = Path(__file__).resolve().parents[1] / 'tools'
+TESTED = 'tested.json'
+# What decides a fold's predictions, given its checkpoint.
+TEST_KEYS = ('model', 'test_dataloader', 'test_cfg')
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,7 @@ class Step:
         done: Whether its result is there already.
         reason: Why it is done, or what is missing.
         log_path: Where its output goes.
+        after: Called when it has succeeded.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Step:
     done: bool
     reason: str
     log_path: Path
+    after: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +62,12 @@ class Plan:
     Attributes:
         fold_steps: Per config, the steps that need each other, in order; configs are independent.
         final_steps: Steps that need all folds, in order.
+        out_dir: Where their results go, and the lock.
     """
 
     fold_steps: tuple[tuple[Step, ...], ...]
     final_steps: tuple[Step, ...] = field(default=())
+    out_dir: Path = field(default=Path('work_dirs/ensemble'))
 
     def text(self) -> str:
         """Return the plan, one line a step."""
@@ -89,17 +95,36 @@ def make_plan(
         options: Words after ``--cfg-options`` for every training and test.
 
     Raises:
-        ConfigError: No configs, or two configs of one fold or work folder.
+        ConfigError: No configs, two configs of one fold or work folder, an option that nothing
+            reads, or a fold that was trained with other settings or folds than those in force.
     """
     if not config_paths:
         raise ConfigError('cross-validation: no configs given; expected for example configs/*.py')
-    folds = [_fold(path, work_root) for path in sorted(map(str, config_paths))]
+    changes = _parsed(options)
+    folds = [_fold(path, work_root, changes) for path in sorted(map(str, config_paths))]
     for what in ('fold', 'work_dir'):
         values = [getattr(f, what) for f in folds]
         if len(set(values)) < len(values):
             raise ConfigError(f'cross-validation: two configs share a {what}: {values}')
     fold_steps = tuple(_fold_steps(f, options) for f in folds)
-    return Plan(fold_steps, _final_steps(folds, fold_steps, work_root))
+    out = ensemble_dir([f.work_dir for f in folds])
+    return Plan(fold_steps, _final_steps(folds, out, work_root, options), out)
+
+
+def _parsed(options: Sequence[str]) -> dict:
+    """Read options as the tools that will get them do."""
+    if not options:
+        return {}
+    parser = argparse.ArgumentParser(prog='--cfg-options', add_help=False)
+    add_config_arguments(parser)
+    changes = parser.parse_args(['--cfg-options', *options]).cfg_options
+    moved = [key for key in changes if key.split('.')[-1] in ('data_root', 'folds_file')]
+    if moved:
+        raise ConfigError(
+            f'--cfg-options: {", ".join(moved)}: where the data and folds are must be the same for '
+            'every step; set CELLSEG_DATA and CELLSEG_FOLDS instead'
+        )
+    return changes
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +135,12 @@ class _Fold:
     work_dir: Path
 
 
-def _fold(path: str, work_root: Path | str | None) -> _Fold:
+def _fold(path: str, work_root: Path | str | None, changes: dict) -> _Fold:
     if not Path(path).is_file():
-        raise ConfigError(f'{path}: no such config file')
+        raise ConfigError(f'{path}: no such config file; see configs/ for those there are')
     cfg = Config.fromfile(path)
+    refuse_unknown_keys(cfg, changes)
+    cfg.merge_from_dict(changes)
     work_dir = default_work_dir(path)
     if work_root is not None:
         work_dir = Path(work_root) / work_dir.relative_to('work_dirs')
@@ -127,27 +154,28 @@ def _tool(name: str, *words: str | Path) -> tuple[str, ...]:
 def _fold_steps(fold: _Fold, options: Sequence[str]) -> tuple[Step, ...]:
     extra = ['--work-dir', fold.work_dir]
     extra += ['--cfg-options', *options] if options else []
-    state, reason = finished_state(fold.cfg, fold.work_dir)
+    is_trained, reason = finished_state(fold.cfg, fold.work_dir)
     log = fold.work_dir / 'cross_validation'
     train = Step(
         f'train fold {fold.fold}',
         _tool('train.py', fold.config, '--resume', *extra),
-        state,
+        is_trained,
         reason,
         log / 'train.log',
     )
-    tested, why = _is_tested(fold, train.done)
+    is_tested, why = _is_tested(fold, is_trained=is_trained)
     test = Step(
         f'test fold {fold.fold}',
         _tool('test.py', fold.config, *extra),
-        tested,
+        is_tested,
         why,
         log / 'test.log',
+        partial(_mark_tested, fold),
     )
     return train, test
 
 
-def _is_tested(fold: _Fold, is_trained: bool) -> tuple[bool, str]:
+def _is_tested(fold: _Fold, *, is_trained: bool) -> tuple[bool, str]:
     path = fold.work_dir / 'val.predictions.npz'
     if not is_trained:
         return False, 'needs the trained fold'
@@ -157,26 +185,50 @@ def _is_tested(fold: _Fold, is_trained: bool) -> tuple[bool, str]:
         provenance = load_predictions(path).provenance
     except PredictionError as error:
         return False, str(error)
-    finished = json.loads((fold.work_dir / FINISHED).read_text())
-    if provenance.get('checkpoint_hash') != finished['best_hash']:
+    if provenance.get('checkpoint_hash') != read_mark(fold.work_dir / FINISHED)['best_hash']:
         return False, f'{path} is of another checkpoint'
+    if provenance.get('fold_hash') != fold_hash_of(fold.cfg):
+        return False, f'{path} is of other folds'
+    mark = fold.work_dir / TESTED
+    # Without the mark the user has tested by hand; the checkpoint and the folds are right.
+    if mark.is_file() and _read_tested(mark) != _test_hash(fold.cfg):
+        return False, f'{path} was made with other settings'
     return True, f'{path}'
 
 
+def _test_hash(cfg: Config) -> str:
+    settings = cfg.to_dict()
+    parts = {key: settings.get(key) for key in TEST_KEYS}
+    return files.text_hash(json.dumps(parts, sort_keys=True, default=str))
+
+
+def _mark_tested(fold: _Fold) -> None:
+    files.write_json(fold.work_dir / TESTED, {'settings': _test_hash(fold.cfg)})
+
+
+def _read_tested(path: Path) -> str:
+    try:
+        return str(json.loads(path.read_text(encoding='utf-8'))['settings'])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ''
+
+
 def _final_steps(
-    folds: Sequence[_Fold], fold_steps: Sequence[Sequence[Step]], work_root: Path | str | None
+    folds: Sequence[_Fold], out: Path, work_root: Path | str | None, options: Sequence[str]
 ) -> tuple[Step, ...]:
     # The steps after the folds rewrite their results from the folds' files each time; they take
     # minutes, and a stale ensemble would be worse than a repeated one.
-    out = ensemble_dir([f.work_dir for f in folds])
     configs = [f.config for f in folds]
     root = ['--work-root', work_root] if work_root is not None else []
-    all_done = all(step.done for steps in fold_steps for step in steps)
-    why = 'uses the folds as they are' if all_done else 'needs all folds'
+    changes = ['--cfg-options', *options] if options else []
     names = [
         ('score out of fold', 'score_oof.py', []),
         ('find the best settings', 'find_best.py', []),
-        ('ensemble on the test images', 'ensemble.py', ['--settings', out / 'inference.json']),
+        (
+            'ensemble on the test images',
+            'ensemble.py',
+            ['--settings', out / 'inference.json', *changes],
+        ),
         ('report', 'report.py', []),
     ]
     return tuple(
@@ -184,11 +236,10 @@ def _final_steps(
             name,
             _tool(tool, *configs, *root, '--out', out, *words),
             False,
-            why,
-            out / f'{tool}.log',
+            'made from the folds each time',
+            out / f'{Path(tool).stem}.log',
         )
         for name, tool, words in names
-        if (TOOLS / tool).is_file()
     )
 
 
@@ -200,115 +251,69 @@ def ensemble_dir(work_dirs: Sequence[Path]) -> Path:
 def run_plan(plan: Plan, devices: Sequence[str]) -> None:
     """Run what is not done; independent folds share the devices.
 
+    Interrupted by SIGINT, SIGTERM or SIGHUP it ends the running steps and raises.
+
     Args:
-        plan: From :func:`make_plan`.
+        plan: From :func:`make_plan`, made just now.
         devices: CUDA device numbers, one fold at a time on each; ``['']`` for one CPU job.
 
     Raises:
-        CellSegError: A step failed; names its log.
+        CellSegError: Another run is at work here, or steps failed; names their logs. The other
+            folds are finished first.
+        KeyboardInterrupt: Interrupted by SIGINT.
+        SystemExit: Ended by another signal.
     """
-    free: Queue[str] = Queue()
-    for device in devices:
-        free.put(device)
-
-    def run_fold(steps: Sequence[Step]) -> None:
-        device = free.get()
-        try:
-            for step in steps:
-                _run_step(step, device)
-        finally:
-            free.put(device)
-
-    with ThreadPoolExecutor(max_workers=len(devices)) as pool:
-        jobs = [pool.submit(run_fold, steps) for steps in plan.fold_steps]
-        problems = [error for job in jobs if (error := job.exception()) is not None]
-    if problems:
-        raise problems[0] if len(problems) == 1 else CellSegError('; '.join(map(str, problems)))
-    for step in plan.final_steps:
-        _run_step(step, devices[0])
+    with locked(plan.out_dir / 'cross_validation.lock') as lock, StepRunner(lock) as runner:
+        runner.run(plan.fold_steps, devices)
+        runner.run([plan.final_steps], devices[:1])
 
 
-def _run_step(step: Step, device: str) -> None:
-    if step.done:
-        print(f'{step.name}: done already ({step.reason})', flush=True)
-        return
-    print(f'{step.name} ... (log: {step.log_path})', flush=True)
-    step.log_path.parent.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, 'CUDA_VISIBLE_DEVICES': device} if device else None
-    with step.log_path.open('ab') as log:
-        start = log.tell()
-        process = subprocess.Popen(
-            step.command, stdout=log, stderr=subprocess.STDOUT, env=environment
-        )
-        try:
-            code = _wait_and_show(process, step, start)
-        except BaseException:
-            process.terminate()
-            process.wait()
-            raise
-    if code:
-        tail = step.log_path.read_text(errors='replace').strip().splitlines()[-1:]
-        raise CellSegError(
-            f'{step.name}: stopped with status {code}: {"".join(tail)}; see {step.log_path}; '
-            'repair it and start the same command again'
-        )
+def slurm_script(
+    config_paths: Sequence[str | Path],
+    options: Sequence[str] = (),
+    *,
+    work_root: Path | str | None = None,
+) -> str:
+    """Return a Slurm job array with one fold a task, and the command for afterwards.
 
-
-def _wait_and_show(process: subprocess.Popen, step: Step, start: int) -> int:
-    """Wait for a step; on a terminal, show the newest progress that its log tells of."""
-    is_terminal = sys.stderr.isatty()
-    while True:
-        try:
-            code = process.wait(timeout=1)
-            break
-        except subprocess.TimeoutExpired:
-            if is_terminal:
-                print(
-                    f'\r\x1b[K  {step.name}: {progress_of(step.log_path, start)}',
-                    end='',
-                    file=sys.stderr,
-                )
-    if is_terminal:
-        print('\r\x1b[K', end='', file=sys.stderr)
-    return code
-
-
-def progress_of(log_path: Path, start: int = 0) -> str:
-    """Return the last progress that mmengine wrote to a log after byte ``start``."""
-    with log_path.open('rb') as log:
-        log.seek(max(start, log.seek(0, os.SEEK_END) - 20_000))
-        text = log.read().decode(errors='replace')
-    found = PROGRESS.findall(text)
-    if not found:
-        return 'starting'
-    phase, now, last, eta = found[-1]
-    return f'{phase} {now}/{last}, ETA {eta}'
-
-
-def slurm_script(config_paths: Sequence[str | Path], options: Sequence[str] = ()) -> str:
-    """Return a Slurm job array with one fold a task, and the command for afterwards."""
-    configs = [str(path) for path in sorted(map(str, config_paths))]
-    extra = shlex.join(['--cfg-options', *options]) if options else ''
+    A task that was cut goes on when the same array is submitted again.
+    """
+    configs = sorted(map(str, config_paths))
+    if not configs:
+        raise ConfigError('cross-validation: no configs given; expected for example configs/*.py')
+    folds = [_fold(path, work_root, _parsed(options)) for path in configs]
+    dirs = [str(fold.work_dir) for fold in folds]
+    changes = ['--cfg-options', *options] if options else []
+    extra = f' {shlex.join(changes)}' if changes else ''
+    root = ['--work-root', str(work_root)] if work_root is not None else []
+    after = ['python', 'tools/cross_validate.py', *configs, *root, *changes]
     lines = [
         '#!/usr/bin/env bash',
+        '# sbatch THIS_FILE, in the folder of the project; set CELLSEG_DATA before if data are',
+        '# elsewhere. Adapt the next lines to your cluster.',
         f'#SBATCH --array=0-{len(configs) - 1}',
         '#SBATCH --gres=gpu:1',
         '#SBATCH --cpus-per-task=8',
         '#SBATCH --time=24:00:00',
-        '#SBATCH --output=work_dirs/slurm-%A_%a.log',
+        '#SBATCH --output=slurm-%A_%a.log',
         'set -euo pipefail',
         f'CONFIGS=({shlex.join(configs)})',
+        f'WORK_DIRS=({shlex.join(dirs)})',
         'CONFIG=${CONFIGS[$SLURM_ARRAY_TASK_ID]}',
-        f'python tools/train.py "$CONFIG" --resume {extra}'.rstrip(),
-        f'python tools/test.py "$CONFIG" {extra}'.rstrip(),
+        'WORK_DIR=${WORK_DIRS[$SLURM_ARRAY_TASK_ID]}',
+        f'python tools/train.py "$CONFIG" --resume --work-dir "$WORK_DIR"{extra}',
+        f'python tools/test.py "$CONFIG" --work-dir "$WORK_DIR"{extra}',
         '# when all tasks are done:',
-        f'#   python tools/cross_validate.py {shlex.join(configs)}',
+        f'#   {shlex.join(after)}',
     ]
     return '\n'.join(lines) + '\n'
 
 
 def visible_devices() -> list[str]:
-    """Return the numbers of the CUDA devices, or one empty name for the CPU."""
+    """Return the names of the CUDA devices that this process may use, or '' for the CPU."""
     import torch
 
-    return [str(i) for i in range(torch.cuda.device_count())] or ['']
+    n = torch.cuda.device_count()
+    given = [name for name in os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',') if name.strip()]
+    # A number that torch gives counts within what is visible; the children need the outer name.
+    return (given[:n] if given else [str(i) for i in range(n)]) or ['']

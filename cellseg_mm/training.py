@@ -19,6 +19,7 @@ from mmengine.runner import Runner
 
 from cellseg_mm import checkpoints, files, prepare
 from cellseg_mm.errors import ConfigError
+from cellseg_mm.folds import load_folds
 
 
 def train(
@@ -57,27 +58,32 @@ def train(
         cfg.auto_scale_lr.enable = True
     if deterministic:
         cfg.setdefault('randomness', ConfigDict()).deterministic = True
-    if resume:
-        _set_resume(cfg, resume)
+    state = {'version': MARK_VERSION, 'recipe': recipe_hash(cfg), 'fold_hash': fold_hash_of(cfg)}
+    is_new = not resume or not _set_resume(cfg, resume)
+    if is_main_process():
+        _mark_start(Path(cfg.work_dir), state, is_new=is_new)
+        checkpoints.remove_leftovers(cfg.work_dir)
     _runner(cfg).train()
     best = checkpoints.best_checkpoint(cfg.work_dir)
     if is_main_process():
-        write_finished(cfg, best)
+        write_finished(cfg.work_dir, best, state)
     barrier()
     return best
 
 
-def _set_resume(cfg: Config, resume: str) -> None:
+def _set_resume(cfg: Config, resume: str) -> bool:
+    """Set what to resume from; tell whether there is anything."""
     if resume != 'auto':
         cfg.resume, cfg.load_from = True, resume
-        return
+        return True
     newest, skipped = checkpoints.last_good_checkpoint(cfg.work_dir)
     for reason in skipped:
         print_log(f'{reason}; going back to the one before', 'current', level=logging.WARNING)
     if newest is None:
         print_log(f'{cfg.work_dir}: no checkpoint to resume from, starting anew', 'current')
-        return
+        return False
     cfg.resume, cfg.load_from = True, str(newest)
+    return True
 
 
 def _runner(cfg: Config) -> Runner:
@@ -169,39 +175,107 @@ def score_checkpoint(
     return _runner(cfg).test()
 
 
+STARTED = 'started.json'
 FINISHED = 'finished.json'
-# What decides the weights. Paths, launcher and logging do not.
-RECIPE_KEYS = ('model', 'train_dataloader', 'optim_wrapper', 'param_scheduler', 'train_cfg')
+MARK_VERSION = 2
+# What decides the weights. Where things are, launcher, loading and logging do not.
+RECIPE_KEYS = (
+    *('model', 'train_dataloader', 'optim_wrapper', 'param_scheduler', 'train_cfg'),
+    *('randomness', 'custom_hooks'),
+)
+NOT_RECIPE_KEYS = {
+    *('data_root', 'folds_file', 'num_workers', 'persistent_workers', 'pin_memory'),
+    *('prefetch_factor', 'timeout'),
+}
 
 
 def recipe_hash(cfg: Config) -> str:
-    """Return 16 hex digits over the settings that decide the weights."""
-    parts = {key: cfg.to_dict().get(key) for key in (*RECIPE_KEYS, 'randomness', 'custom_hooks')}
+    """Return 16 hex digits over the settings that decide the weights.
+
+    The same for a config as it is read and as ``launch`` adapts it to a machine.
+    """
+    settings = cfg.to_dict()
+    parts = {key: _recipe_part(settings.get(key)) for key in RECIPE_KEYS}
     parts['model'] = {k: v for k, v in (parts['model'] or {}).items() if k != 'test_cfg'}
+    parts['load_from'] = Path(settings.get('load_from') or '').name
     return files.text_hash(json.dumps(parts, sort_keys=True, default=str))
 
 
-def write_finished(cfg: Config, best: Path) -> None:
+def _recipe_part(node: object) -> object:
+    if isinstance(node, dict):
+        kept = {k: _recipe_part(v) for k, v in node.items() if k not in NOT_RECIPE_KEYS}
+        if kept.get('type') == 'SyncBN':  # what launch makes of it where there is no kernel
+            kept['type'] = 'BN'
+        return kept
+    return [_recipe_part(v) for v in node] if isinstance(node, (list, tuple)) else node
+
+
+def fold_hash_of(cfg: Config) -> str:
+    """Return the hash of the folds in force, '' if there are none yet."""
+    path = folds_path(dataset_settings(cfg))
+    return load_folds(path).hash if path.is_file() else ''
+
+
+def _mark_start(work_dir: Path, state: dict, *, is_new: bool) -> None:
+    """Take back the mark of an earlier end, and note what is trained from the start."""
+    (work_dir / FINISHED).unlink(missing_ok=True)
+    if is_new or not (work_dir / STARTED).is_file():
+        files.write_json(work_dir / STARTED, state)
+
+
+def write_finished(work_dir: Path | str, best: Path, state: dict) -> None:
     """Leave the mark that training has come to its end, with what belongs to it."""
-    state = {'best': best.name, 'best_hash': files.file_hash(best)[:16], 'recipe': recipe_hash(cfg)}
-    files.write_json(Path(cfg.work_dir) / FINISHED, state)
+    known = {'best': best.name, 'best_hash': files.file_hash(best)[:16]}
+    files.write_json(Path(work_dir) / FINISHED, {**known, **state})
 
 
 def finished_state(cfg: Config, work_dir: Path | str) -> tuple[bool, str]:
     """Tell whether a fold's training is complete, and why or why not.
 
+    Args:
+        cfg: The config with the options of this training merged in.
+        work_dir: The fold's work folder.
+
     Raises:
-        ConfigError: It is complete, but the settings are no longer those it was trained with.
+        ConfigError: It was trained, or begun, with other settings or folds than those in force.
     """
-    mark = Path(work_dir) / FINISHED
-    if not mark.is_file():
-        return False, f'{mark} is not there'
-    state = json.loads(mark.read_text())
-    if not (mark.parent / state['best']).is_file():
-        return False, f'{mark.parent / state["best"]} is gone'
-    if state['recipe'] != recipe_hash(cfg):
+    work_dir = Path(work_dir)
+    finished, started = read_mark(work_dir / FINISHED), read_mark(work_dir / STARTED)
+    if finished:
+        _refuse_other_recipe(work_dir / FINISHED, finished, cfg)
+    if not finished:
+        if not any(work_dir.glob('*_*.pth')):
+            return False, f'{work_dir}: not begun'
+        if started:  # without a checkpoint training starts anew, and nothing can be mixed
+            _refuse_other_recipe(work_dir / STARTED, started, cfg)
+        return False, f'{work_dir / FINISHED} is not there'
+    best = work_dir / finished['best']
+    if not best.is_file():
+        return False, f'{best} is gone'
+    if files.file_hash(best)[:16] != finished['best_hash']:
+        return False, f'{best} is not the file that training ended with'
+    return True, str(best)
+
+
+def read_mark(path: Path) -> dict:
+    """Return what a mark says; empty if it is missing, damaged or of another version."""
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return {}
+    is_ours = isinstance(content, dict) and content.get('version') == MARK_VERSION
+    return content if is_ours else {}
+
+
+def _refuse_other_recipe(path: Path, mark: dict, cfg: Config) -> None:
+    folds = fold_hash_of(cfg)
+    if folds and mark['fold_hash'] and mark['fold_hash'] != folds:
         raise ConfigError(
-            f'{mark}: the fold was trained with other settings than the config has now; delete '
-            f'{work_dir} to train it again, or restore the config'
+            f'{path}: trained with folds {mark["fold_hash"]}, now there are folds {folds}; delete '
+            f'{path.parent} to train it again, or restore the folds file'
         )
-    return True, str(mark.parent / state['best'])
+    if mark['recipe'] != recipe_hash(cfg):
+        raise ConfigError(
+            f'{path}: trained with other settings than the config and its options have now; '
+            f'delete {path.parent} to train it again, or restore the settings'
+        )

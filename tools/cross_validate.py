@@ -1,6 +1,8 @@
-"""Train, test, pool, ensemble and report all folds: python tools/cross_validate.py configs/*.py
+"""Train, test, pool, choose, ensemble, report: python tools/cross_validate.py configs/*.py
 
 Start the same command again after any interruption: what is done is not done again.
+Status: 0 all done; 2 something is wrong, or a step failed (its log is named); 130 and 143 ended by
+Ctrl-C and by SIGTERM.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('configs', nargs='+', help='one config per fold')
     parser.add_argument('--work-root', help='folder for all work folders (default: work_dirs)')
-    parser.add_argument('--gpus', help='device numbers such as 0,1,3 (default: all there are)')
+    parser.add_argument(
+        '--gpus', help='devices as CUDA_VISIBLE_DEVICES names them: 0,1,3 (default: all)'
+    )
     parser.add_argument('--dry-run', action='store_true', help='print the plan only')
     parser.add_argument('--slurm', action='store_true', help='print a Slurm job array instead')
     parser.add_argument(
@@ -26,7 +30,7 @@ def main() -> None:
     from cellseg_mm import cross_validation as cv
 
     if args.slurm:
-        print(cv.slurm_script(args.configs, args.cfg_options), end='')
+        print(cv.slurm_script(args.configs, args.cfg_options, work_root=args.work_root), end='')
         return
     plan = cv.make_plan(args.configs, work_root=args.work_root, options=args.cfg_options)
     if args.dry_run:

@@ -1,0 +1,393 @@
+"""The plan of a cross-validation, and that interruptions change nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cellseg_mm  # noqa: F401  (makes mmdet importable where mmcv has no compiled ops)
+
+torch = pytest.importorskip('torch')
+pytest.importorskip('mmdet')
+
+from mmengine.config import Config  # noqa: E402
+
+from cellseg_mm import cross_validation as cv  # noqa: E402
+from cellseg_mm import files, training  # noqa: E402
+from cellseg_mm.errors import CellSegError, ConfigError  # noqa: E402
+from cellseg_mm.instances import InstanceSet  # noqa: E402
+from cellseg_mm.predictions import Predictions, save_predictions  # noqa: E402
+from cellseg_mm.step_runner import StepRunner, locked, progress_of  # noqa: E402
+
+pytestmark = pytest.mark.mm
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = tuple(str(ROOT / f'configs/sample/fold{k}.py') for k in range(2))
+OPTIONS = ('train_cfg.max_iters=4',)
+
+
+@pytest.fixture(autouse=True)
+def data(sample_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv('CELLSEG_DATA', str(sample_data))
+    return sample_data
+
+
+def config(fold: int, options: tuple[str, ...] = OPTIONS) -> Config:
+    cfg = Config.fromfile(CONFIGS[fold])
+    cfg.merge_from_dict({key: json.loads(v) for key, v in (o.split('=') for o in options)})
+    return cfg
+
+
+def begin(root: Path, fold: int, options: tuple[str, ...] = OPTIONS) -> Path:
+    """Make the work folder of a training that wrote one checkpoint."""
+    work_dir = root / f'sample/fold{fold}'
+    cfg = config(fold, options)
+    state = {
+        'version': training.MARK_VERSION,
+        'recipe': training.recipe_hash(cfg),
+        'fold_hash': training.fold_hash_of(cfg),
+    }
+    files.write_json(work_dir / training.STARTED, state)
+    (work_dir / 'iter_2.pth').write_bytes(b'two')
+    return work_dir
+
+
+def finish(root: Path, fold: int, options: tuple[str, ...] = OPTIONS) -> Path:
+    work_dir = begin(root, fold, options)
+    best = work_dir / 'best_cell_segm_mAP_50_iter_4.pth'
+    best.write_bytes(f'weights {fold}'.encode())
+    state = json.loads((work_dir / training.STARTED).read_text())
+    training.write_finished(work_dir, best, state)
+    return work_dir
+
+
+def test(root: Path, fold: int, **changes: object) -> Path:
+    """Leave the predictions of a tested fold."""
+    work_dir = root / f'sample/fold{fold}'
+    provenance = {
+        'checkpoint_hash': json.loads((work_dir / training.FINISHED).read_text())['best_hash'],
+        'fold_hash': training.fold_hash_of(config(fold)),
+        **changes,
+    }
+    path = work_dir / 'val.predictions.npz'
+    save_predictions(path, Predictions([InstanceSet.empty('a', 1, (5, 7))], provenance))
+    return path
+
+
+test.__test__ = False
+
+
+def plan(root: Path, options: tuple[str, ...] = OPTIONS) -> cv.Plan:
+    return cv.make_plan(CONFIGS, work_root=root, options=options)
+
+
+def done(root: Path) -> list[list[bool]]:
+    return [[step.done for step in steps] for steps in plan(root).fold_steps]
+
+
+def test_plan_knows_what_is_there(tmp_path: Path) -> None:
+    assert done(tmp_path) == [[False, False], [False, False]]
+    begin(tmp_path, 0)
+    finish(tmp_path, 1)
+    assert done(tmp_path) == [[False, False], [True, False]]
+    test(tmp_path, 1)
+    assert done(tmp_path) == [[False, False], [True, True]]
+    text = plan(tmp_path).text()
+    assert 'done   test fold 1' in text
+    assert 'to do  train fold 0' in text
+    assert shlex.join(['--cfg-options', *OPTIONS]) in text
+
+
+@pytest.mark.parametrize(
+    ('harm', 'wanted', 'says'),
+    [
+        pytest.param(
+            lambda d: (d / 'best_cell_segm_mAP_50_iter_4.pth').unlink(),
+            [False, False],
+            'is gone',
+            id='best checkpoint gone',
+        ),
+        pytest.param(
+            lambda d: (d / 'best_cell_segm_mAP_50_iter_4.pth').write_bytes(b'other'),
+            [False, False],
+            'not the file that training ended with',
+            id='best checkpoint replaced',
+        ),
+        pytest.param(
+            lambda d: (d / training.FINISHED).write_text('{"best"'),
+            [False, False],
+            'is not there',
+            id='mark cut',
+        ),
+        pytest.param(
+            lambda d: test(d.parents[1], 0, checkpoint_hash='0' * 16),
+            [True, False],
+            'another checkpoint',
+            id='retrained after the test',
+        ),
+        pytest.param(
+            lambda d: test(d.parents[1], 0, fold_hash='0' * 16),
+            [True, False],
+            'other folds',
+            id='tested with other folds',
+        ),
+        pytest.param(
+            lambda d: (d / 'val.predictions.npz').write_bytes(b'PK'),
+            [True, False],
+            'cannot be read',
+            id='predictions cut',
+        ),
+        pytest.param(
+            lambda d: files.write_json(d / cv.TESTED, {'settings': 'other'}),
+            [True, False],
+            'other settings',
+            id='tested with other settings',
+        ),
+    ],
+)
+def test_stale_results_are_made_again(tmp_path: Path, harm, wanted: list, says: str) -> None:
+    work_dir = finish(tmp_path, 0)
+    test(tmp_path, 0)
+    harm(work_dir)
+    made = cv.make_plan(CONFIGS[:1], work_root=tmp_path, options=OPTIONS)
+    assert [step.done for step in made.fold_steps[0]] == wanted
+    assert says in made.text()
+
+
+def test_changed_options_and_configs_are_refused(tmp_path: Path) -> None:
+    finish(tmp_path, 0)
+    begin(tmp_path, 1)
+    assert done(tmp_path)[0][0]
+    with pytest.raises(ConfigError, match=r'finished\.json: trained with other settings'):
+        plan(tmp_path, ('train_cfg.max_iters=5',))
+    with pytest.raises(ConfigError, match='other settings'):
+        plan(tmp_path, ())
+    (tmp_path / 'sample/fold0' / training.FINISHED).unlink()
+    (tmp_path / 'sample/fold0' / training.STARTED).unlink()
+    with pytest.raises(ConfigError, match=r'started\.json: trained with other settings'):
+        plan(tmp_path, ('train_cfg.max_iters=5',))
+    # What does not decide the weights may change.
+    test_only = (*OPTIONS, 'train_dataloader.num_workers=0', 'model.test_cfg.rcnn.score_thr=0.2')
+    assert not plan(tmp_path, test_only).fold_steps[1][0].done
+
+
+def test_other_folds_are_refused(tmp_path: Path, data: Path) -> None:
+    work_dir = finish(tmp_path, 0)
+    mark = json.loads((work_dir / training.FINISHED).read_text())
+    assert mark['fold_hash']
+    files.write_json(work_dir / training.FINISHED, {**mark, 'fold_hash': '0' * 16})
+    with pytest.raises(ConfigError, match='trained with folds 0000'):
+        plan(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ('configs', 'options', 'says'),
+    [
+        pytest.param((), (), 'no configs given', id='no configs'),
+        pytest.param((CONFIGS[0], CONFIGS[0]), (), 'share a fold', id='twice'),
+        pytest.param(('no.py',), (), 'no such config file', id='missing'),
+        pytest.param(CONFIGS, ('trian_cfg.max_iters=4',), 'trian_cfg', id='misspelt option'),
+        pytest.param(
+            CONFIGS,
+            ('val_dataloader.dataset.data_root=x',),
+            'CELLSEG_DATA',
+            id='data for some steps only',
+        ),
+    ],
+)
+def test_wrong_requests_are_refused(configs: tuple, options: tuple, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        cv.make_plan(configs, options=options)
+
+
+def test_recipe_is_the_same_as_read_and_as_adapted(monkeypatch: pytest.MonkeyPatch) -> None:
+    from argparse import Namespace
+
+    from cellseg_mm.launch import load_config
+
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    options = {'train_dataloader.pin_memory': True, 'train_cfg.max_iters': 4}
+    args = Namespace(
+        config=CONFIGS[0], cfg_options=options, work_dir='x', launcher='none', local_rank=0
+    )
+    assert training.recipe_hash(load_config(args)) == training.recipe_hash(config(0))
+    assert training.recipe_hash(config(0)) != training.recipe_hash(config(1))
+
+
+def test_slurm_script_is_bash_with_the_same_commands(tmp_path: Path) -> None:
+    options = ('model.test_cfg.rcnn.score_thr=0.1', "default_scope=it's")
+    text = cv.slurm_script(CONFIGS, options, work_root=tmp_path / 'a b')
+    script = tmp_path / 'job.sh'
+    # Commands print themselves instead of running.
+    script.write_text(text.replace('python tools', 'printf "%s\\n" python tools'))
+    subprocess.run(['bash', '-n', script], check=True)
+    for task, config_path in enumerate(CONFIGS):
+        printed = subprocess.run(
+            ['bash', script],
+            env={**os.environ, 'SLURM_ARRAY_TASK_ID': str(task)},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.splitlines()
+        work_dir = str(tmp_path / 'a b' / f'sample/fold{task}')
+        common = ['--work-dir', work_dir, '--cfg-options', *options]
+        assert printed == [
+            *('python', 'tools/train.py', config_path, '--resume', *common),
+            *('python', 'tools/test.py', config_path, *common),
+        ]
+    assert f'--array=0-{len(CONFIGS) - 1}' in text
+
+
+def test_devices_are_named_as_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '4,7')
+    assert cv.visible_devices() == ['4', '7']
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES')
+    assert cv.visible_devices() == ['0', '1']
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
+    assert cv.visible_devices() == ['']
+
+
+# ---- running ----
+
+
+@dataclass(frozen=True)
+class Command:
+    """A step that runs Python code."""
+
+    name: str
+    code: str
+    log_path: Path
+    done: bool = False
+    reason: str = ''
+    after: None = None
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        return sys.executable, '-c', self.code
+
+
+def run(chains: list, tmp_path: Path, devices: tuple[str, ...] = ('',)) -> None:
+    with locked(tmp_path / 'lock') as lock, StepRunner(lock) as runner:
+        runner.run(chains, devices)
+
+
+def test_a_failing_chain_stops_and_the_others_go_on(tmp_path: Path) -> None:
+    def step(name: str, code: str) -> Command:
+        return Command(
+            name, f'{code}; open({str(tmp_path / name)!r}, "w")', tmp_path / f'{name}.log'
+        )
+
+    chains = [
+        [step('a1', 'raise SystemExit("no disk")'), step('a2', 'pass')],
+        [step('b1', 'pass'), step('b2', 'pass')],
+    ]
+    with pytest.raises(CellSegError, match=r'a1: stopped with status 1: no disk; see .*a1\.log'):
+        run(chains, tmp_path)
+    assert sorted(p.name for p in tmp_path.glob('??')) == ['b1', 'b2']
+
+
+def test_devices_are_shared_one_chain_each(tmp_path: Path) -> None:
+    code = 'import os, time; t = time.time(); time.sleep(0.5); '
+    code += 'print(os.environ["CUDA_VISIBLE_DEVICES"], t, time.time())'
+    chains = [[Command(f's{i}', code, tmp_path / f's{i}.log')] for i in range(4)]
+    run(chains, tmp_path, ('3', '5'))
+    spans: dict[str, list] = {}
+    for i in range(4):
+        device, begin_s, end_s = (tmp_path / f's{i}.log').read_text().split()
+        spans.setdefault(device, []).append((float(begin_s), float(end_s)))
+    assert set(spans) == {'3', '5'}
+    for rows in spans.values():
+        rows.sort()
+        assert all(a[1] <= b[0] for a, b in pairwise(rows))
+
+
+RUNNER = """
+import sys
+from pathlib import Path
+from tests.test_cross_validation import Command, run
+root = Path(sys.argv[1])
+code = 'import os, time; open(r"{0}", "w").write(str(os.getpid())); time.sleep(60)'
+print('begun', flush=True)
+run([[Command('one', code.format(root / 'pid'), root / 'log')]], root)
+"""
+
+
+def start_runner(tmp_path: Path) -> tuple[subprocess.Popen, int]:
+    """Start a run in a process of its own and wait for its command."""
+    process = subprocess.Popen(
+        [sys.executable, '-c', RUNNER, str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, 'PYTHONPATH': str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    path = tmp_path / 'pid'
+    while not path.is_file() or not path.read_text():
+        assert process.poll() is None
+        time.sleep(0.05)
+    return process, int(path.read_text())
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f'/proc/{pid}/stat').read_text().split(')')[-1].split()[0] != 'Z'
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT], ids=['SIGTERM', 'SIGINT'])
+def test_an_ended_run_leaves_no_orphan(tmp_path: Path, number: int) -> None:
+    process, child = start_runner(tmp_path)
+    with pytest.raises(CellSegError, match=rf'another run works here .*process {process.pid}'):
+        run([], tmp_path)
+    process.send_signal(number)
+    code = process.wait(30)
+    assert code in (128 + number, -number)
+    assert not is_alive(child)
+    run([], tmp_path)
+
+
+def test_a_killed_run_keeps_the_place_while_its_command_lives(tmp_path: Path) -> None:
+    process, child = start_runner(tmp_path)
+    process.kill()
+    process.wait()
+    assert is_alive(child)
+    with pytest.raises(CellSegError, match=f'one: process {child}'):
+        run([], tmp_path)
+    os.kill(child, signal.SIGKILL)
+    while is_alive(child):
+        time.sleep(0.05)
+    assert (tmp_path / 'lock').read_text()  # the stale note is no lock
+    run([], tmp_path)
+
+
+def test_progress_is_the_newest_of_this_start(tmp_path: Path) -> None:
+    log = tmp_path / 'log'
+    old = 'Iter(train) [ 90/100]  lr: 1e-3  eta: 0:00:10  time: 1\n'
+    log.write_text(old + 'noise\nIter(train) [ 10/100]  lr: 1e-3  eta: 0:03:20  time: 1\nmore\n')
+    assert progress_of(log) == 'train 10/100, ETA 0:03:20'
+    assert progress_of(log, log.stat().st_size) == 'starting'
+
+
+def scores_of(root: Path) -> tuple[dict, list]:
+    """Return what must not depend on interruptions: scores, and the predictions' content."""
+    scores = json.loads((root / 'sample/ensemble/oof.scores.json').read_text())
+    arrays = []
+    for path in sorted(root.glob('sample/*/*.predictions.npz')):
+        with np.load(path) as content:
+            arrays.append(
+                (path.parent.name, {k: content[k].tobytes() for k in content if k != 'header'})
+            )
+    return scores, arrays
