@@ -297,12 +297,9 @@ def _imagej_roi(polygons: Sequence[Polygon], name: str, colour: Sequence[int]) -
         roi.roitype = roifile.ROI_TYPE.TRACED
     else:
         roi = _composite(rings, name)
-    low, high = (
-        np.min([r.min(axis=0) for r in rings], axis=0),
-        np.max([r.max(axis=0) for r in rings], axis=0),
-    )
-    roi.left, roi.top = (int(v) for v in low)
-    roi.right, roi.bottom = (int(v) for v in high)
+    corners = np.concatenate(rings)
+    roi.left, roi.top = corners.min(axis=0).tolist()
+    roi.right, roi.bottom = corners.max(axis=0).tolist()  # roifile adds 1, ImageJ does not
     if len(colour):
         roi.stroke_color = bytes([255, *(int(value) for value in colour)])  # alpha first
     return roi.tobytes()
