@@ -418,7 +418,10 @@ def error_section(inputs: ReportInputs, scores: Scores | None) -> Section:
         figure('Predictions by size', stacked_bars('Predictions', by_size, PREDICTED_KINDS), key),
     )
     rows = [
-        [f'{swatch(k, name)}, {size}', *(str(int(v)) for v in scores.errors[:, k, s])]
+        [
+            f'{swatch(k, name)}<small>{escape(size)}</small>',
+            *(str(int(v)) for v in scores.errors[:, k, s]),
+        ]
         for k, name in enumerate(scores.class_names)
         for s, size in enumerate(sizes)
     ]

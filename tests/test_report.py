@@ -473,13 +473,16 @@ def square_set(cells: list[tuple[int, int, int, float]]) -> InstanceSet:
 
 
 def test_findings_by_hand() -> None:
-    gt = square_set([(0, 0, 0, 1), (0, 20, 0, 1), (0, 40, 1, 1), (30, 0, 1, 1)])
+    gt = square_set(
+        [(0, 0, 0, 1), (0, 20, 0, 1), (0, 40, 1, 1), (30, 0, 1, 1), (0, 60, 0, 1), (0, 60, 1, 1)]
+    )
     pred = square_set(
         [
             (0, 0, 0, 0.9),  # right
             (0, 20, 1, 0.8),  # other class
             (30, 40, 0, 0.75),  # nothing labelled there
             (30, 60, 0, 0.6),  # nor there, but not confident
+            (0, 60, 0, 0.9),  # two labels of different classes lie there: its own is one of them
             (4, 40, 1, 0.9),  # IoU 60 / 140 = 0.43 with its label: neither, and it supports it
         ]
     )
@@ -689,6 +692,12 @@ if HAS_BROWSER:
             right = sum(row[3] for row in shown)
             text = browser.run('document.getElementById("count-pred").textContent')
             assert text == f'{len(shown)} shown, {right} right, {len(shown) - right} wrong'
+            found = sum(row[2] >= threshold for row in first['gt'])
+            missed = len(first['gt']) - found
+            text = browser.run('document.getElementById("count-gt").textContent')
+            assert text == f'{len(first["gt"])} cells, {found} found, {missed} missed'
+            dashed = 'document.querySelectorAll("#pane-gt path.wrong").length'
+            assert browser.run(dashed) == missed
         browser.run('document.querySelector(".class-switch[value=\\"1\\"]").click()')
         n_first_class = sum(row[0] == 0 for row in first['gt'])
         assert browser.run(VISIBLE.format('gt')) == n_first_class < len(first['gt'])
