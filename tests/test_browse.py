@@ -198,6 +198,7 @@ def test_instances_of_masks_equal_the_dense_masks(kind: str) -> None:
     layers = np.zeros((2, 9, 12), dtype=np.int32)
     layers[0, 1:4, 2:7] = 1
     layers[0, 5:8, 0:3] = 4
+    layers[0, 3, 2] = 4  # inside the box of the first
     layers[1, 2:6, 5:12] = 2
     masks = LabelMapMasks(layers, np.array([1, 4, 2, 3]), np.array([0, 0, 1, 1]))
     dense = masks.to_ndarray()
