@@ -35,7 +35,7 @@ Folds = tuple[int, ...]
 
 SCORE_THRS = tuple(round(0.05 * i, 2) for i in range(1, 20))
 MASK_THRS = (0.45, 0.55, 0.4, 0.6, 0.35, 0.65, 0.3)  # beside 0.5; nearest first
-MIN_AREAS_PX = (10, 20, 30, 40, 60, 80, 100)  # beside 0; a cell of 100 px is 11 px wide
+MIN_AREAS_PX = (10, 20, 30, 40, 60, 80, 100, 140, 200)  # beside 0; 200 px is 16 px wide
 N_BOOTSTRAP = 1000  # for the interval that is reported
 N_FOR_ERROR = 200  # for the standard error of a decision: known to 5 %
 LEAST_GAIN = 1e-9  # between values of one setting, less is a tie
