@@ -39,6 +39,7 @@ class FoldRun:
         config_text: The settings it was trained with; the config's where it has not started.
         log: Curves.
         best_name: File of the chosen checkpoint, '' when training has not finished.
+        best_hash: Its hash.
         best_step: Its iteration.
         predictions_path: Its validation predictions, or None.
         missing: What is not there yet and the command that makes it, '' when complete.
@@ -49,6 +50,7 @@ class FoldRun:
     config_text: str
     log: TrainingLog
     best_name: str
+    best_hash: str
     best_step: int | None
     predictions_path: Path | None
     missing: str
@@ -182,7 +184,8 @@ def _fold_run(cfg: Config, work_dir: Path, config_path: str) -> FoldRun:
 
     dumped = _newest_config(work_dir) if work_dir.is_dir() else None
     mark = work_dir / FINISHED
-    best = str(json.loads(mark.read_text())['best']) if mark.is_file() else ''
+    finished = json.loads(mark.read_text()) if mark.is_file() else {}
+    best = str(finished.get('best', ''))
     predictions = work_dir / VAL_FILE
     missing = ''
     if not mark.is_file():
@@ -197,6 +200,7 @@ def _fold_run(cfg: Config, work_dir: Path, config_path: str) -> FoldRun:
         config_text=dumped.read_text(encoding='utf-8') if dumped else cfg.pretty_text,
         log=read_training_log(work_dir, val_interval=cfg.get('train_cfg', {}).get('val_interval')),
         best_name=best,
+        best_hash=str(finished.get('best_hash', '')),
         best_step=step_of_checkpoint(best),
         predictions_path=predictions if predictions.is_file() else None,
         missing=missing,
@@ -216,6 +220,7 @@ def _gathered(
             'and colours are the default ones.'
         )
     pool = _pool(runs, cfg, data_root)
+    notes += _stale(runs, pool)
     train_paths: dict[str, Path] = {}
     test_paths: dict[str, Path] = {}
     if data_root is not None and pool is not None:
@@ -239,6 +244,18 @@ def _gathered(
         test_paths=test_paths,
         train_paths=train_paths,
     )
+
+
+def _stale(runs: Sequence[FoldRun], pool: Pool | None) -> list[str]:
+    """Return a sentence for each fold whose predictions are not of its chosen checkpoint."""
+    by_name = {f'fold {fold}': p for fold, p in pool.provenance.items()} if pool else {}
+    return [
+        f'{run.name}: its predictions are of another checkpoint than {run.best_name}; score it '
+        'again: python tools/test.py CONFIG'
+        for run in runs
+        if run.best_hash
+        and by_name.get(run.name, {}).get('checkpoint_hash') not in (None, run.best_hash)
+    ]
 
 
 def _image_paths(cases: Iterable) -> dict[str, Path]:

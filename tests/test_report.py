@@ -155,10 +155,12 @@ def write_work_dir(work_dir: Path, gt: list[InstanceSet], folds: Folds, fold: in
     work_dir.mkdir(parents=True)
     write_log(work_dir, '20260101_000000', [train_row(5), train_row(10), {'cell/segm_mAP_50': 0.4}])
     (work_dir / 'best_cell_segm_mAP_50_iter_10.pth').write_bytes(b'')
-    write_json(work_dir / 'finished.json', {'best': 'best_cell_segm_mAP_50_iter_10.pth'})
+    mark = {'best': 'best_cell_segm_mAP_50_iter_10.pth', 'best_hash': 'b35t'}
+    write_json(work_dir / 'finished.json', mark)
     names = set(folds.val_names(fold))
     sets = [predict(s, seed) for seed, s in enumerate(gt) if s.name in names]
     provenance = {'fold': fold, 'fold_hash': folds.hash, 'class_names': list(CLASSES), 'seed': 7}
+    provenance |= {'checkpoint_hash': 'b35t'}
     provenance |= {'versions': {'numpy': '9.9.9'}, 'commit': 'abc123', 'data_hash': 'd4t4'}
     save_predictions(work_dir / 'val.predictions.npz', Predictions(sets, provenance))
 
@@ -436,6 +438,21 @@ def test_one_fold_and_ensemble_folder(project: Path, tmp_path: Path) -> None:
     text = alone.path.read_text(encoding='utf-8')
     assert 'Images that would teach most if labelled' in text
     assert 'the data folder is unknown' in text
+
+
+def test_predictions_of_another_checkpoint_are_named(project: Path) -> None:
+    def notes() -> tuple[str, ...]:
+        return report.from_configs(configs_of(project), work_root=project / 'work').notes
+
+    mark = project / 'work' / 'fold1' / 'finished.json'
+    before = mark.read_text()
+    assert notes() == ()
+    mark.write_text(before.replace('b35t', '0th3r'))
+    try:
+        (note,) = notes()
+    finally:
+        mark.write_text(before)
+    assert note.startswith('fold 1: its predictions are of another checkpoint than best_cell')
 
 
 def test_wrong_calls_are_one_sentence(project: Path, tmp_path: Path) -> None:
