@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from mmdet.registry import DATA_SAMPLERS, DATASETS
 from mmengine.config import Config, ConfigDict
+from mmengine.dataset import BaseDataset
+from mmengine.structures import InstanceData
 from numpy.typing import NDArray
 
 from cellseg_mm.dataset import CellDataset, base_dataset
@@ -125,15 +127,15 @@ def _indices(cfg: Config, loader: ConfigDict, dataset: object) -> Iterator[int]:
     yield from DATA_SAMPLERS.build(loader.sampler, default_args=settings)
 
 
-def _classes(dataset: object) -> tuple[tuple[str, ...], Colours]:
+def _classes(dataset: BaseDataset) -> tuple[tuple[str, ...], Colours]:
     metainfo = dataset.metainfo
     names = tuple(map(str, metainfo['classes']))
-    palette = [tuple(int(v) for v in colour) for colour in metainfo.get('palette') or ()]
+    palette = [(int(r), int(g), int(b)) for r, g, b in metainfo.get('palette') or ()]
     return names, [*palette, *default_colours(len(names))[len(palette) :]]
 
 
 def _drawn(
-    image: NDArray, found: object, name: str, colours: Colours
+    image: NDArray, found: InstanceData | None, name: str, colours: Colours
 ) -> tuple[Picture, int | None]:
     rgb = np.ascontiguousarray(np.clip(np.rint(image), 0, 255).astype(np.uint8))
     if found is None or 'masks' not in found:
@@ -239,14 +241,18 @@ def browse_dataset(cfg: Config, *, split: str = 'train', n: int = 16) -> Browsed
 
 def _base_of(cfg: Config, split: str) -> tuple[CellDataset, tuple[str, ...], Colours]:
     dataset = DATASETS.build(_loader(cfg, split).dataset)
+    names, colours = _classes(dataset)
+    return _cells(dataset, split), names, colours
+
+
+def _cells(dataset: BaseDataset, split: str) -> CellDataset:
     base = base_dataset(dataset)
     if base is None:
         raise ConfigError(
             f'browse: {split}_dataloader holds no CellDataset; expected one inside the wrappers; '
             'browse samples instead'
         )
-    names, colours = _classes(dataset)
-    return base, names, colours
+    return base
 
 
 def _is_swapped(base: CellDataset) -> bool:
@@ -325,7 +331,8 @@ def browse_augmentations(cfg: Config, *, n: int = 3) -> Browsed:
     """
     dataset = DATASETS.build(_loader(cfg, 'train').dataset)
     names, colours = _classes(dataset)
-    pictures, titles, changed = [], [], {}
+    changed: dict[tuple[int, str], int] = {}
+    pictures, titles = [], []
     n_columns = 1
     for draw in track(range(n), description='draws'):
         # Transforms work in place: each state is drawn before the next one is asked for.
@@ -346,12 +353,12 @@ def browse_augmentations(cfg: Config, *, n: int = 3) -> Browsed:
     return Browsed(_with_legend(sheet, names, colours), text)
 
 
-def _steps(dataset: object, index: int, *, seed: int) -> Iterator[tuple[str, dict, bool]]:
+def _steps(dataset: BaseDataset, index: int, *, seed: int) -> Iterator[tuple[str, dict, bool]]:
     """Yield each transform's name, the sample after it, and whether it changed anything."""
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 - mmdet's transforms draw from it
     torch.manual_seed(seed)
-    base = base_dataset(dataset)
+    base = _cells(dataset, 'train')
     results = base.get_data_info(index % len(base))
     before = None
     for transform, source in _transforms(dataset):
@@ -370,7 +377,7 @@ def _steps(dataset: object, index: int, *, seed: int) -> Iterator[tuple[str, dic
         before = state
 
 
-def _transforms(dataset: object) -> Iterator[tuple[object, object]]:
+def _transforms(dataset: BaseDataset) -> Iterator[tuple[Callable, BaseDataset]]:
     """Yield (transform, data set it may draw from), the innermost data set's first."""
     chain = []
     while dataset is not None:

@@ -15,6 +15,7 @@ from importlib import resources
 from pathlib import Path
 
 from cellseg_mm import files
+from cellseg_mm.files import JsonValue
 from cellseg_mm.matching import Compared, compare
 from cellseg_mm.progress import track
 from cellseg_mm.report_inputs import ReportInputs, from_configs, from_work_dir
@@ -150,7 +151,7 @@ def page(
         f'<li><a href="#{s.anchor}">{escape(LINKS.get(s.anchor, s.title))}</a></li>'
         for s in sections
     )
-    data = {'classNames': list(inputs.class_names), 'images': list(entries)}
+    data: JsonValue = {'classNames': list(inputs.class_names), 'images': list(entries)}
     parts = {
         'title': escape(inputs.title),
         'css': _asset('report.css') + colour_css(inputs.palette),

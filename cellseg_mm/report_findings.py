@@ -112,7 +112,7 @@ def _of_labels(c: Compared, image: int) -> list[Finding]:
 def shortlist(findings: Sequence[Finding], n: int) -> list[Finding]:
     """Return the first ``n``, at most ``PER_IMAGE`` of each image."""
     taken: dict[int, int] = {}
-    chosen = []
+    chosen: list[Finding] = []
     for finding in findings:
         if len(chosen) == n:
             break

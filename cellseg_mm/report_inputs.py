@@ -267,7 +267,8 @@ def _data_settings(
 ) -> tuple[tuple[str, ...], tuple[Rgb, ...], bool, Path | None]:
     """Return class names, colours, whether red and blue are swapped, and the data folder."""
     if cfg is None:
-        names = tuple(map(str, (ensemble.provenance if ensemble else {}).get('class_names', ())))
+        found = ensemble.provenance.get('class_names') if ensemble else None
+        names = tuple(map(str, found)) if isinstance(found, list) else ()
         if not names:
             raise PredictionError(
                 'report: the prediction file names no classes and there is no config; expected '
@@ -285,7 +286,7 @@ def _data_settings(
 
 
 def _palette(named: Sequence[Sequence[int]], n_classes: int) -> tuple[Rgb, ...]:
-    colours = [tuple(int(v) for v in colour) for colour in named][:n_classes]
+    colours = [(int(r), int(g), int(b)) for r, g, b in named][:n_classes]
     colours += default_colours(n_classes)[len(colours) :]
     return tuple(colours)
 

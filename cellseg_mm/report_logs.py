@@ -118,11 +118,12 @@ def _join(
     first = min((s for s in steps if s is not None), default=None)
     if first is not None:
         for points in train.values():
-            for step in [s for s in points if s >= first]:
-                del points[step]
+            for late in [s for s in points if s >= first]:
+                del points[late]
     for i, row in enumerate(rows):
-        if steps[i] is not None:
-            _add(row, train, steps[i])
+        at = steps[i]
+        if at is not None:
+            _add(row, train, at)
             continue
         step = _val_step(row, steps[:i], steps[i + 1 :], val_interval)
         if step is not None:

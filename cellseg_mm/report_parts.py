@@ -162,8 +162,10 @@ def _luminance(colour: Rgb) -> float:
 def readable(colour: Rgb, page: Rgb) -> Rgb:
     """Return ``colour``, moved towards black or white until it stands out from ``page``."""
     target = 0 if _luminance(page) > 0.18 else 255
+    moved = colour
     for percent in range(0, 101, 5):
-        moved = tuple(round(c + (target - c) * percent / 100) for c in colour)
+        r, g, b = (round(c + (target - c) * percent / 100) for c in colour)
+        moved = (r, g, b)
         if contrast(moved, page) >= MIN_CONTRAST:
             return moved
     return moved

@@ -143,7 +143,7 @@ def crop_figure(
         outlines: (path data, CSS class and style attributes) to draw over it, in order.
         label: What it shows, for readers who do not see it; escaped here.
     """
-    x1, y1, x2, y2 = _window(box_xyxy, image.shape[:2])
+    x1, y1, x2, y2 = _window(box_xyxy, (image.shape[0], image.shape[1]))
     uri = data_uri(np.ascontiguousarray(image[y1:y2, x1:x2]), CROP_SIDE_PX)
     paths = ''.join(f'<path {attributes} d="{path}"/>' for path, attributes in outlines)
     return (

@@ -86,8 +86,8 @@ def score_section(inputs: ReportInputs, scores: Scores | None) -> Section:
         'and are left out of means. Definitions: docs/scores.md.'
     )
     head = ['score', 'mean', *scores.class_names]
-    rows = [*_ap_rows(scores), *_count_rows(scores)]
-    rows = [[name, mean, *cells] for name, mean, cells in rows]
+    lines = [*_ap_rows(scores), *_count_rows(scores)]
+    rows = [[name, mean, *cells] for name, mean, cells in lines]
     chart_rows = _class_intervals(scores)
     charts = grid(
         *(
@@ -252,7 +252,7 @@ def _log_notes(inputs: ReportInputs, runs: Sequence[FoldRun]) -> str:
 
 def _curve(points: dict[int, float], name: str, colour: int, best: int | None = None) -> Series:
     pairs = list(thinned(points))
-    marks = ()
+    marks: tuple[tuple[float, float, str], ...] = ()
     if best is not None and best in points:
         text = f'{name}: chosen checkpoint, step {best}, {points[best]:.4f}'
         marks = ((best, points[best], text),)
@@ -313,13 +313,13 @@ def _lr_figures(runs: Sequence[FoldRun]) -> str:
         same[key] = ([*names, run.name], longest)
     parts = []
     for names, run in same.values():
-        curves = [_curve(p, name, i) for i, (name, p) in enumerate(run.log.lr_curves().items())]
+        lines = [_curve(p, name, i) for i, (name, p) in enumerate(run.log.lr_curves().items())]
         caption = f'Learning rate of each parameter group: {", ".join(names)}'
-        if not curves:
+        if not lines:
             parts.append(figure(caption, nothing('The logs hold no learning rate.')))
             continue
         axes = Axes(caption, 'iteration', 'learning rate')
-        parts.append(figure(caption, chart(axes, curves), legend(curves)))
+        parts.append(figure(caption, chart(axes, lines), legend(lines)))
     return grid(*parts)
 
 
@@ -339,7 +339,7 @@ def pr_section(inputs: ReportInputs, scores: Scores | None) -> Section:
             undefined.append(name)
             continue
         reached = np.flatnonzero(scores.segm.curve50_scores[k] >= thr)
-        marks = ()
+        marks: tuple[tuple[float, float, str], ...] = ()
         if len(reached):
             i = int(reached[-1])
             text = f'{name}: recall {RECALL_POINTS[i]:.2f}, precision {y[i]:.3f} at score {thr:g}'
