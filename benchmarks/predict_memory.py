@@ -120,6 +120,7 @@ class DarkCells:
     identity = {'detector': 'dark'}
     provenance: dict = {}
     batch_size = 1
+    cap = 0
 
     def detect(self, pictures: Sequence[np.ndarray], name: str) -> list[InstanceSet]:
         """Find them."""

@@ -55,6 +55,7 @@ class ModelDetector:
         identity: What the results depend on, JSON values.
         provenance: Further JSON values for the result files.
         batch_size: Pictures per batch; halved for good when the device's memory does not suffice.
+        cap: ``test_cfg.rcnn.max_per_img``; 0 where nothing is capped.
     """
 
     def __init__(
@@ -66,8 +67,9 @@ class ModelDetector:
         identity: Mapping,
         provenance: Mapping | None = None,
         batch_size: int = 1,
+        cap: int = 0,
     ) -> None:
-        self.model, self.batch_size = model, batch_size
+        self.model, self.batch_size, self.cap = model, batch_size, cap
         self.provenance = dict(provenance or {})
         self.red_blue_swapped, self.identity = red_blue_swapped, dict(identity)
         with DefaultScope.overwrite_default_scope('mmdet'):
@@ -186,7 +188,8 @@ def build_detector(
     loaded = load_members(sources, classes, mask_thr=chosen.mask_thr)
     device = torch.device(device)
     model: nn.Module
-    if len(loaded) == 1 and how is None:
+    is_plain = len(loaded) == 1 and how is None
+    if is_plain:
         model = loaded[0].model.to(device)
         if tta_model is not None:
             model = MODELS.build({**tta_model, 'module': model})
@@ -203,7 +206,7 @@ def build_detector(
         'checkpoint_hashes': [item.member.source_hash for item in loaded],
         'model_hash': files.text_hash(json.dumps(recipes, sort_keys=True, default=str)),
         'pipeline_hash': files.text_hash(json.dumps(pipeline, sort_keys=True, default=str)),
-        'fusion': chosen.rule if len(loaded) > 1 or how is not None else '',
+        'fusion': '' if is_plain else chosen.rule,
         'post': chosen.post,
         'mask_thr': chosen.mask_thr,
         'tta': spec,
@@ -219,7 +222,13 @@ def build_detector(
             'trained': _trained(loaded) if len(loaded) == 1 else {},
         },
         batch_size=BATCH_SIZE.get(device.type, 1) if batch_size is None else batch_size,
+        cap=_cap(sources[0].cfg) if is_plain else 0,
     )
+
+
+def _cap(cfg: Config) -> int:
+    rcnn = cfg.model.get('test_cfg', {}).get('rcnn') or {}
+    return max(int(rcnn.get('max_per_img', 0)), 0)
 
 
 def _trained(loaded: Sequence) -> dict:

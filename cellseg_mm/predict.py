@@ -58,11 +58,13 @@ class Detector(Protocol):
         identity: JSON values that change whenever the same picture could give other instances.
         provenance: Further JSON values for the result files.
         batch_size: Pictures that it takes at once.
+        cap: Most instances that it returns for a picture; 0 if it has no limit.
     """
 
     identity: Mapping
     provenance: Mapping
     batch_size: int
+    cap: int
 
     def detect(self, pictures: Sequence[Picture], name: str) -> list[InstanceSet]:
         """Return the instances of each picture, (h, w, 3) uint8 in the files' channel order."""
@@ -345,7 +347,7 @@ class _Run:
         instances, report = stitch(
             found, hw, name=item.name, image_id=item.image_id, params=StitchParams()
         )
-        self._note_stitching(item, report)
+        self._note_losses(item, [tile_set for tile_set, _ in found], report)
         provenance = self._provenance(item, downsample, report)
         save_predictions(self._path(item, '.npz'), Predictions([instances], provenance))
         return instances
@@ -374,8 +376,16 @@ class _Run:
                 first, future = waiting.popleft()
                 yield first, future.result()
 
-    def _note_stitching(self, item: Item, report: StitchReport) -> None:
-        notes = []
+    def _note_losses(
+        self, item: Item, tile_sets: Sequence[InstanceSet], report: StitchReport
+    ) -> None:
+        notes, cap = [], self.detector.cap
+        lowest = [float(s.scores.min()) for s in tile_sets if 0 < cap <= len(s)]
+        if lowest:
+            notes.append(
+                f'{len(lowest)} of {len(tile_sets)} tiles hit the cap of {cap} instances, whatever '
+                f'was lost scored no more than {max(lowest):.4f}'
+            )
         if report.n_left_cut:
             notes.append(f'{report.n_left_cut} cells are cut at a tile border')
         if report.n_empty:

@@ -29,6 +29,7 @@ class PaintedCells:
     """Finds each value of the first channel: class and score follow from the value."""
 
     batch_size = 2
+    cap = 0
 
     def __init__(self, tag: str = 'a') -> None:
         self.identity, self.provenance, self.calls = {'tag': tag}, {'members': []}, []
@@ -153,6 +154,20 @@ def test_provenance(images: Path, tmp_path: Path) -> None:
     assert found['input']['path'] == str(images / 'a.tif')
     assert found['tiles']['n_tiles'] == 1
     assert found['downsample'] == 1.0
+
+
+def test_a_cap_that_was_hit_is_told(tmp_path: Path) -> None:
+    label_map = paint(tmp_path / 'in' / 'a.tif')
+    n = len(np.unique(label_map)) - 1
+    for cap, told in ((n, True), (n + 1, False), (0, False)):
+        detector = PaintedCells()
+        detector.cap = cap
+        items = find_items([str(tmp_path / 'in')])
+        summary = predict.predict(items, detector, params_for(tmp_path, again=True))
+        text = (
+            f'1 of 1 tiles hit the cap of {n} instances, whatever was lost scored no more than 0.'
+        )
+        assert (text in summary.describe()) == told
 
 
 # ------------------------------------------------------------------------------- formats
@@ -389,6 +404,7 @@ def test_a_model_sees_pictures_as_its_pipeline_reads_files(tmp_path: Path) -> No
         (sample,) = load_member(source).model.test_step(pseudo_collate([data]))
     expected = to_instance_set(sample)
     assert len(expected) > 0
+    assert build_detector([source]).cap == 500
     assert (found.rles, found.scores.tolist()) == (expected.rles, expected.scores.tolist())
     turned = build_detector([source], tta_spec='hflip').detect([picture], 'a')
     assert turned[0].image_hw == (96, 80)
