@@ -21,7 +21,8 @@ from mmdet.registry import DATA_SAMPLERS, DATASETS
 from mmengine.dataset import InfiniteSampler
 from mmengine.logging import print_log
 
-from cellseg_mm.errors import ConfigError, FoldError
+from cellseg_mm import worker_watch
+from cellseg_mm.errors import CellSegError, ConfigError, FoldError
 from cellseg_mm.files import text_hash
 from cellseg_mm.folds import load_folds
 from cellseg_mm.labels import Case, find_cases
@@ -82,6 +83,7 @@ class CellDataset(BaseDetDataset):
         self.folds_file = Path(data_root) / 'folds.json' if is_auto else Path(folds_file)
         self.fold_hash = ''
         self.data_hash = ''
+        worker_watch.prepare()
         super().__init__(*args, data_root=data_root, **kwargs)
 
     def load_data_list(self) -> list[dict]:
@@ -135,6 +137,30 @@ class CellDataset(BaseDetDataset):
             'width': case.image_hw[1],
             'instances': [],
         }
+
+    def prepare_data(self, idx: int) -> dict | None:
+        """Run the pipeline on a case; whatever goes wrong names its image.
+
+        Raises:
+            CellSegError: The case cannot be used, or memory is too small for it.
+            RuntimeError: A transform failed.
+        """
+        info = self.get_data_info(idx)
+        worker_watch.note(info['img_path'])
+        try:
+            return self.pipeline(info)
+        except CellSegError:
+            raise
+        except MemoryError as problem:
+            raise CellSegError(
+                f'{info["img_path"]}: memory ran out while it was loaded ({problem}); lower '
+                'num_workers or batch_size of the data loader, or cut the image'
+            ) from problem
+        except Exception as problem:
+            raise RuntimeError(
+                f'{info["img_path"]}: loading or augmenting it failed: '
+                f'{type(problem).__name__}: {problem}'
+            ) from problem
 
     def get_cat_ids(self, idx: int) -> list[int]:
         """Return the classes that have a label map, for ``ClassBalancedDataset``."""

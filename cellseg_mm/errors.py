@@ -48,8 +48,9 @@ class DataError(CellSegError):
 
     SHOWN = 10
 
-    def __init__(self, problems: list[str]) -> None:
-        self.problems = list(problems)
+    def __init__(self, problems: list[str] | str) -> None:
+        # torch raises an error of a worker again with its text alone
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
         shown = '\n'.join(f'  {problem}' for problem in self.problems[: self.SHOWN])
         hidden = len(self.problems) - self.SHOWN
         more = f'\n  ... and {hidden} more' if hidden > 0 else ''

@@ -7,7 +7,9 @@ Invariant: what MMDetection's own tools accept means the same here.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from pathlib import Path
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.logging import print_log
 
+from cellseg_mm import worker_watch
 from cellseg_mm.errors import CellSegError, ConfigError
 
 # Keys that Runner.from_cfg, MMDetection's tools or our own read without any config setting them.
@@ -135,15 +138,56 @@ def _sync_bn_to_bn(node: object) -> int:
     return 0
 
 
-def root_error(error: BaseException) -> CellSegError | None:
-    """Return the innermost CellSegError; mmengine's registries wrap what a constructor raises."""
-    found = None
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and what led to it, outermost first."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        found = error if isinstance(error, CellSegError) else found
+        yield error
         error = error.__cause__ or error.__context__
-    return found
+
+
+def root_error(error: BaseException) -> CellSegError | None:
+    """Return the innermost CellSegError; mmengine's registries wrap what a constructor raises."""
+    return next((e for e in reversed(list(causes(error))) if isinstance(e, CellSegError)), None)
+
+
+# What a machine, not the code, is to blame for.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
+OUT_OF_MEMORY = (
+    'the device ran out of memory ({reason}); expected the model and a batch to fit; when training '
+    'lower train_dataloader.batch_size (and the learning rate with it) or the image size, or add '
+    '--amp; when testing lower model.test_cfg.rpn.max_per_img, or cut large images into tiles with '
+    'tools/predict.py --tile'
+)
+
+
+def explain(error: BaseException) -> str | None:
+    """Return one sentence for an error that a user can do something about, else None."""
+    known = root_error(error)
+    if known is not None:
+        return _without_worker_traceback(str(known))
+    for one in causes(error):
+        if type(one).__name__ == 'OutOfMemoryError':  # torch's; torch may not be imported
+            return OUT_OF_MEMORY.format(reason=str(one).split('. ')[0][:200])
+        death = worker_watch.explain_death(str(one)) if isinstance(one, RuntimeError) else None
+        if death is not None:
+            return death
+        if isinstance(one, OSError) and one.errno in DISK_ERRORS:
+            where = one.filename or 'a result file'
+            return (
+                f'{where}: cannot be written or read ({one.strerror}); expected a folder with room '
+                'and permission; make room, or name another with --work-dir or --out; the same '
+                'command goes on from the last whole file'
+            )
+    return None
+
+
+def _without_worker_traceback(text: str) -> str:
+    """Return the sentence of an error that torch brought from a worker with its traceback."""
+    if not re.search(r'Caught \w+ in DataLoader worker', text):
+        return text
+    return re.split(r'\ncellseg_mm\.errors\.\w+: ', text)[-1].strip()
 
 
 def run_tool(main: Callable[[], int | None]) -> None:
@@ -154,9 +198,9 @@ def run_tool(main: Callable[[], int | None]) -> None:
         print('interrupted; start the same command again to go on', file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        known = root_error(error)
-        if known is None:
+        sentence = explain(error)
+        if sentence is None:
             raise
-        print(f'error: {known}', file=sys.stderr)
+        print(f'error: {sentence}', file=sys.stderr)
         sys.exit(2)
     sys.exit(code or 0)
