@@ -35,7 +35,8 @@ from cellseg_mm.training import FINISHED, dataset_settings, folds_path
 CONSTRAINTS = Path(__file__).resolve().parents[1] / 'constraints.txt'
 # What a checkpoint and a prediction file must say about where they come from.
 TRAINED_KEYS = ('fold', 'split', 'fold_hash', 'data_hash', 'class_names', 'commit', 'versions')
-PREDICTED_KEYS = ('fold_hash', 'data_hash', 'class_names', 'checkpoint_hash', 'versions')
+PREDICTED_KEYS = ('fold_hash', 'class_names', 'versions')
+MODEL_KEYS = ('data_hash', 'checkpoint_hash')  # of one model; an ensemble names its members
 MIN_FREE_GB = 5.0
 SHOWN = 10
 
@@ -224,6 +225,7 @@ def check_data(cfg: Config) -> Iterator[Line]:
             class_names=tuple(data.metainfo.classes),
             out_dir=Path(folder),
             groups=prepare.GroupRule(csv_path=manifest if manifest.is_file() else None),
+            n_folds=load_folds(path).n_folds if path.is_file() else prepare.PrepareParams().n_folds,
         )
         report = prepare.prepare(root, params)
     for text in report.errors[:SHOWN]:
@@ -338,12 +340,16 @@ def _check_checkpoint(path: Path, now: Now) -> Iterator[Line]:
 def _check_predictions(path: Path, now: Now) -> Iterator[Line]:
     predictions = load_predictions(path)
     origin = predictions.provenance
-    lacking = [key for key in PREDICTED_KEYS if key not in origin]
-    yield from _compare('predictions', path, origin, lacking, now)
+    yield from _compare('predictions', path, origin, _lacking(origin), now)
     checkpoint = Path(str(origin.get('checkpoint') or ''))
     known = origin.get('checkpoint_hash')
     if known and checkpoint.is_file() and files.file_hash(checkpoint)[:16] != known:
         yield warn('predictions', f'{path}: {checkpoint} has changed since; predict again')
+
+
+def _lacking(origin: Mapping) -> list[str]:
+    keys = PREDICTED_KEYS if 'members' in origin else (*PREDICTED_KEYS, *MODEL_KEYS)
+    return [key for key in keys if key not in origin]
 
 
 def _compare(
@@ -411,6 +417,9 @@ def _check_json(path: Path) -> Iterator[Line]:
                 'train again',
             )
             return
+    if path.name.endswith('.scores.json') and not content.get('provenance'):
+        yield warn('result', f'{path}: does not say where it comes from; score again')
+        return
     yield ok('result', f'{path}: opens')
 
 

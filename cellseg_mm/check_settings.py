@@ -7,13 +7,15 @@ Invariant: nothing is trained or written; each check stands alone.
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import mmcv.transforms as mmcv_transforms
 import numpy as np
 from mmdet.registry import MODELS, TASK_UTILS, TRANSFORMS
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from numpy.typing import NDArray
 
@@ -103,7 +105,7 @@ def _check_eta_min(cfg: Config, groups: Sequence[dict]) -> Iterator[Line]:
     n_fine = 0
     for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
         floor = float(scheduler.get('eta_min') or 0)
-        where = f'param_scheduler {scheduler.type}'
+        where = f'param_scheduler {scheduler["type"]}'
         if floor and floor >= rates[0]:
             yield error(
                 'schedule',
@@ -185,12 +187,21 @@ def scaled_hws(cfg: Config, loader: str, cases: Sequence[Case], seed: int = 0) -
         kind = TRANSFORMS.get(step['type'])
         if isinstance(kind, type) and issubclass(kind, RESIZES):
             steps.append(TRANSFORMS.build(copy.deepcopy(step)))
-    state = np.random.get_state()  # noqa: NPY002 - mmdet's transforms draw from it
+    with _seeded(seed):
+        return [_scaled_hw(case.image_hw, steps) for case in cases]
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed what transforms draw from, and put it back afterwards."""
+    state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002
     try:
-        return [_scaled_hw(case.image_hw, steps) for case in cases]
+        yield
     finally:
-        np.random.set_state(state)  # noqa: NPY002
+        random.setstate(state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
 
 
 def _scaled_hw(image_hw: tuple[int, int], steps: Sequence) -> tuple[int, int]:
@@ -420,20 +431,3 @@ def red_minus_blue(case: Case) -> float:
     is_cell = (read_label_layers(case).layers > 0).any(axis=0)
     around = gap[~is_cell].mean() if not is_cell.all() else 0.0
     return float(gap[is_cell].mean() - around)
-
-
-__all__ = [
-    'ConfigDict',
-    'Truth',
-    'anchor_levels',
-    'check_anchors',
-    'check_caps',
-    'check_colours',
-    'check_learning_rates',
-    'check_meta_keys',
-    'check_min_sizes',
-    'check_norms',
-    'fit_anchors',
-    'nodes',
-    'scaled_hws',
-]

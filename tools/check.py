@@ -19,10 +19,13 @@ def main() -> int:
     parser.add_argument('--quiet', action='store_true', help='print warnings and errors only')
     args = parser.parse_args()
 
+    from mmengine.logging import MMLogger
+
     import cellseg_mm.components  # noqa: F401 - registers what configs name
     from cellseg_mm.check import run_checks
     from cellseg_mm.check_lines import summary
 
+    MMLogger.get_instance('check', log_level='WARNING')  # findings are printed, not logged
     lines = []
     for line in run_checks(args.configs, work_root=args.work_root):
         lines.append(line)

@@ -1,0 +1,368 @@
+"""check: each fault that the doctor knows is found and says what to do; exact anchor overlaps."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+
+import cellseg_mm.components
+from cellseg_mm import check, check_settings, files, provenance
+from cellseg_mm.anchor_fit import AnchorFit, AnchorLevel, best_ious
+from cellseg_mm.check_lines import Line, summary
+from cellseg_mm.check_settings import Truth
+from cellseg_mm.dataset import data_fingerprint
+from cellseg_mm.folds import Folds, load_folds, save_folds
+from cellseg_mm.instances import InstanceSet
+from cellseg_mm.labels import find_cases, read_gt
+from cellseg_mm.predictions import Predictions, save_predictions
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.mm
+assert cellseg_mm.components
+
+
+@pytest.fixture
+def config(sample_data: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    monkeypatch.setenv('CELLSEG_DATA', str(sample_data))
+    monkeypatch.delenv('CELLSEG_FOLDS', raising=False)
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        yield Config.fromfile(ROOT / 'configs/sample/fold0.py')
+
+
+@pytest.fixture(scope='module')
+def truth(sample_data: Path) -> Truth:
+    cases = tuple(find_cases(sample_data, 'train', 4))
+    return Truth(cases, tuple(read_gt(case) for case in cases))
+
+
+def found(lines: list[Line], level: str) -> str:
+    return '\n'.join(str(line) for line in lines if line.level == level)
+
+
+# ---- anchors
+
+
+@pytest.mark.parametrize('seed', range(10))
+def test_best_ious_are_those_of_all_anchors(seed: int) -> None:
+    from mmdet.models.task_modules.prior_generators import AnchorGenerator
+    from mmdet.structures.bbox import bbox_overlaps
+
+    rng = np.random.default_rng(seed)
+    generator = AnchorGenerator(
+        strides=[4, (8, 16), 32],
+        ratios=[0.5, 1.0, 2.0],
+        scales=[2, 5],
+        center_offset=[0.0, 0.5][seed % 2],
+    )
+    hw = (int(rng.integers(33, 200)), int(rng.integers(33, 200)))
+    middle, size = rng.uniform(-5, 210, (60, 2)), np.exp(rng.uniform(0, 5, (60, 2)))
+    boxes = np.concatenate([middle - size / 2, middle + size / 2], axis=1)  # some leave the image
+    sizes = [(-(-hw[0] // s[1]), -(-hw[1] // s[0])) for s in generator.strides]
+    anchors = torch.cat(generator.grid_priors(sizes, dtype=torch.float64, device='cpu'))
+    expected = bbox_overlaps(torch.from_numpy(boxes), anchors.double()).max(dim=1).values.numpy()
+    levels = [
+        AnchorLevel(base.double().numpy(), tuple(map(float, stride)))
+        for base, stride in zip(generator.base_anchors, generator.strides, strict=True)
+    ]
+    np.testing.assert_allclose(best_ious(boxes, hw, levels), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_best_iou_by_hand() -> None:
+    # Anchor of 8 x 8 around the origin, every 16 px; the box's middle (14, 2) is next to (16, 0).
+    level = AnchorLevel(np.array([[-4.0, -4, 4, 4]]), (16.0, 16.0))
+    box = np.array([[10.0, -2, 18, 6]])  # overlap (12..18) x (-2..4) = 36 of 64 + 64 - 36
+    assert best_ious(box, (64, 64), [level]) == pytest.approx(36 / 92)
+    # In an image of 16 px the grid has only its first place, and nothing overlaps.
+    assert best_ious(box, (16, 16), [level]) == pytest.approx(0)
+    assert best_ious(np.zeros((0, 4)), (16, 16), [level]).shape == (0,)
+
+
+def test_shares_and_table_by_hand() -> None:
+    fit = AnchorFit(
+        np.array([0.1, 0.4, 0.9, 0.2]), np.array([0, 0, 1, 1]), np.array([5.0, 20, 20, 200])
+    )
+    assert fit.share_below(0.3) == 0.5
+    rows = {line[:18].strip(): line.split() for line in fit.table(('a', 'b'), (0.3,)).splitlines()}
+    assert rows['all'][-3:] == ['4', '0.300', '50.00%']
+    assert rows['a'][-1] == '50.00%'
+    assert rows['0 to 8 px'][-1] == '100.00%'
+    assert rows['16 to 32 px'][-3:] == ['2', '0.650', '0.00%']
+    assert rows['from 128 px'][-1] == '100.00%'
+    assert '64 to 128 px' not in rows
+
+
+def test_sizes_at_network_scale_are_those_of_the_pipeline(config: Config, truth: Truth) -> None:
+    pipeline = config.val_dataloader.dataset.pipeline
+    pipeline[1] = {'type': 'Resize', 'scale': (100, 50), 'keep_ratio': True}
+    for case, hw in zip(
+        truth.cases, check_settings.scaled_hws(config, 'val_dataloader', truth.cases), strict=True
+    ):
+        factor = min(100 / max(case.image_hw), 50 / min(case.image_hw))
+        assert hw == pytest.approx([side * factor for side in case.image_hw], abs=0.51)
+
+
+def test_random_sizes_are_the_same_each_time(config: Config, truth: Truth) -> None:
+    first = check_settings.scaled_hws(config, 'train_dataloader', truth.cases)
+    assert check_settings.scaled_hws(config, 'train_dataloader', truth.cases) == first
+    assert check_settings.scaled_hws(config, 'train_dataloader', truth.cases, seed=1) != first
+
+
+# ---- settings
+
+
+def test_sample_config_is_well(config: Config, truth: Truth) -> None:
+    lines = [
+        *check_settings.check_learning_rates(config),
+        *check_settings.check_norms(config, has_cuda=False),
+        *check_settings.check_meta_keys(config),
+        *check_settings.check_anchors(config, truth),
+        *check_settings.check_min_sizes(config, truth),
+        *check_settings.check_caps(config, truth),
+        *check_settings.check_colours(config, truth),
+    ]
+    assert found(lines, 'error') == ''
+    assert '(all others)' in found(lines, 'ok')  # the table of learning rates
+    assert {line.what for line in lines if line.level == 'warn'} <= {'evaluator'}
+
+
+COS = {'type': 'CosineAnnealingLR', 'by_epoch': False, 'begin': 0, 'end': 200, 'T_max': 200}
+KEYS = 'optim_wrapper.paramwise_cfg.custom_keys'
+RATES = {'backbone': {'lr_mult': 0.1}}
+# What is changed, in which check, at which level, and a part of the sentence.
+FAULTS = {
+    'unmatched key': (
+        {KEYS: {'bakbone': {'lr_mult': 0.1}}},
+        *('check_learning_rates', 'error', "'bakbone'"),
+    ),
+    'absolute floor': (
+        {KEYS: RATES, 'param_scheduler': [{**COS, 'eta_min': 1e-5}]},
+        *('check_learning_rates', 'warn', 'end at 0.01 to 0.1 of their own rates'),
+    ),
+    'floor above a rate': (
+        {KEYS: RATES, 'param_scheduler': [{**COS, 'eta_min': 2e-4}]},
+        *('check_learning_rates', 'error', 'not below the rate 0.0001 of one group'),
+    ),
+    'schedule ends early': (
+        {'train_cfg.max_iters': 900},
+        *('check_learning_rates', 'warn', 'end at 200, training at max_iters 900'),
+    ),
+    'MMSyncBN': (
+        {'model.roi_head.mask_head.norm_cfg': {'type': 'MMSyncBN'}},
+        *('check_norms', 'error', 'mask_head.norm_cfg'),
+    ),
+    'frozen statistics of nothing': (
+        {'model.backbone.norm_eval': True},
+        *('check_norms', 'error', 'statistics of nothing'),
+    ),
+    'batch of two': ({'train_dataloader.batch_size': 2}, *('check_norms', 'warn', 'batches of 2')),
+    'meta keys': (
+        {'test_dataloader.dataset.pipeline.2.meta_keys': ('img_id', 'ori_shape')},
+        *('check_meta_keys', 'error', 'test_dataloader: the pipeline packs no name, img_path'),
+    ),
+    'large anchors': (
+        {
+            'model.rpn_head.anchor_generator.scales': [16],
+            'model.train_cfg.rpn.assigner.min_pos_iou': 0.3,
+        },
+        *('check_anchors', 'error', 'get no anchor (best IoU below 0.3)'),
+    ),
+    'anchors that fit badly': (
+        {'model.rpn_head.anchor_generator.scales': [16]},
+        *('check_anchors', 'warn', 'choose smaller anchor_generator.scales'),
+    ),
+    'filter by size': (
+        {'train_dataloader.dataset.dataset.pipeline.6.min_gt_bbox_wh': (15, 15)},
+        *('check_min_sizes', 'warn', 'FilterAnnotations.min_gt_bbox_wh=15 takes away'),
+    ),
+    'cap': (
+        {'model.test_cfg.rcnn.max_per_img': 5},
+        *('check_caps', 'warn', 'rcnn.max_per_img=5: 5 images have more cells'),
+    ),
+    'proposals': (
+        {'model.test_cfg.rpn.nms_pre': 5},
+        *('check_caps', 'warn', 'rpn.nms_pre (per level)=5'),
+    ),
+    'high threshold': (
+        {'model.test_cfg.rcnn.score_thr': 0.5},
+        *('check_caps', 'warn', 'score_thr=0.5 cuts'),
+    ),
+    'metric of another cap': (
+        {'val_evaluator.max_per_img': 7},
+        *('check_caps', 'warn', 'val_evaluator.max_per_img=7, the model has'),
+    ),
+    'red and blue': (
+        {'train_dataloader.dataset.dataset.pipeline.0.red_blue_swapped': False},
+        *('check_colours', 'warn', 'set red_blue_swapped=True in every LoadCellImage'),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('fault', FAULTS)
+def test_fault_is_found(config: Config, truth: Truth, fault: str) -> None:
+    changes, name, level, sentence = FAULTS[fault]
+    needs_truth = name in ('check_anchors', 'check_min_sizes', 'check_caps', 'check_colours')
+    args = (config, truth) if needs_truth else (config,)
+    before = list(getattr(check_settings, name)(*args))
+    assert sentence not in found(before, level)
+    config.merge_from_dict(changes)
+    assert sentence in found(list(getattr(check_settings, name)(*args)), level)
+
+
+def test_colours_hold_for_most_images_of_the_sample(config: Config, truth: Truth) -> None:
+    (line,) = check_settings.check_colours(config, truth)
+    assert line.level == 'ok'
+    assert '100 % of 6 images' in line.text
+
+
+# ---- files
+
+
+def good_origin(data: Path) -> dict:
+    return {
+        'fold': 0,
+        'split': 'train',
+        'fold_hash': load_folds(data / 'folds.json').hash,
+        'data_hash': data_fingerprint(find_cases(data, 'train', 4)),
+        'class_names': ['a', 'b', 'c', 'd'],
+        'commit': 'abc',
+        'versions': provenance.versions(),
+        'checkpoint_hash': 'x',
+    }
+
+
+def save_model(path: Path, origin: dict | None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    meta = {'cfg': 'x = 1', **({'cellseg': origin} if origin else {})}
+    torch.save({'meta': meta, 'state_dict': {'w': torch.ones(2)}}, path)
+
+
+def look(config: Config, work_dir: Path) -> list[Line]:
+    return list(check.check_work_dir(work_dir, check._now(config)))
+
+
+def test_whole_files_are_well(config: Config, sample_data: Path, tmp_path: Path) -> None:
+    origin = good_origin(sample_data)
+    save_model(tmp_path / 'best_x.pth', origin)
+    one = InstanceSet.empty('a', 1, (5, 7))
+    save_predictions(tmp_path / 'val.predictions.npz', Predictions((one,), origin))
+    best_hash = files.file_hash(tmp_path / 'best_x.pth')[:16]
+    files.write_json(tmp_path / 'finished.json', {'best': 'best_x.pth', 'best_hash': best_hash})
+    lines = look(config, tmp_path)
+    assert [line.level for line in lines] == ['ok'] * 3, lines
+
+
+@pytest.mark.parametrize(
+    ('change', 'level', 'sentence'),
+    [
+        pytest.param({'fold_hash': 'other'}, 'error', 'would not be out of fold', id='folds'),
+        pytest.param({'data_hash': 'other'}, 'warn', 'made from data other, there is', id='data'),
+        pytest.param({'commit': 'abc+'}, 'warn', 'uncommitted changes on abc', id='commit'),
+        pytest.param({'versions': {'torch': '1.0'}}, 'warn', 'torch 1.0 (now', id='versions'),
+    ],
+)
+def test_files_of_other_origin(
+    config: Config, sample_data: Path, tmp_path: Path, change: dict, level: str, sentence: str
+) -> None:
+    save_model(tmp_path / 'iter_2.pth', {**good_origin(sample_data), **change})
+    assert sentence in found(look(config, tmp_path), level)
+
+
+def test_files_without_origin_or_broken(config: Config, sample_data: Path, tmp_path: Path) -> None:
+    origin = good_origin(sample_data)
+    save_model(tmp_path / 'iter_1.pth', None)
+    save_model(tmp_path / 'iter_2.pth', {k: v for k, v in origin.items() if k != 'data_hash'})
+    save_model(tmp_path / 'iter_3.pth', origin)
+    content = (tmp_path / 'iter_3.pth').read_bytes()
+    (tmp_path / 'iter_3.pth').write_bytes(content[: len(content) // 2])
+    (tmp_path / 'val.predictions.npz').write_bytes(b'PK')
+    (tmp_path / 'val.scores.json').write_text('{"AP": ')
+    (tmp_path / 'finished.json').write_text(json.dumps({'best': 'iter_2.pth', 'best_hash': '0'}))
+    (tmp_path / 'oof.scores.json').write_text('{"AP": 0.5}')
+    (tmp_path / '.tmp-1-iter_4.pth').write_bytes(b'half')
+    lines = look(config, tmp_path)
+    warnings, errors = found(lines, 'warn'), found(lines, 'error')
+    assert 'iter_1.pth: opens, does not say where it comes from' in warnings
+    assert 'iter_2.pth: does not say data_hash' in warnings
+    assert '1 unfinished files of killed runs' in warnings
+    assert 'oof.scores.json: does not say where it comes from' in warnings
+    assert 'iter_3.pth: is cut short or damaged' in errors
+    assert 'val.predictions.npz: cannot be read' in errors
+    assert 'val.scores.json: cannot be read' in errors
+    assert 'iter_2.pth is not the file that training ended with' in errors
+    assert summary(lines) == '0 OK, 4 warnings, 4 errors'
+
+
+def test_a_checkpoint_that_changed_after_its_predictions(
+    config: Config, sample_data: Path, tmp_path: Path
+) -> None:
+    save_model(tmp_path / 'best_x.pth', good_origin(sample_data))
+    origin = {**good_origin(sample_data), 'checkpoint': str(tmp_path / 'best_x.pth')}
+    save_predictions(tmp_path / 'p.npz', Predictions((), origin))
+    assert 'best_x.pth has changed since' in found(look(config, tmp_path), 'warn')
+
+
+# ---- data and the whole
+
+
+def test_folds_that_split_a_group(config: Config, sample_data: Path, tmp_path: Path) -> None:
+    data = tmp_path / 'data'
+    shutil.copytree(sample_data, data)
+    folds = load_folds(data / 'folds.json')
+    first = [names[0] for names in folds.names_by_fold]  # one of each fold is of patient p
+    rows = [f'{name},{"p" if name in first else "q"}' for name in folds.names]
+    (data / 'manifest.csv').write_text('\n'.join(['uuid,patient', *rows]))
+    config.train_dataloader.dataset.dataset.data_root = str(data)
+    config.train_dataloader.dataset.dataset.folds_file = str(data / 'folds.json')
+    assert '2 groups (patients' in found(list(check.check_data(config)), 'warn')
+    assert load_folds(data / 'folds.json').hash == folds.hash  # nothing was written
+
+
+def test_data_errors_and_missing_cases(config: Config, sample_data: Path, tmp_path: Path) -> None:
+    data = tmp_path / 'data'
+    shutil.copytree(sample_data, data)
+    settings = config.train_dataloader.dataset.dataset
+    settings.data_root, settings.folds_file = str(data), str(tmp_path / 'folds.json')
+    names = [case.name for case in find_cases(data, 'train', 4)]
+    save_folds(tmp_path / 'folds.json', Folds((tuple(names[:2]), tuple(names[2:5]))))
+    lines = list(check._guarded('data', lambda: check.check_data(config)))
+    assert '1 case(s) of the data are in no fold' in found(lines, 'error')
+    (data / 'train' / names[0] / 'image.tif').write_bytes(b'')
+    lines = list(check._guarded('data', lambda: check.check_data(config)))
+    assert 'is empty (0 bytes)' in found(lines, 'error')
+
+
+def test_a_check_that_fails_is_one_line(config: Config) -> None:
+    del config.model.train_cfg
+    (line,) = check._guarded('anchors', lambda: check_settings.check_anchors(config, None))
+    assert line.level == 'error'
+    assert 'could not be done (AttributeError' in line.text
+
+
+def test_tool_ends_with_one_where_something_is_wrong(sample_data: Path, tmp_path: Path) -> None:
+    (tmp_path / 'sample/fold0').mkdir(parents=True)
+    (tmp_path / 'sample/fold0/iter_2.pth').write_bytes(b'')
+    (tmp_path / 'broken.py').write_text('x = (')
+    words = ['configs/sample/fold0.py', str(tmp_path / 'broken.py'), '--work-root', str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, 'tools/check.py', *words],
+        cwd=ROOT,
+        env={**os.environ, 'CELLSEG_DATA': str(sample_data), 'PYTHONPATH': str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert 'iter_2.pth: is empty' in done.stdout
+    assert 'broken.py: cannot be read' in done.stdout
+    assert 'OK    anchors' in done.stdout
+    assert done.stdout.splitlines()[-1].endswith('2 errors')
