@@ -6,9 +6,12 @@ Invariant: nothing in this project opens a result file for writing except throug
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
+import platform
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,14 +25,18 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     """Give a temporary path beside ``path`` that becomes ``path`` when the block succeeds.
 
     The temporary name keeps the suffixes, so that libraries that look at them behave the same.
-    On any exception the temporary file is removed and ``path`` is left as it was.
+    On any exception the temporary file is removed and ``path`` is left as it was. A killed process
+    cannot do that: the first file that a process writes into a folder removes what dead processes
+    of the same machine left there.
 
     Raises:
         OSError: The folder cannot be written, or the disk is full.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix='.tmp-', suffix=f'-{path.name}', dir=path.parent)
+    _remove_leftovers(os.getpid(), path.parent.absolute())
+    prefix = f'.tmp-{_machine_mark()}-{os.getpid()}-'
+    handle, name = tempfile.mkstemp(prefix=prefix, suffix=f'-{path.name}', dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -43,6 +50,35 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@functools.cache
+def _machine_mark() -> str:
+    """Return a short mark of what gives process numbers: a machine, or a container on it."""
+    try:
+        namespace = Path('/proc/self/ns/pid').stat().st_ino
+    except OSError:  # not Linux
+        namespace = 0
+    return text_hash(f'{platform.node()}/{namespace}')[:8]
+
+
+@functools.lru_cache(maxsize=4096)
+def _remove_leftovers(pid: int, folder: Path) -> None:
+    """Remove unfinished files of dead processes of this machine, once per process and folder."""
+    for path in folder.glob(f'.tmp-{_machine_mark()}-*'):
+        owner = re.match(r'\.tmp-\w+-(\d+)-', path.name)
+        if owner is not None and not _is_alive(int(owner[1])):
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # alive, and of another user
+        return True
+    return True
 
 
 def write_bytes(path: Path | str, content: bytes) -> None:

@@ -6,6 +6,7 @@ the generator that is passed, so a case is known by its seed.
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import struct
@@ -111,8 +112,8 @@ def _changed(value: object, rng: Rng) -> object:
     if chance < 0.15:
         del value[key]
     elif chance < 0.25:
-        copy = value[key]
-        value.update({f'{key}2': copy}) if isinstance(value, dict) else value.append(copy)
+        double = copy.deepcopy(value[key])
+        value.update({f'{key}2': double}) if isinstance(value, dict) else value.append(double)
     else:
         value[key] = _changed(value[key], rng)
     return value
