@@ -8,12 +8,15 @@ from __future__ import annotations
 from cellseg_mm import (
     checkpoints,
     dataset,
+    fold_ensemble,
     hooks,
     label_map_masks,
     mask_head,
     metric,
     optim,
     transforms,
+    tta,
+    visualization,
     weights,
     weights_report,
 )
@@ -21,12 +24,15 @@ from cellseg_mm import (
 __all__ = [
     'checkpoints',
     'dataset',
+    'fold_ensemble',
     'hooks',
     'label_map_masks',
     'mask_head',
     'metric',
     'optim',
     'transforms',
+    'tta',
+    'visualization',
     'weights',
     'weights_report',
 ]

@@ -140,7 +140,8 @@ randomness = dict(seed=313551058)  # the original's number
 
 # ------------------------------------------------------------------------------- runtime
 default_hooks = dict(
-    logger=dict(type='LoggerHook', interval=50),
+    # False: scores are logged at their iteration, not all at step 0
+    logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
     checkpoint=dict(
         type='CheckpointHook',
         by_epoch=False,
