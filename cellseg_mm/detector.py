@@ -281,7 +281,12 @@ def from_command_line(
         checkpoints = find_checkpoints(work_dirs_of(list(configs), args.work_root))
     is_plain = args.settings is None and args.fusion is None and args.post is None
     how = choose_fusion(
-        rule=args.fusion, post=args.post, tta=None, settings=args.settings, class_names=classes
+        rule=args.fusion,
+        post=args.post,
+        tta=None,
+        settings=args.settings,
+        class_names=classes,
+        profile='instances',
     )
     detector = build_detector(
         pair_sources(configs, checkpoints),
