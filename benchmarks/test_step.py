@@ -220,7 +220,8 @@ def run(config: str, args: argparse.Namespace) -> None:
     """Measure one config and print its tables."""
     cfg = Config.fromfile(config)
     with tempfile.TemporaryDirectory() as folder:
-        sides = {name: Side(name, cfg, args, Path(folder)) for name in peers.SIDES}
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools tells of its index
+            sides = {name: Side(name, cfg, args, Path(folder)) for name in peers.SIDES}
         time_encoding(sides)
         make_equal(sides, args)
         seconds = measure(sides, args)
@@ -264,7 +265,7 @@ def main() -> None:
     """Parse the command line and run."""
     parser = peers.parser_of(__doc__.splitlines()[0])
     parser.add_argument('--size', type=int, default=320, help='longest side in px; 0: the recipe')
-    parser.add_argument('--images', type=int, default=2)
+    parser.add_argument('--images', type=int, default=1)
     parser.add_argument('--repeats', type=int, default=2)
     parser.add_argument('--warm-up', type=int, default=1, help='rounds that are not counted')
     args = parser.parse_args()

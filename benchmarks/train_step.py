@@ -15,6 +15,8 @@ the step waited for its samples.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import statistics
 import tempfile
 from collections import defaultdict
@@ -163,7 +165,8 @@ def run(config: str, args: argparse.Namespace) -> None:
     """Measure one config and print its tables."""
     cfg = Config.fromfile(config)
     with tempfile.TemporaryDirectory() as folder:
-        sides = {name: Side(name, cfg, args, Path(folder)) for name in peers.SIDES}
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools tells of its index
+            sides = {name: Side(name, cfg, args, Path(folder)) for name in peers.SIDES}
         n_cells = check_same_samples(sides)
         seconds, sections, losses = measure(sides, args)
         del sides
@@ -190,17 +193,16 @@ def run(config: str, args: argparse.Namespace) -> None:
 
 
 def print_peak(config: str, args: argparse.Namespace) -> None:
-    """Serve a child process: print one side's peak over two steps."""
+    """Serve a child process: print one side's peak over a step."""
     cfg = Config.fromfile(config)
 
-    def two_steps() -> None:
+    def one_step() -> None:
         with tempfile.TemporaryDirectory() as folder:
             side = Side(args.peak, cfg, args, Path(folder))
             side.watch.is_on = False
-            for _ in range(2):
-                side.step()
+            side.step()
 
-    print(peers.peak_mib(args, two_steps))
+    print(peers.peak_mib(args, one_step))
 
 
 def main() -> None:
@@ -210,7 +212,7 @@ def main() -> None:
     parser.add_argument('--scale', type=float, default=1.0, help='factor before the crop')
     parser.add_argument('--batch', type=int, default=2)
     parser.add_argument('--images', type=int, default=6, help='images to draw from')
-    parser.add_argument('--repeats', type=int, default=3)
+    parser.add_argument('--repeats', type=int, default=2)
     parser.add_argument('--warm-up', type=int, default=1)
     args = parser.parse_args()
     peers.prepare(args)

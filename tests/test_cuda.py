@@ -239,7 +239,7 @@ def _losses(model: torch.nn.Module, batches: list[dict], device: str, dtype: str
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        found.append(float(loss))
+        found.append(float(loss.detach()))
     return found
 
 

@@ -101,7 +101,7 @@ case $STEP in
     ;;
   finish)
     need "${N_TRAIN:-155}" "$CELLSEG_DATA/train/*/image.tif" 'call 2'
-    need "${N_TEST:-93}" "$CELLSEG_DATA/test_release/*.tif" 'call 3'
+    need "${N_TEST:-93}" "$CELLSEG_DATA/test_release/*.tif" 'call 2'
     timeout -k 20 -s INT 540 bash -c "$(declare -f cv say); $(declare -p \
       PYTHON FOLDS STATE DEVICES ITERS AMP); EXTRA='${EXTRA:-}'; cv" || say "stopped: $?"
     bring_back
