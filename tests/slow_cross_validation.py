@@ -22,6 +22,7 @@ from tests.conftest import MICRO
 pytestmark = pytest.mark.mm
 ROOT = Path(__file__).resolve().parents[1]
 N_KILLS = 3
+SEED = int(os.environ.get('CELLSEG_KILL_SEED', '20261124'))
 
 
 def start(root: Path, data: Path) -> subprocess.Popen:
@@ -55,24 +56,35 @@ def results(root: Path) -> dict[str, object]:
     return found
 
 
-def test_three_kills_change_nothing(sample_data: Path, tmp_path: Path) -> None:
-    began = time.monotonic()
-    assert start(tmp_path / 'whole', sample_data).wait() == 0, (tmp_path / 'whole.log').read_text()
-    duration = time.monotonic() - began
-    moments = random.Random(20261124)
-    for _ in range(N_KILLS):
-        process = start(tmp_path / 'killed', sample_data)
-        try:
-            code = process.wait(moments.uniform(0.05, 0.6) * duration)
-        except subprocess.TimeoutExpired:
+def written(root: Path) -> int:
+    """Return the bytes of all steps' logs: how far a run is, however busy the machine."""
+    logs = [*root.glob('sample/*/cross_validation/*.log'), *root.glob('sample/ensemble/*.log')]
+    return sum(path.stat().st_size for path in logs)
+
+
+def kill_at(process: subprocess.Popen, root: Path, n_bytes: float) -> bool:
+    """Kill a run and its commands when its logs have so many bytes; False if it ended before."""
+    while process.poll() is None:
+        if written(root) >= n_bytes:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        else:
-            assert code == 0, (tmp_path / 'killed.log').read_text()
-    assert start(tmp_path / 'killed', sample_data).wait() == 0, (
-        tmp_path / 'killed.log'
-    ).read_text()
-    whole, killed = results(tmp_path / 'whole'), results(tmp_path / 'killed')
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_three_kills_change_nothing(sample_data: Path, tmp_path: Path) -> None:
+    whole_dir, killed_dir = tmp_path / 'whole', tmp_path / 'killed'
+    assert start(whole_dir, sample_data).wait() == 0, (tmp_path / 'whole.log').read_text()
+    total = written(whole_dir)
+    moments = random.Random(SEED)
+    for _ in range(N_KILLS):
+        now = written(killed_dir)
+        more = moments.uniform(0.1, 0.6) * max(total - now, total / 20)
+        assert kill_at(start(killed_dir, sample_data), killed_dir, now + more)
+        print(f'killed at {written(killed_dir) / total:.0%} of the log of an uninterrupted run')
+    assert start(killed_dir, sample_data).wait() == 0, (tmp_path / 'killed.log').read_text()
+    whole, killed = results(whole_dir), results(killed_dir)
     assert {'sample/fold0/val.predictions.npz', 'sample/ensemble/oof.scores.json'} <= set(whole)
     assert whole.keys() == killed.keys()
     for name, value in whole.items():
