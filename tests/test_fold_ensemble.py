@@ -76,10 +76,15 @@ def loaded(tiny: TinyFolds) -> list[Loaded]:
     return sorted(members, key=lambda item: item.member.fold)
 
 
-def batches(tiny: TinyFolds, *, split: str = 'test', batch_size: int = 1) -> list[dict]:
+def batches(
+    tiny: TinyFolds, *, split: str = 'test', batch_size: int = 1, spec: tta.TtaSpec | None = None
+) -> list[dict]:
     cfg = Config.fromfile(tiny.configs[0])
     cfg.test_dataloader.batch_size = batch_size
     cfg.test_dataloader.dataset.split = split
+    if spec is not None:
+        pipeline = cfg.test_dataloader.dataset.pipeline
+        cfg.test_dataloader.dataset.pipeline = spec.tta_pipeline(pipeline)
     return list(Runner.build_dataloader(cfg.test_dataloader))
 
 
@@ -362,15 +367,13 @@ def test_checkpoint_is_scored_on_excluded_folds_but_never_resumed_there(tiny: Ti
 def test_augmented_members_and_members_by_image(
     tiny: TinyFolds, loaded: list[Loaded], batch_size: int
 ) -> None:
-    cfg = Config.fromfile(tiny.configs[0])
-    settings = cfg.test_dataloader
     spec = tta.from_spec('hflip')
-    settings.batch_size, settings.dataset.split = batch_size, 'test'
-    settings.dataset.pipeline = spec.tta_pipeline(settings.dataset.pipeline)
-    data = list(Runner.build_dataloader(settings))
+    one_by_one, data = (batches(tiny, batch_size=n, spec=spec) for n in (1, batch_size))
     alone = []
     for item in loaded:
-        alone.append(predict(MODELS.build({**spec.tta_model(), 'module': item.model}), data))
+        model = MODELS.build({**spec.tta_model(), 'module': item.model})
+        # Members see the images of their own part of a batch only, here one.
+        alone.append(predict(model, one_by_one))
     first, second = sorted(alone[0])
     chosen = {first: (0,), second: (1, 2)}
     ensemble = FoldEnsembleModel(
