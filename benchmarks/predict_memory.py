@@ -47,6 +47,7 @@ def main() -> None:
         start = time.perf_counter()
         summary = predict.predict(predict.find_items([str(path)]), DarkCells(), params)
         seconds = time.perf_counter() - start
+        peak = peak_mib()  # the check below is not part of predicting
         print(summary.describe())
         (found,) = load_predictions(params.out_dir / 'slide.npz').sets
         assert (len(found), int(found.areas.sum())) == (n_cells, area), 'cells were cut or doubled'
@@ -54,7 +55,7 @@ def main() -> None:
         print(f'{machine()}, commit {code_commit()}')
         print(
             f'{args.side} x {args.side} px, {n_cells} cells, {path.stat().st_size >> 20} MiB file: '
-            f'peak {peak_mib():.0f} MiB ({before:.0f} before predicting), the image alone would be '
+            f'peak {peak:.0f} MiB ({before:.0f} before predicting), the image alone would be '
             f'{whole:.0f} MiB; {seconds:.0f} s'
         )
 

@@ -25,7 +25,7 @@ from cellseg_mm import files, rle
 from cellseg_mm.coco_results import to_coco_results
 from cellseg_mm.errors import ConfigError
 from cellseg_mm.instances import InstanceSet
-from cellseg_mm.measure import CellFeatures, RegionReader, measure
+from cellseg_mm.measure import CellFeatures, RegionReader, boxes_and_areas, measure
 from cellseg_mm.polygons import Polygon, trace_polygons
 
 TILE_PX = 512
@@ -67,8 +67,8 @@ def write_label_map(path: Path | str, instances: InstanceSet) -> Exported:
     """
     path, ranked = Path(path), instances.by_score()
     dtype = np.uint16 if len(ranked) < 1 << 16 else np.uint32
-    areas = ranked.areas
-    painter = _Painter(ranked, dtype)
+    boxes, areas = boxes_and_areas(ranked)
+    painter = _Painter(ranked, boxes, dtype)
     with files.atomic_path(path) as temporary:
         tifffile.imwrite(
             temporary,
@@ -97,9 +97,10 @@ def write_label_map(path: Path | str, instances: InstanceSet) -> Exported:
 class _Painter:
     """Paints a label map tile by tile; afterwards ``n_pixels`` (N,) int64 tells what was kept."""
 
-    def __init__(self, ranked: InstanceSet, dtype: type[np.unsignedinteger]) -> None:
+    def __init__(
+        self, ranked: InstanceSet, boxes: NDArray[np.int64], dtype: type[np.unsignedinteger]
+    ) -> None:
         self.ranked, self.dtype = ranked, dtype
-        boxes = rle.boxes_of(rle.decode_runs(ranked.rles, ranked.image_hw)).astype(np.int64)
         self.first_row, self.end_row = boxes[:, 1], boxes[:, 3]
         self.n_pixels = np.zeros(len(ranked), dtype=np.int64)
 

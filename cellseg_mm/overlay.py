@@ -16,10 +16,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from cellseg_mm import files, rle
+from cellseg_mm import files
 from cellseg_mm.instances import InstanceSet
 from cellseg_mm.labels import read_image
-from cellseg_mm.measure import RegionReader
+from cellseg_mm.measure import RegionReader, boxes_and_areas
 from cellseg_mm.tiff import DEFAULT_MAX_PIXELS
 from cellseg_mm.tiling import crop_to
 
@@ -191,7 +191,7 @@ def _draw_blocks(
 ) -> Picture:
     height, width = instances.image_hw
     picture = np.empty((-(-height // factor), -(-width // factor), 3), dtype=np.uint8)
-    left, top, right, bottom = rle.boxes_of(rle.decode_runs(instances.rles, instances.image_hw)).T
+    left, top, right, bottom = boxes_and_areas(instances)[0].T
     block = max(BLOCK_PX // factor, 1) * factor
     for y0 in range(0, height, block):
         for x0 in range(0, width, block):

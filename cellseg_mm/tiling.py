@@ -25,6 +25,7 @@ from cellseg_mm import rle
 from cellseg_mm.errors import ConfigError
 from cellseg_mm.fusion_clusters import mask_pairs
 from cellseg_mm.instances import InstanceSet, concatenate
+from cellseg_mm.measure import boxes_and_areas
 
 Int = NDArray[np.int64]
 Bool = NDArray[np.bool_]
@@ -247,7 +248,7 @@ def stitch(
     tile_of = np.repeat(np.arange(len(windows)), [len(s) for s in moved[1:]])
     filled = [s for s in moved if len(s)]
     everything = concatenate(filled or moved[:1])
-    boxes = rle.boxes_of(rle.decode_runs(everything.rles, image_hw)).astype(np.int64)
+    boxes, _ = boxes_and_areas(everything)
     has_pixels = boxes[:, 2] > 0
     seam = _Seams(everything[has_pixels], boxes[has_pixels], tile_of[has_pixels], windows, params)
     result, report = seam.close()
@@ -257,7 +258,7 @@ def stitch(
 
 
 def _in_order(instances: InstanceSet) -> InstanceSet:
-    tight = rle.boxes_of(rle.decode_runs(instances.rles, instances.image_hw))
+    tight, _ = boxes_and_areas(instances)
     keys = [instances.class_ids, *tight.T[[2, 3, 0, 1]], -instances.scores]
     return instances[np.lexsort(keys)]
 

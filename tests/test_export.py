@@ -205,6 +205,17 @@ def test_regions_are_read_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(largest) <= (16 + 13 * 2) ** 2  # a block and the cells that reach out of it
 
 
+def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    instances = random_set(2, n=40)
+    image = np.random.default_rng(0).integers(0, 256, (60, 71, 3)).astype(np.uint8)
+    whole = measure.measure(instances, image)
+    monkeypatch.setattr(measure, 'CHUNK', 7)
+    monkeypatch.setattr(measure, 'BLOCK_PX', 16)
+    pieces = measure.measure(instances, image)
+    for name in measure.CellFeatures.__slots__:
+        np.testing.assert_array_equal(getattr(whole, name), getattr(pieces, name), err_msg=name)
+
+
 def test_features_of_an_image_of_another_size() -> None:
     with pytest.raises(ValueError, match='image has shape'):
         measure.measure(random_set(0), np.zeros((3, 3, 3), np.uint8))
