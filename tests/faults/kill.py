@@ -78,6 +78,7 @@ def import_all() -> None:
 def start(words: list[str], log_path: Path) -> int:
     """Fork a process that runs a tool with its output in ``log_path``; return its id."""
     log_path.parent.mkdir(parents=True, exist_ok=True)
+    log_path.unlink(missing_ok=True)  # what an earlier start said must not begin the moment
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -91,7 +92,9 @@ def start(words: list[str], log_path: Path) -> int:
         handle = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
-        sys.stdout.reconfigure(line_buffering=True)
+        # not what pytest put in their place
+        sys.stdout = open(1, 'w', buffering=1, closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, 'w', buffering=1, closefd=False)  # noqa: SIM115
         sys.argv = list(words)
         os.chdir(ROOT)
         sys.path.insert(0, str(ROOT / 'tools'))

@@ -338,7 +338,7 @@ def test_the_script_notices_what_differs(tmp_path: Path, monkeypatch: pytest.Mon
         'out = pathlib.Path(sys.argv[1]); out.mkdir(parents=True, exist_ok=True)\n'
         "with (out / 'r.txt').open('a') as stream: stream.write('x')\n"
         "print('written')\n"
-        'time.sleep(0.3)\n'
+        "time.sleep(0 if len((out / 'r.txt').read_text()) > 4 else 2)\n"
     )
     job = kill.Job(
         lambda bench, folder: [str(tool), str(folder)], files_digest('r.txt'), begins='written'
