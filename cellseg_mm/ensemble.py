@@ -199,8 +199,9 @@ def ensemble_files(
         kept = {key: value for key, value in result.extra.items() if key not in PROBS}
         fused.append(replace(result, extra=kept))
     path = Path(out_dir) / f'{images.split}.predictions.npz'
-    save_predictions(path, Predictions(fused, _provenance(members, images, fusion)))
-    scores = _score(fused, images, path) if images.split != 'test' else {}
+    origin = _provenance(members, images, fusion)
+    save_predictions(path, Predictions(fused, origin))
+    scores = _score(fused, images, path, origin) if images.split != 'test' else {}
     return Merged(path, tuple(members), counts, report, fusion, scores)
 
 
@@ -311,11 +312,14 @@ def _provenance(members: Sequence[Member], images: Images, fusion: Fusion) -> di
     }
 
 
-def _score(sets: Sequence[InstanceSet], images: Images, predictions_path: Path) -> dict[str, float]:
+def _score(
+    sets: Sequence[InstanceSet], images: Images, predictions_path: Path, origin: dict
+) -> dict[str, float]:
     gt = [read_gt(case) for case in track(images.cases, description='ground truth')]
     scores = score(gt, sets, images.class_names)
     name = predictions_path.name.replace('.predictions.npz', '.scores.json')
-    files.write_json(predictions_path.with_name(name), scores.to_dict())
+    record = {**scores.to_dict(), 'provenance': origin}
+    files.write_json(predictions_path.with_name(name), record)
     return scores.headline()
 
 

@@ -161,8 +161,9 @@ class CellMetric(BaseMetric):
         }
         predictions_path = Path(f'{self.outfile_prefix}.predictions.npz')
         scores_path = Path(f'{self.outfile_prefix}.scores.json')
-        save_predictions(predictions_path, Predictions(preds, {**known, **self.provenance}))
-        write_json(scores_path, scores.to_dict())
+        origin = {**known, **self.provenance}
+        save_predictions(predictions_path, Predictions(preds, origin))
+        write_json(scores_path, {**scores.to_dict(), 'provenance': origin})
         print_log(f'wrote {predictions_path} and {scores_path}', logger='current')
 
 

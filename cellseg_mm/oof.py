@@ -17,7 +17,7 @@ from cellseg_mm.instances import InstanceSet
 from cellseg_mm.labels import find_cases, read_gt
 from cellseg_mm.predictions import Predictions, load_predictions, save_predictions
 from cellseg_mm.progress import track
-from cellseg_mm.provenance import code_commit
+from cellseg_mm.provenance import code_commit, versions
 from cellseg_mm.scoring import Scores
 
 
@@ -162,16 +162,26 @@ def save_pool(path: Path | str, pool: Pool) -> None:
         replace(s, extra={k: v for k, v in s.extra.items() if k in kept}) for s in pool.pred_sets
     ]
     provenance = {
-        'split': 'oof',
-        'fold': None,
-        'folds': list(pool.folds),
+        **pool_origin(pool),
         'fold_of': {s.name: fold for s, fold in zip(pool.pred_sets, pool.fold_of, strict=True)},
-        'fold_hash': pool.fold_hash,
-        'class_names': list(pool.class_names),
-        'code_commit': code_commit(),
         'members': members,
     }
     save_predictions(path, Predictions(sets, provenance))
+
+
+def pool_origin(pool: Pool) -> dict:
+    """Return where a pool's predictions and scores come from, as JSON values without paths."""
+    hashes = {str(p.get('data_hash') or '') for p in pool.provenance.values()}
+    return {
+        'split': 'oof',
+        'fold': None,
+        'folds': list(pool.folds),
+        'fold_hash': pool.fold_hash,
+        'data_hash': hashes.pop() if len(hashes) == 1 else '',
+        'class_names': list(pool.class_names),
+        'code_commit': code_commit(),
+        'versions': versions(),
+    }
 
 
 def validation_files(configs: Sequence[str], work_dirs: Sequence[Path]) -> list[Path]:

@@ -195,6 +195,7 @@ def test_files_hold_predictions_and_scores(tmp_path: Path) -> None:
     same({f'cell/{name}': value for name, value in flat_metrics(again).items()}, got)
     record = json.loads((tmp_path / 'out' / 'val.scores.json').read_text())
     assert record['headline']['F1_80'] == got['cell/F1_80']
+    assert record['provenance'] == loaded.provenance
     assert record['headline']['segm_AP50_c'] is None
     assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == [
         'val.predictions.npz',

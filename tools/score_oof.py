@@ -63,7 +63,8 @@ def main() -> None:
     pool = oof.pool_predictions(paths, in_force, data.data_root, folds_path=folds_path(data))
     scores = scoring.score(pool.gt_sets, pool.pred_sets, pool.class_names)
     oof.save_pool(out / 'oof.predictions.npz', pool)
-    files.write_json(out / 'oof.scores.json', scores.to_dict())
+    record = {**scores.to_dict(), 'provenance': oof.pool_origin(pool)}
+    files.write_json(out / 'oof.scores.json', record)
     print(f'{scores.table()}\n\n{oof.describe(pool, scores, data.data_root)}')
     print(f'written: {out / "oof.scores.json"}, {out / "oof.predictions.npz"}')
 
