@@ -284,6 +284,13 @@ def test_an_interrupted_run_goes_on(
     monkeypatch.setattr(files, 'write_json', write)
     summary, calls = run(images, params)
     assert (summary.skipped, calls) == (['a'], ['b', 'c'])
+    # Interrupted with other weights, b's instances are theirs, and no state may say otherwise.
+    monkeypatch.setattr(files, 'write_json', interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(images, params, tag='other weights')
+    monkeypatch.setattr(files, 'write_json', write)
+    _, calls = run(images, params)
+    assert calls == ['a', 'b']
 
 
 # ------------------------------------------------------------------------------ failures
