@@ -96,7 +96,7 @@ case $STEP in
     # SIGINT: the tools stop as with Ctrl-C, and the next call goes on from the newest checkpoint
     timeout -k 20 -s INT "$TRAIN_SECONDS" bash -c "$(declare -f cv say); $(declare -p \
       PYTHON FOLDS STATE DEVICES ITERS AMP); EXTRA='${EXTRA:-}'; cv" || code=$?
-    say "training ended with status $code (124: stopped at its time, go on with 'train')"
+    say "training ended with status $code (124 or 137: stopped at its time, go on with 'train')"
     bring_back
     ;;
   finish)
