@@ -15,7 +15,7 @@ import torch
 from mmdet.registry import HOOKS
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
-from mmengine.runner import Runner
+from mmengine.runner import BaseLoop, Runner
 
 from cellseg_mm import files, provenance
 from cellseg_mm.dataset import CellDataset, base_dataset, log_parts
@@ -94,9 +94,10 @@ class ProvenanceHook(Hook):
         """Refuse a checkpoint that saw the images it would now be scored on."""
         trained = checkpoint.get('meta', {}).get('cellseg')
         self._loaded = trained or {}
-        loop = runner._train_loop if runner._train_loop is not None else runner._test_loop
-        loop = loop if loop is not None else runner._val_loop
-        dataset = base_dataset(getattr(getattr(loop, 'dataloader', None), 'dataset', None))
+        # A loop that is not in use is still its config, or None.
+        loops = [runner._train_loop, runner._test_loop, runner._val_loop]
+        loop = next((loop for loop in loops if isinstance(loop, BaseLoop)), None)
+        dataset = base_dataset(loop.dataloader.dataset) if loop is not None else None
         if not trained or dataset is None or dataset.split not in ('train', 'val'):
             return
         is_fine_tuning = dataset.split == 'train' and not runner._resume
