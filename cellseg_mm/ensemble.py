@@ -37,7 +37,7 @@ from cellseg_mm.predictions import (
 from cellseg_mm.progress import track
 from cellseg_mm.provenance import code_commit, versions
 from cellseg_mm.scoring import score
-from cellseg_mm.selection import DEFAULT_MASK_THR, Profile, cut_masks, load_settings
+from cellseg_mm.selection import DEFAULT_FUSION, DEFAULT_MASK_THR, Profile, cut_masks, load_settings
 from cellseg_mm.submission import DEFAULT_ZIP_NAME, Finding, lint_submission, write_submission
 
 Split = Literal['test', 'val', 'all']
@@ -57,7 +57,7 @@ class Fusion:
         tta: Test-time augmentation of the members; None for none.
     """
 
-    rule: str = 'nms'
+    rule: str = DEFAULT_FUSION
     post: str = ''
     mask_thr: float | None = None
     tta: str | None = None

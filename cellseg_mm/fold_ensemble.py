@@ -51,6 +51,7 @@ from cellseg_mm.member_models import (
 from cellseg_mm.members import Member, clean_members
 from cellseg_mm.predictions import Predictions, save_predictions
 from cellseg_mm.proposal_sharing import check_family, predict_shared
+from cellseg_mm.selection import DEFAULT_FUSION
 
 PROBS = ('mask_probs', 'mask_boxes')
 
@@ -234,7 +235,7 @@ class FoldEnsembleHook(Hook):
         self,
         members: Sequence[Mapping],
         *,
-        rule: str = 'nms',
+        rule: str = DEFAULT_FUSION,
         post: str = '',
         mask_thr: float | None = None,
         placement: Placement = 'auto',

@@ -26,7 +26,9 @@ from cellseg_mm.fusion import PostProcess, from_spec, paste_probs, postprocess
 from cellseg_mm.instances import InstanceSet
 
 VERSION = 1
-DEFAULT_FUSION = 'nms'
+# Measured on a fold that no member saw (README): +0.039 AP50 over the members' mean, where the
+# original's nms brings +0.004.
+DEFAULT_FUSION = 'soft_mask'
 DEFAULT_MASK_THR = 0.5
 Profile = Literal['submission', 'instances']
 KEYS = ('score_thr', 'min_area_px', 'mask_thr', 'disjoint', 'tta', 'fusion')

@@ -223,6 +223,9 @@ def test_hand_edit_that_splits_a_group_names_it(tmp_path: Path) -> None:
         load_folds(path)
 
 
+OTHER = {'case': 'b', 'fold': 0}  # a file has at least one case per fold
+
+
 def replaced(**changes: object) -> str:
     content = {
         'version': 1,
@@ -250,13 +253,21 @@ def replaced(**changes: object) -> str:
         pytest.param(replaced(seed='0'), "seed is '0'", id='seed type'),
         pytest.param(replaced(cases=[]), 'cases is missing or empty', id='no cases'),
         pytest.param(replaced(cases={'a': 0}), 'cases is missing or empty', id='cases type'),
-        pytest.param(replaced(cases=['a']), "row 1 of cases is 'a'", id='row type'),
-        pytest.param(replaced(cases=[{'case': 'a', 'fold': 2}]), 'fold is 2', id='fold range'),
-        pytest.param(replaced(cases=[{'case': 'a', 'fold': '0'}]), "fold is '0'", id='fold type'),
+        pytest.param(replaced(cases=['a', 'b']), "row 1 of cases is 'a'", id='row type'),
         pytest.param(
-            replaced(cases=[{'case': 'a', 'fold': 0, 'group': 3}]), 'group is 3', id='group type'
+            replaced(cases=[{'case': 'a', 'fold': 2}, OTHER]), 'fold is 2', id='fold range'
         ),
-        pytest.param(replaced(cases=[{'case': 'a', 'fold': 0}]), 'fold 1 is empty', id='empty'),
+        pytest.param(
+            replaced(cases=[{'case': 'a', 'fold': '0'}, OTHER]), "fold is '0'", id='fold type'
+        ),
+        pytest.param(
+            replaced(cases=[{'case': 'a', 'fold': 0, 'group': 3}, OTHER]),
+            'group is 3',
+            id='group type',
+        ),
+        pytest.param(
+            replaced(cases=[{'case': 'a', 'fold': 0}, OTHER]), 'fold 1 is empty', id='empty'
+        ),
         pytest.param(
             replaced(cases=[{'case': c, 'fold': k} for c, k in (('a', 0), ('b', 1), ('a', 1))]),
             'case a is in fold 0 and again in fold 1',

@@ -58,7 +58,7 @@ def test_settings_come_back_from_their_file(tmp_path: Path) -> None:
     write_json(tmp_path / 'inference.json', record)
     assert selection.load_settings(tmp_path / 'inference.json', 'instances', CLASSES) == settings
     other = selection.load_settings(tmp_path / 'inference.json', 'submission', CLASSES)
-    assert (other.score_thr, other.disjoint, other.fusion) == ((0.0, 0.0), False, 'nms')
+    assert (other.score_thr, other.disjoint, other.fusion) == ((0.0, 0.0), False, 'soft_mask')
 
 
 def _with(profile: dict, **changes: object) -> dict:
