@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV_PYTHON = $(or $(CELLSEG_VENV),.venv)/bin/python
 
-.PHONY: setup demo test test-browser test-gpu check fmt
+.PHONY: setup demo test test-browser test-gpu test-slow faults fuzz check fmt
 
 setup:  ## install into .venv
 	$(PYTHON) tools/bootstrap.py setup
@@ -15,6 +15,18 @@ test:  ## install, run the tests
 
 test-browser: setup  ## the report in a headless Chromium; fails where there is none
 	CELLSEG_REQUIRE_BROWSER=1 $(VENV_PYTHON) -m pytest -q tests/test_report.py
+
+test-gpu: setup  ## the CUDA paths; fails where there is no CUDA device
+	CELLSEG_REQUIRE_GPU=1 $(VENV_PYTHON) -m pytest -m gpu
+
+test-slow: setup  ## cross-validation killed at three random moments, to the same end
+	$(VENV_PYTHON) -m pytest -q tests/slow_cross_validation.py
+
+faults: setup  ## kill -9 each job at random moments until it ends, 50 times
+	$(VENV_PYTHON) -m tests.faults.kill
+
+fuzz: setup  ## 20,000 damaged files for the readers
+	$(VENV_PYTHON) -m tests.fuzz.run --cases 20000
 
 check: setup  ## lint
 	$(VENV_PYTHON) -m pip install -q -c constraints.txt ruff mypy
