@@ -72,6 +72,22 @@ def files_digest(*patterns: str) -> Callable[[Path], Digest]:
     return digest
 
 
+def tested_digest(folder: Path) -> Digest:
+    """Digest scores and predictions without the experiment's name, which is the time of start."""
+    import numpy as np
+
+    scores = json.loads((folder / 'out/val.scores.json').read_text())
+    scores['provenance'].pop('experiment')
+    digest = hashlib.sha256(json.dumps(scores, sort_keys=True).encode())
+    with np.load(folder / 'out/val.predictions.npz') as content:
+        for name in sorted(set(content) - {'header'}):
+            digest.update(name.encode() + content[name].tobytes())
+        header = json.loads(content['header'].tobytes())
+    header['provenance'].pop('experiment')
+    digest.update(json.dumps(header, sort_keys=True).encode())
+    return {'scores and predictions': digest.hexdigest()[:16]}
+
+
 def report_digest(folder: Path) -> Digest:
     """Digest the page without the words that say when it was made."""
     text = (folder / 'out/report.html').read_text(encoding='utf-8')
@@ -138,7 +154,7 @@ JOBS = {
             *('tools/test.py', CONFIG, str(bench / 'fold0/iter_4.pth'), '--work-dir', str(folder)),
             *('--out', str(folder / 'out'), *_options()),
         ],
-        files_digest('out/*'),
+        tested_digest,
         begins='scoring',
     ),
     'predict': Job(
