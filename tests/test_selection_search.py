@@ -17,9 +17,10 @@ from cellseg_mm.labels import find_cases, read_gt
 from cellseg_mm.predictions import Predictions, save_predictions
 from cellseg_mm.sample import CLASS_NAMES, make_sample
 from cellseg_mm.scoring import ScoreParams, score
+from cellseg_mm.selection import DEFAULT_FUSION
 from tests.test_disjoint_sweep import CLASSES, HW, near, random_set
 
-PLAIN = (None, 'nms')
+PLAIN = (None, DEFAULT_FUSION)
 QUICK = ScoreParams(n_bootstrap=0, pq_score_thr=0.0, min_left_px=0)
 
 
@@ -190,7 +191,7 @@ def test_better_augmentation_and_mask_threshold_are_found() -> None:
         replace(gt, extra={'mask_probs': (p > 0).astype(np.float16)})
         for gt, p in zip(gts, probs, strict=True)
     )
-    views = {PLAIN: tuple(moved), ('flips', 'nms'): exact}
+    views = {PLAIN: tuple(moved), ('flips', DEFAULT_FUSION): exact}
     for profile in ('submission', 'instances'):
         assert chosen_for(profile, replace(samples, views=views)).settings.tta == 'flips'
         choice = chosen_for(profile, replace(samples, views={PLAIN: tuple(faint)}))
