@@ -192,7 +192,9 @@ def build_detector(
     if is_plain:
         model = loaded[0].model.to(device)
         if tta_model is not None:
-            model = MODELS.build({**tta_model, 'module': model})
+            # another scope may be in force where a tool has not set MMDetection's
+            with DefaultScope.overwrite_default_scope('mmdet'):
+                model = MODELS.build({**tta_model, 'module': model})
     else:
         models = MemberModels(loaded, device, placement)
         post = chosen.post_process if chosen.post else None

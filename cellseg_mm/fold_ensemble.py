@@ -23,6 +23,7 @@ from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import BaseModel
+from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 
 from cellseg_mm.dataset import base_dataset
@@ -154,7 +155,8 @@ class FoldEnsembleModel(BaseModel):
             with self.models.use(index) as model:
                 predict = model
                 if self.tta_model is not None:
-                    predict = MODELS.build({**self.tta_model, 'module': model})
+                    with DefaultScope.overwrite_default_scope('mmdet'):
+                        predict = MODELS.build({**self.tta_model, 'module': model})
                 # To instances at once, so that the device holds one member's results only.
                 found.append([to_instance_set(sample) for sample in predict.test_step(batch)])
         fused = []
