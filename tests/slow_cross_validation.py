@@ -50,7 +50,9 @@ def results(root: Path) -> dict[str, object]:
             arrays = {key: content[key].tobytes() for key in content if key != 'header'}
         found[str(path.relative_to(root))] = arrays
     for path in sorted(root.glob('sample/*/*.scores.json')):
-        found[str(path.relative_to(root))] = json.loads(path.read_text())
+        scores = json.loads(path.read_text())
+        scores.pop('provenance')  # names times and folders
+        found[str(path.relative_to(root))] = scores
     settings = json.loads((root / 'sample/ensemble/inference.json').read_text())
     found['settings'] = settings['profiles'], settings['evidence']
     return found
@@ -86,6 +88,7 @@ def test_three_kills_change_nothing(sample_data: Path, tmp_path: Path) -> None:
     assert start(killed_dir, sample_data).wait() == 0, (tmp_path / 'killed.log').read_text()
     whole, killed = results(whole_dir), results(killed_dir)
     assert {'sample/fold0/val.predictions.npz', 'sample/ensemble/oof.scores.json'} <= set(whole)
+    assert len(whole['sample/ensemble/oof.predictions.npz']['scores']) > 0
     assert whole.keys() == killed.keys()
     for name, value in whole.items():
         assert killed[name] == value, name
