@@ -280,7 +280,8 @@ def test_an_equivariant_detector_says_the_same_with_any_views(name: str, rule: s
     image, expected = painted()
     spec = from_spec(name, rule=rule)
     scores = expected.scores
-    model = MODELS.build({**spec.tta_model(), 'module': PixelDetector(scores)})
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        model = MODELS.build({**spec.tta_model(), 'module': PixelDetector(scores)})
     (sample,) = model.test_step(views_of(image, spec, AS_IT_IS))
     found = to_instance_set(sample)
     tight = rle.boxes_of(rle.decode_runs(expected.rles, expected.image_hw))
