@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,13 @@ MICRO = {
     'default_hooks.checkpoint.interval': 2,
     'default_hooks.logger.interval': 1,
 }
+
+
+def free_port() -> int:
+    """Return a TCP port of this machine that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope='session')

@@ -28,6 +28,7 @@ from cellseg_mm.instances import InstanceSet  # noqa: E402
 from cellseg_mm.labels import read_id_map  # noqa: E402
 from cellseg_mm.predictions import Predictions, load_predictions, save_predictions  # noqa: E402
 from cellseg_mm.submission import write_submission  # noqa: E402
+from tests.conftest import free_port  # noqa: E402
 from tests.tiny_folds import ROOT, TinyFolds, environment, make_tiny_folds  # noqa: E402
 
 pytestmark = pytest.mark.mm
@@ -50,7 +51,7 @@ def run_tool(tiny: TinyFolds, *words: str | Path, n_processes: int = 1) -> str:
     if n_processes > 1:
         command = ['bash', str(ROOT / 'tools/dist_ensemble.sh'), str(n_processes)]
     env = environment(tiny.data_root)
-    env |= {'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}', 'PORT': '29617'}
+    env |= {'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}', 'PORT': str(free_port())}
     run = subprocess.run(
         [*command, *map(str, words)],
         cwd=tiny.root,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import MICRO, ROOT
+from tests.conftest import MICRO, ROOT, free_port
 
 pytestmark = pytest.mark.mm
 
@@ -171,7 +171,7 @@ def test_settings_without_effect_are_refused(
 
 
 def test_two_gloo_processes_train_and_score(sample_data: Path, tmp_path: Path) -> None:
-    words = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=29517']
+    words = ['-m', 'torch.distributed.run', '--nproc_per_node=2', f'--master_port={free_port()}']
     command = [*words, 'tools/train.py', 'configs/sample/fold0.py', '--launcher', 'pytorch']
     done = run([*command, '--work-dir', tmp_path, *options()], sample_data)
     assert 'gloo' in done.stdout + done.stderr
