@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mmdet.registry import HOOKS
+import numpy as np
+from mmdet.registry import HOOKS, VISBACKENDS
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
+from mmengine.visualization.vis_backend import MLflowVisBackend
 
 from cellseg_mm.cases import Case
 from cellseg_mm.dataset import CellDataset, base_dataset
@@ -123,6 +125,21 @@ class ValidationPictureHook(Hook):
         if self.out_dir:
             folder = Path(runner.work_dir) / self.out_dir
             write_png(folder / f'{info["name"]}_iter_{runner.iter}.png', picture)
+
+
+@VISBACKENDS.register_module()
+class MLflowPictureBackend(MLflowVisBackend):
+    """mmengine's MLflow backend, with pictures that MLflow accepts.
+
+    mmengine 0.11 hands a picture's name to MLflow as its file name. MLflow chooses the format by
+    the extension, so a name without one ends the training, and a name without the step replaces the
+    picture of the last validation. Arguments are those of ``MLflowVisBackend``; give
+    ``tracking_uri='sqlite:///work_dirs/mlflow.db'``, since MLflow 3 refuses plain folders.
+    """
+
+    def add_image(self, name: str, image: np.ndarray, step: int = 0, **kwargs: object) -> None:
+        """Record a (H, W, 3) uint8 RGB picture as ``<name>_<step>.png``."""
+        super().add_image(f'{name}_{step}.png', image, step, **kwargs)
 
 
 def case_of(info: Mapping) -> Case:

@@ -16,7 +16,7 @@ pytest.importorskip('torch')
 pytest.importorskip('mmdet')
 
 import torch
-from mmdet.registry import DATA_SAMPLERS, DATASETS
+from mmdet.registry import DATA_SAMPLERS, DATASETS, VISBACKENDS
 from mmdet.structures.mask import BitmapMasks
 from mmengine.config import Config
 from mmengine.model import BaseModel
@@ -276,6 +276,24 @@ def test_every_nth_validation_is_drawn(cfg: Config, tmp_path: Path) -> None:
     recorder = validate(cfg, tmp_path, hook, 5)
     assert len(recorder.images) == 2
     assert not (tmp_path / 'val_pictures').exists()
+
+
+def test_mlflow_gets_file_names_with_step_and_format(tmp_path: Path) -> None:
+    class FakeMLflow:
+        MlflowException = RuntimeError
+
+        def __init__(self) -> None:
+            self.names: list[str] = []
+
+        def log_image(self, image: np.ndarray, artifact_file: str) -> None:
+            assert image.shape == (2, 3, 3)
+            self.names.append(artifact_file)
+
+    backend = VISBACKENDS.build({'type': 'MLflowPictureBackend', 'save_dir': str(tmp_path)})
+    backend._mlflow, backend._env_initialized = FakeMLflow(), True
+    for step in (2, 4):
+        backend.add_image('val_case0', np.zeros((2, 3, 3), dtype=np.uint8), step)
+    assert backend._mlflow.names == ['val_case0_2.png', 'val_case0_4.png']
 
 
 @pytest.mark.parametrize('name', ['every_n', 'n_images'])
