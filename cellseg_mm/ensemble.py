@@ -335,12 +335,14 @@ class Submitted:
         n_instances: Records in it.
         findings: Of the check, errors first.
         n_without_file: Entries of the id map that have no image file here.
+        n_empty_masks: Instances left out because no pixel of their mask is above the threshold.
     """
 
     path: Path
     n_instances: int
     findings: tuple[Finding, ...]
     n_without_file: int
+    n_empty_masks: int
 
 
 def submit(predictions_path: Path | str, images: Images, out_dir: Path | str) -> Submitted:
@@ -356,7 +358,9 @@ def submit(predictions_path: Path | str, images: Images, out_dir: Path | str) ->
     written = write_submission(Path(out_dir) / DEFAULT_ZIP_NAME, sets, entries)
     findings = lint_submission(written.path, id_map, n_classes=len(images.class_names))
     n_without = len(id_map) - len(entries)
-    return Submitted(written.path, written.n_instances, tuple(findings), n_without)
+    return Submitted(
+        written.path, written.n_instances, tuple(findings), n_without, written.n_empty_masks
+    )
 
 
 def summary(merged: Merged) -> str:
@@ -402,7 +406,12 @@ def submission_text(submitted: Submitted) -> str:
             f'warning: {submitted.n_without_file} images of the id map have no file here and are '
             'not in the submission'
         )
-    lines.append(f'submission: {submitted.path} ({submitted.n_instances} instances)')
+    left_out = (
+        f'; {submitted.n_empty_masks} left out, their masks have no pixel'
+        if submitted.n_empty_masks
+        else ''
+    )
+    lines.append(f'submission: {submitted.path} ({submitted.n_instances} instances{left_out})')
     return '\n'.join(lines)
 
 

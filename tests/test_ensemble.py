@@ -134,6 +134,27 @@ def test_files_of_any_origin_are_fused_in_any_order(
     assert (tmp_path / 'test-results.json.zip').is_file()
 
 
+def test_instances_left_out_of_a_submission_are_counted(
+    tiny: TinyFolds, images: Images, tmp_path: Path
+) -> None:
+    import numpy as np
+
+    sets = squares(images, 0, 0.9)
+    first = sets[0]
+    sets[0] = InstanceSet.from_crops(
+        first.name,
+        first.image_id,
+        first.image_hw,
+        crops=[np.ones((10, 8), dtype=bool), np.zeros((10, 8), dtype=bool)],
+        offsets_yx=np.array([[5, 5], [30, 30]]),
+        class_ids=np.array([0, 1]),
+        scores=np.array([0.9, 0.1]),
+    )
+    path = npz(tmp_path / 'a.npz', sets, class_names=list(CLASSES))
+    text = ensemble.submission_text(ensemble.submit(path, images, tmp_path))
+    assert '(2 instances; 1 left out, their masks have no pixel)' in text
+
+
 def test_files_that_do_not_fit_are_refused(tiny: TinyFolds, images: Images, tmp_path: Path) -> None:
     sets = squares(images, 0, 0.9)
     good = npz(tmp_path / 'good.npz', sets)
