@@ -20,11 +20,14 @@ from mmengine.logging import print_log
 from cellseg_mm import worker_watch
 from cellseg_mm.errors import CellSegError, ConfigError
 
-# Keys that Runner.from_cfg, MMDetection's tools or our own read without any config setting them.
-KNOWN_KEYS = {
+# What Runner, MMDetection's tools or our own read. Any other name in a config is a variable that
+# was used while the file was read: to change it afterwards changes nothing.
+READ_KEYS = {
+    *('model', 'train_dataloader', 'val_dataloader', 'test_dataloader', 'optim_wrapper'),
+    *('param_scheduler', 'val_evaluator', 'test_evaluator', 'data_preprocessor', 'runner_type'),
     *('work_dir', 'load_from', 'resume', 'launcher', 'env_cfg', 'log_level', 'visualizer'),
-    *('vis_backends', 'default_scope', 'randomness', 'experiment_name', 'custom_hooks'),
-    *('default_hooks', 'model_wrapper_cfg', 'sync_bn', 'find_unused_parameters', 'compile', 'cfg'),
+    *('default_scope', 'randomness', 'experiment_name', 'custom_hooks', 'cfg'),
+    *('default_hooks', 'model_wrapper_cfg', 'sync_bn', 'find_unused_parameters', 'compile'),
     *('efficient_conv_bn_eval', 'activation_checkpointing', 'auto_scale_lr', 'log_processor'),
     *('train_cfg', 'val_cfg', 'test_cfg', 'tta_model', 'tta_pipeline'),
 }
@@ -82,12 +85,39 @@ def load_config(args: argparse.Namespace) -> Config:
 
 def refuse_unknown_keys(cfg: Config, options: dict) -> None:
     """Raise ConfigError for an option whose top-level key nothing reads."""
-    unknown = sorted({key.split('.')[0] for key in options} - set(cfg) - KNOWN_KEYS)
+    unread = sorted({key.split('.')[0] for key in options} - READ_KEYS)
+    unknown = [key for key in unread if key not in cfg]
     if unknown:
         raise ConfigError(
             f'--cfg-options: {unknown} are not in the config and nothing reads them; '
             'check the spelling with: python -m mmengine config, or --cfg-options key.sub=value'
         )
+    if unread:
+        raise ConfigError(
+            f'--cfg-options: {", ".join(unread)}: a variable that the config used while it was '
+            f'read, so that changing it now has no effect; {_instead(cfg, unread)}'
+        )
+
+
+def _instead(cfg: Config, names: list[str]) -> str:
+    """Say where the values of a config's variables have gone."""
+    if {'data_root', 'folds_file'} & set(names):
+        return 'set the environment variables CELLSEG_DATA and CELLSEG_FOLDS instead'
+    read = {key: value for key, value in cfg.to_dict().items() if key in READ_KEYS}
+    places = sorted(path for name in names for path in _places(read, name))
+    named = f'set {", ".join(places)} instead, or ' if places else ''
+    return f'{named}change it in a config file'
+
+
+def _places(node: object, name: str, path: str = '') -> Iterator[str]:
+    """Yield the dotted path of everything called ``name``."""
+    pairs = node.items() if isinstance(node, dict) else enumerate(node)
+    for key, value in pairs:
+        here = f'{path}.{key}' if path else str(key)
+        if key == name:
+            yield here
+        elif isinstance(value, (dict, list, tuple)):
+            yield from _places(value, name, here)
 
 
 def adapt_to_machine(cfg: Config) -> None:

@@ -196,6 +196,19 @@ def test_other_folds_are_refused(tmp_path: Path, data: Path) -> None:
             'CELLSEG_DATA',
             id='data for some steps only',
         ),
+        pytest.param(
+            CONFIGS,
+            ('max_iters=3',),
+            'max_iters: a variable that the config used while it was read, so that changing it now '
+            'has no effect; set train_cfg.max_iters instead',
+            id='variable of the config',
+        ),
+        pytest.param(
+            CONFIGS,
+            ('red_blue_swapped=False',),
+            'train_dataloader.dataset.dataset.pipeline.0.red_blue_swapped',
+            id='variable used in lists',
+        ),
     ],
 )
 def test_wrong_requests_are_refused(configs: tuple, options: tuple, says: str) -> None:
