@@ -27,9 +27,9 @@ from cellseg_mm.launch import add_config_arguments, default_work_dir, refuse_unk
 from cellseg_mm.predictions import load_predictions
 from cellseg_mm.step_runner import StepRunner, locked
 from cellseg_mm.training import FINISHED, dataset_settings, finished_state, fold_hash_of, read_mark
+from cellseg_mm.tta import file_name
 
 TOOLS = Path(__file__).resolve().parents[1] / 'tools'
-TESTED = 'tested.json'
 # What decides a fold's predictions, given its checkpoint.
 TEST_KEYS = ('model', 'test_dataloader', 'test_cfg')
 
@@ -86,6 +86,7 @@ def make_plan(
     *,
     work_root: Path | str | None = None,
     options: Sequence[str] = (),
+    ttas: Sequence[str] = (),
 ) -> Plan:
     """Look at what is there and plan the rest.
 
@@ -93,10 +94,12 @@ def make_plan(
         config_paths: One config per fold.
         work_root: Folder for the work folders; None for MMDetection's ``work_dirs``.
         options: Words after ``--cfg-options`` for every training and test.
+        ttas: Test-time augmentations to test each fold with too, for the choice of the best.
 
     Raises:
         ConfigError: No configs, two configs of one fold or work folder, an option that nothing
-            reads, or a fold that was trained with other settings or folds than those in force.
+            reads, an unknown augmentation, or a fold that was trained with other settings or folds
+            than those in force.
     """
     if not config_paths:
         raise ConfigError('cross-validation: no configs given; expected for example configs/*.py')
@@ -106,7 +109,7 @@ def make_plan(
         values = [getattr(f, what) for f in folds]
         if len(set(values)) < len(values):
             raise ConfigError(f'cross-validation: two configs share a {what}: {values}')
-    fold_steps = tuple(_fold_steps(f, options) for f in folds)
+    fold_steps = tuple(_fold_steps(f, options, ttas) for f in folds)
     out = ensemble_dir([f.work_dir for f in folds])
     return Plan(fold_steps, _final_steps(folds, out, work_root, options), out)
 
@@ -151,7 +154,7 @@ def _tool(name: str, *words: str | Path) -> tuple[str, ...]:
     return (sys.executable, str(TOOLS / name), *map(str, words))
 
 
-def _fold_steps(fold: _Fold, options: Sequence[str]) -> tuple[Step, ...]:
+def _fold_steps(fold: _Fold, options: Sequence[str], ttas: Sequence[str]) -> tuple[Step, ...]:
     extra = ['--work-dir', fold.work_dir]
     extra += ['--cfg-options', *options] if options else []
     is_trained, reason = finished_state(fold.cfg, fold.work_dir)
@@ -163,20 +166,24 @@ def _fold_steps(fold: _Fold, options: Sequence[str]) -> tuple[Step, ...]:
         reason,
         log / 'train.log',
     )
-    is_tested, why = _is_tested(fold, is_trained=is_trained)
-    test = Step(
-        f'test fold {fold.fold}',
-        _tool('test.py', fold.config, *extra),
+    return train, *(_test_step(fold, tta, extra, is_trained=is_trained) for tta in ('', *ttas))
+
+
+def _test_step(fold: _Fold, tta: str, extra: Sequence[str | Path], *, is_trained: bool) -> Step:
+    name = f'.{file_name(tta)}' if tta else ''
+    is_tested, why = _is_tested(fold, name, is_trained=is_trained)
+    return Step(
+        f'test fold {fold.fold}' + (f' with {tta}' if tta else ''),
+        _tool('test.py', fold.config, *(['--tta', tta] if tta else []), *extra),
         is_tested,
         why,
-        log / 'test.log',
-        partial(_mark_tested, fold),
+        fold.work_dir / 'cross_validation' / f'test{name}.log',
+        partial(_mark_tested, fold, name),
     )
-    return train, test
 
 
-def _is_tested(fold: _Fold, *, is_trained: bool) -> tuple[bool, str]:
-    path = fold.work_dir / 'val.predictions.npz'
+def _is_tested(fold: _Fold, name: str, *, is_trained: bool) -> tuple[bool, str]:
+    path = fold.work_dir / f'val{name}.predictions.npz'
     if not is_trained:
         return False, 'needs the trained fold'
     if not path.is_file():
@@ -189,11 +196,15 @@ def _is_tested(fold: _Fold, *, is_trained: bool) -> tuple[bool, str]:
         return False, f'{path} is of another checkpoint'
     if provenance.get('fold_hash') != fold_hash_of(fold.cfg):
         return False, f'{path} is of other folds'
-    mark = fold.work_dir / TESTED
+    mark = _tested_mark(fold, name)
     # Without the mark the user has tested by hand; the checkpoint and the folds are right.
     if mark.is_file() and _read_tested(mark) != _test_hash(fold.cfg):
         return False, f'{path} was made with other settings'
     return True, f'{path}'
+
+
+def _tested_mark(fold: _Fold, name: str) -> Path:
+    return fold.work_dir / f'tested{name}.json'
 
 
 def _test_hash(cfg: Config) -> str:
@@ -202,8 +213,8 @@ def _test_hash(cfg: Config) -> str:
     return files.text_hash(json.dumps(parts, sort_keys=True, default=str))
 
 
-def _mark_tested(fold: _Fold) -> None:
-    files.write_json(fold.work_dir / TESTED, {'settings': _test_hash(fold.cfg)})
+def _mark_tested(fold: _Fold, name: str) -> None:
+    files.write_json(_tested_mark(fold, name), {'settings': _test_hash(fold.cfg)})
 
 
 def _read_tested(path: Path) -> str:
@@ -227,7 +238,7 @@ def _final_steps(
         (
             'ensemble on the test images',
             'ensemble.py',
-            ['--settings', out / 'inference.json', *changes],
+            ['--settings', out / 'inference.json', '--overlays', '8', *changes],
         ),
         ('report', 'report.py', []),
     ]
@@ -273,6 +284,7 @@ def slurm_script(
     options: Sequence[str] = (),
     *,
     work_root: Path | str | None = None,
+    ttas: Sequence[str] = (),
 ) -> str:
     """Return a Slurm job array with one fold a task, and the command for afterwards.
 
@@ -286,7 +298,8 @@ def slurm_script(
     changes = ['--cfg-options', *options] if options else []
     extra = f' {shlex.join(changes)}' if changes else ''
     root = ['--work-root', str(work_root)] if work_root is not None else []
-    after = ['python', 'tools/cross_validate.py', *configs, *root, *changes]
+    views = ['--tta', *ttas] if ttas else []
+    after = ['python', 'tools/cross_validate.py', *configs, *root, *views, *changes]
     lines = [
         '#!/usr/bin/env bash',
         '# sbatch THIS_FILE, in the folder of the project; set CELLSEG_DATA before if data are',
@@ -302,7 +315,10 @@ def slurm_script(
         'CONFIG=${CONFIGS[$SLURM_ARRAY_TASK_ID]}',
         'WORK_DIR=${WORK_DIRS[$SLURM_ARRAY_TASK_ID]}',
         f'python tools/train.py "$CONFIG" --resume --work-dir "$WORK_DIR"{extra}',
-        f'python tools/test.py "$CONFIG" --work-dir "$WORK_DIR"{extra}',
+        *(
+            f'python tools/test.py "$CONFIG"{words} --work-dir "$WORK_DIR"{extra}'
+            for words in ('', *(f' --tta {shlex.quote(tta)}' for tta in ttas))
+        ),
         '# when all tasks are done:',
         f'#   {shlex.join(after)}',
     ]

@@ -152,7 +152,10 @@ def read_samples(inputs: Inputs, folds: Folds) -> tuple[Samples, dict[str, str]]
         spec = again.provenance[again.folds[0]].get('tta') or name
         views[spec, DEFAULT_FUSION] = again.pred_sets
     if not names:
-        notes['tta'] = 'no fold has val.<name>.predictions.npz with test-time augmentation'
+        notes['tta'] = (
+            'no fold was tested with test-time augmentation; tools/test.py CONFIG --tta flips for '
+            'every fold lets it be chosen'
+        )
     if not all('mask_probs' in s.extra for s in pool.pred_sets if len(s)):
         notes['mask_thr'] = (
             'the predictions carry no mask probabilities; test with --cfg-options '

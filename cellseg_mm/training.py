@@ -17,7 +17,7 @@ from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from cellseg_mm import checkpoints, files, prepare
+from cellseg_mm import checkpoints, files, prepare, tta
 from cellseg_mm.errors import ConfigError
 from cellseg_mm.folds import load_folds
 
@@ -43,7 +43,8 @@ def train(
         The best checkpoint, or the newest where no validation has run.
 
     Raises:
-        CellSegError: Wrong data, folds, weights or settings; see the message.
+        CellSegError: Wrong data, folds, weights or settings, or other settings than the training
+            that is resumed began with; see the message.
     """
     ensure_folds(cfg)
     if amp:
@@ -58,8 +59,15 @@ def train(
         cfg.auto_scale_lr.enable = True
     if deterministic:
         cfg.setdefault('randomness', ConfigDict()).deterministic = True
-    state = {'version': MARK_VERSION, 'recipe': recipe_hash(cfg), 'fold_hash': fold_hash_of(cfg)}
+    state = {
+        'version': MARK_VERSION,
+        'recipe': recipe_hash(cfg),
+        'parts': recipe_parts(cfg),
+        'fold_hash': fold_hash_of(cfg),
+    }
     is_new = not resume or not _set_resume(cfg, resume)
+    if not is_new:
+        _refuse_changed_settings(Path(cfg.load_from).parent / STARTED, state)
     if is_main_process():
         _mark_start(Path(cfg.work_dir), state, is_new=is_new)
         checkpoints.remove_leftovers(cfg.work_dir)
@@ -144,16 +152,19 @@ def score_checkpoint(
     checkpoint: str | None = None,
     out_dir: Path | str | None = None,
     amp: bool = False,
+    tta_spec: str | None = None,
 ) -> dict[str, float]:
     """Score a checkpoint on ``cfg.test_dataloader``, by default the fold's validation split.
 
-    Writes ``<split>_predictions.npz`` and ``<split>_scores.json`` into ``out_dir``.
+    Writes ``<split>.predictions.npz`` and ``<split>.scores.json`` into ``out_dir``; with test-time
+    augmentation ``<split>.<name>.predictions.npz`` and so on, where ``find_best`` looks for them.
 
     Args:
         cfg: From :func:`cellseg_mm.launch.load_config`.
         checkpoint: Path; ``None`` or ``'best'`` for the best of the work folder.
         out_dir: ``None`` for the work folder.
         amp: Use automatic mixed precision.
+        tta_spec: Test-time augmentation, see ``tta.from_spec``.
 
     Returns:
         The flat scores of CellMetric.
@@ -168,11 +179,27 @@ def score_checkpoint(
     )
     cfg.load_from, cfg.resume = str(path), False
     split = dataset_settings(cfg, 'test_dataloader').split
-    cfg.test_evaluator.outfile_prefix = str(Path(out_dir or cfg.work_dir) / split)
+    named = f'{split}.{tta.file_name(tta_spec)}' if tta_spec else split
+    cfg.test_evaluator.outfile_prefix = str(Path(out_dir or cfg.work_dir) / named)
+    if tta_spec:
+        _augment_test(cfg, tta_spec)
     if amp:
         cfg.test_cfg.fp16 = True
     print_log(f'scoring {path} on {split}', 'current')
     return _runner(cfg).test()
+
+
+def _augment_test(cfg: Config, tta_spec: str) -> None:
+    """Test with views, in mmengine's idiom; the predictions file says which."""
+    spec = tta.from_spec(tta_spec)
+    settings = dataset_settings(cfg, 'test_dataloader')
+    settings.pipeline = spec.tta_pipeline(settings.pipeline)
+    known = cfg.test_evaluator.get('provenance') or {}
+    cfg.test_evaluator.provenance = {**known, 'tta': tta_spec}
+    cfg.custom_hooks = [
+        *(cfg.get('custom_hooks') or []),
+        {'type': 'PrepareTTAHook', 'tta_cfg': spec.tta_model()},
+    ]
 
 
 STARTED = 'started.json'
@@ -201,6 +228,17 @@ def recipe_hash(cfg: Config) -> str:
     return files.text_hash(json.dumps(parts, sort_keys=True, default=str))
 
 
+def recipe_parts(cfg: Config) -> dict[str, str]:
+    """Return a hash of each of the settings that decide the weights, to name what differs."""
+    settings = cfg.to_dict()
+    parts = {key: _recipe_part(settings.get(key)) for key in RECIPE_KEYS}
+    parts['model'] = {k: v for k, v in (parts['model'] or {}).items() if k != 'test_cfg'}
+    return {
+        key: files.text_hash(json.dumps(part, sort_keys=True, default=str))
+        for key, part in parts.items()
+    }
+
+
 def _recipe_part(node: object) -> object:
     if isinstance(node, dict):
         kept = {k: _recipe_part(v) for k, v in node.items() if k not in NOT_RECIPE_KEYS}
@@ -214,6 +252,27 @@ def fold_hash_of(cfg: Config) -> str:
     """Return the hash of the folds in force, '' if there are none yet."""
     path = folds_path(dataset_settings(cfg))
     return load_folds(path).hash if path.is_file() else ''
+
+
+def _refuse_changed_settings(path: Path, state: dict) -> None:
+    """Raise ConfigError where training would not go on as it began; only its length may differ.
+
+    A checkpoint brings the optimizer's rates and the schedule along: other ones would be ignored.
+    """
+    began = read_mark(path)
+    before = began.get('parts', {})
+    changed = [key for key, value in state['parts'].items() if before.get(key, value) != value]
+    if began and not before and began['recipe'] != state['recipe']:
+        changed = ['settings']  # an older mark does not say which
+    if changed == ['train_cfg']:
+        print_log(f'{path}: training began with another train_cfg; going on with this', 'current')
+    elif changed:
+        raise ConfigError(
+            f'{path}: training began with other values of {", ".join(changed)} than the config and '
+            'the options (--amp and --deterministic too) have now; going on would mix the two or '
+            'ignore the new ones; restore them, or train anew in another --work-dir, from these '
+            'weights with --cfg-options load_from=CHECKPOINT'
+        )
 
 
 def _mark_start(work_dir: Path, state: dict, *, is_new: bool) -> None:

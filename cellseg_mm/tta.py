@@ -255,6 +255,17 @@ def from_spec(text: str, *, rule: str = DEFAULT_RULE, post: str = '') -> TtaSpec
     return TtaSpec(views=views, scales=scales, rule=rule, post=post)
 
 
+def file_name(text: str) -> str:
+    """Return a spec as a part of a file's name: letters, digits and hyphens.
+
+    Raises:
+        ConfigError: The spec is wrong, or no augmentation.
+    """
+    if len(from_spec(text)) == 1:
+        raise ConfigError(f'tta {text!r}: makes one view; expected more, for example flips')
+    return re.sub(r'[^A-Za-z0-9]+', '-', text).strip('-')
+
+
 @TRANSFORMS.register_module()
 class TurnImage(BaseTransform):
     """Turn the image, for one view of a test-time augmentation.

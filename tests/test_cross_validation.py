@@ -101,6 +101,25 @@ def test_plan_knows_what_is_there(tmp_path: Path) -> None:
     assert shlex.join(['--cfg-options', *OPTIONS]) in text
 
 
+def test_each_augmentation_is_tested_once(tmp_path: Path) -> None:
+    def steps() -> dict[str, tuple[bool, list[str]]]:
+        made = cv.make_plan(CONFIGS[:1], work_root=tmp_path, options=OPTIONS, ttas=['flips'])
+        return {s.name: (s.done, list(s.command)) for s in made.fold_steps[0]}
+
+    finish(tmp_path, 0)
+    test(tmp_path, 0)
+    found = steps()
+    assert [done for done, _ in found.values()] == [True, True, False]
+    command = found['test fold 0 with flips'][1]
+    assert command[command.index('--tta') + 1] == 'flips'
+    assert '--tta' not in found['test fold 0'][1]
+    plain = tmp_path / 'sample/fold0/val.predictions.npz'
+    plain.rename(plain.with_name('val.flips.predictions.npz'))
+    assert [done for done, _ in steps().values()] == [True, False, True]
+    with pytest.raises(ConfigError, match='no setting'):
+        cv.make_plan(CONFIGS, work_root=tmp_path, options=OPTIONS, ttas=['sideways'])
+
+
 @pytest.mark.parametrize(
     ('harm', 'wanted', 'says'),
     [
@@ -141,7 +160,7 @@ def test_plan_knows_what_is_there(tmp_path: Path) -> None:
             id='predictions cut',
         ),
         pytest.param(
-            lambda d: files.write_json(d / cv.TESTED, {'settings': 'other'}),
+            lambda d: files.write_json(d / 'tested.json', {'settings': 'other'}),
             [True, False],
             'other settings',
             id='tested with other settings',
@@ -232,7 +251,7 @@ def test_recipe_is_the_same_as_read_and_as_adapted(monkeypatch: pytest.MonkeyPat
 
 def test_slurm_script_is_bash_with_the_same_commands(tmp_path: Path) -> None:
     options = ('model.test_cfg.rcnn.score_thr=0.1', "default_scope=it's")
-    text = cv.slurm_script(CONFIGS, options, work_root=tmp_path / 'a b')
+    text = cv.slurm_script(CONFIGS, options, work_root=tmp_path / 'a b', ttas=['d4,scales=0.8'])
     script = tmp_path / 'job.sh'
     # Commands print themselves instead of running.
     script.write_text(text.replace('python tools', 'printf "%s\\n" python tools'))
@@ -250,6 +269,7 @@ def test_slurm_script_is_bash_with_the_same_commands(tmp_path: Path) -> None:
         assert printed == [
             *('python', 'tools/train.py', config_path, '--resume', *common),
             *('python', 'tools/test.py', config_path, *common),
+            *('python', 'tools/test.py', config_path, '--tta', 'd4,scales=0.8', *common),
         ]
     assert f'--array=0-{len(CONFIGS) - 1}' in text
 

@@ -187,6 +187,36 @@ def test_files_of_unknown_origin_are_not_scored(tiny: TinyFolds, tmp_path: Path)
     assert (tmp_path / 'val.scores.json').is_file()
 
 
+def test_a_tested_fold_with_views_is_what_the_ensemble_of_one_predicts(tiny: TinyFolds) -> None:
+    from cellseg_mm.find_best import _tta_names
+
+    one = tiny.root / 'one_with_views'
+    words = ['--cfg-options', 'test_dataloader.dataset.split=test']
+    work_dir = tiny.checkpoints[0].parent
+    command = [sys.executable, str(ROOT / 'tools/test.py'), tiny.configs[0], '--tta', 'hflip']
+    run = subprocess.run(
+        [*command, '--work-dir', str(work_dir), '--out', str(one), *words],
+        cwd=tiny.root,
+        env=environment(tiny.data_root),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = load_predictions(one / 'test.hflip.predictions.npz')
+    assert found.provenance['tta'] == 'hflip'
+    (one / 'test.hflip.predictions.npz').rename(one / 'val.hflip.predictions.npz')
+    assert _tta_names(one) == ['hflip']  # where find_best looks
+    run_tool(tiny, tiny.configs[0], '--tta', 'hflip', '--out', one)
+    wanted = {s.name: s for s in load_predictions(one / 'test.predictions.npz').sets}
+    assert {s.name for s in found.sets} == set(wanted)
+    for ours in found.sets:
+        theirs = wanted[ours.name]
+        assert len(ours) > 0
+        assert ours.rles == theirs.rles
+        assert ours.scores.tolist() == pytest.approx(theirs.scores.tolist())
+
+
 def test_settings_file(tmp_path: Path) -> None:
     path = tmp_path / 'inference.json'
     with pytest.raises(ConfigError, match=r'make them with: python tools/find_best.py'):

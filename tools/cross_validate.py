@@ -20,6 +20,12 @@ def main() -> None:
     parser.add_argument(
         '--gpus', help='devices as CUDA_VISIBLE_DEVICES names them: 0,1,3 (default: all)'
     )
+    parser.add_argument(
+        '--tta',
+        nargs='+',
+        default=[],
+        help='test each fold with these too and choose the best: hflip flips d4',
+    )
     parser.add_argument('--dry-run', action='store_true', help='print the plan only')
     parser.add_argument('--slurm', action='store_true', help='print a Slurm job array instead')
     parser.add_argument(
@@ -30,9 +36,14 @@ def main() -> None:
     from cellseg_mm import cross_validation as cv
 
     if args.slurm:
-        print(cv.slurm_script(args.configs, args.cfg_options, work_root=args.work_root), end='')
+        text = cv.slurm_script(
+            args.configs, args.cfg_options, work_root=args.work_root, ttas=args.tta
+        )
+        print(text, end='')
         return
-    plan = cv.make_plan(args.configs, work_root=args.work_root, options=args.cfg_options)
+    plan = cv.make_plan(
+        args.configs, work_root=args.work_root, options=args.cfg_options, ttas=args.tta
+    )
     if args.dry_run:
         print(plan.text())
         return

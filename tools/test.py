@@ -16,13 +16,19 @@ def main() -> None:
     )
     parser.add_argument('--out', help='folder for instances and scores (default: work folder)')
     parser.add_argument('--amp', action='store_true', help='use automatic mixed precision')
+    parser.add_argument(
+        '--tta',
+        help='hflip, flips or d4, and scales: flips,scales=0.8/1.25; results are named after it',
+    )
     add_config_arguments(parser)
     args = parser.parse_args()
 
     from cellseg_mm.training import score_checkpoint
 
     cfg = load_config(args)
-    score_checkpoint(cfg, checkpoint=args.checkpoint, out_dir=args.out, amp=args.amp)
+    score_checkpoint(
+        cfg, checkpoint=args.checkpoint, out_dir=args.out, amp=args.amp, tta_spec=args.tta
+    )
     print(f'instances and scores: {args.out or cfg.work_dir}')
 
 
