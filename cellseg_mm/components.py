@@ -6,6 +6,7 @@ Stock MMDetection tools run our configs too, because a config file imports this 
 from __future__ import annotations
 
 from cellseg_mm import (
+    box_precision,
     checkpoints,
     dataset,
     fold_ensemble,
@@ -22,6 +23,7 @@ from cellseg_mm import (
 )
 
 __all__ = [
+    'box_precision',
     'checkpoints',
     'dataset',
     'fold_ensemble',

@@ -24,6 +24,7 @@ from mmdet.structures.bbox import bbox2roi
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
+from cellseg_mm.box_precision import Fp32RPNHead
 from cellseg_mm.errors import ConfigError
 from cellseg_mm.member_models import MemberModels
 
@@ -41,7 +42,7 @@ def check_family(models: Sequence[nn.Module], names: Sequence[str]) -> None:
     first = None
     for model, name in zip(models, names, strict=True):
         roi_head = getattr(model, 'roi_head', None)
-        is_plain = type(getattr(model, 'rpn_head', None)) is RPNHead
+        is_plain = type(getattr(model, 'rpn_head', None)) in (RPNHead, Fp32RPNHead)
         if not is_plain or type(roi_head) is not StandardRoIHead or not roi_head.with_mask:
             raise ConfigError(
                 f'{name}: proposal_share needs RPNHead and StandardRoIHead with a mask head, found '

@@ -95,8 +95,11 @@ model = dict(
     data_preprocessor=dict(batch_augments=None),
     # three images are too few for batch statistics in the backbone; its affine part is trained
     backbone=dict(norm_eval=True),
-    rpn_head=dict(),
+    # as MMDetection's, but mixed precision does not round boxes: bfloat16 moves them by 2 px
+    rpn_head=dict(type='Fp32RPNHead'),
     roi_head=dict(
+        bbox_roi_extractor=dict(type='Fp32RoIExtractor'),
+        mask_roi_extractor=dict(type='Fp32RoIExtractor'),
         bbox_head=dict(num_classes=4, norm_cfg=head_norm_cfg),
         mask_head=dict(type='CellMaskHead', num_classes=4, norm_cfg=head_norm_cfg),
     ),
