@@ -221,22 +221,23 @@ def recipe_hash(cfg: Config) -> str:
 
     The same for a config as it is read and as ``launch`` adapts it to a machine.
     """
-    settings = cfg.to_dict()
-    parts = {key: _recipe_part(settings.get(key)) for key in RECIPE_KEYS}
-    parts['model'] = {k: v for k, v in (parts['model'] or {}).items() if k != 'test_cfg'}
-    parts['load_from'] = Path(settings.get('load_from') or '').name
+    parts = {**_recipe(cfg), 'load_from': Path(cfg.get('load_from') or '').name}
     return files.text_hash(json.dumps(parts, sort_keys=True, default=str))
 
 
 def recipe_parts(cfg: Config) -> dict[str, str]:
     """Return a hash of each of the settings that decide the weights, to name what differs."""
+    return {
+        key: files.text_hash(json.dumps(part, sort_keys=True, default=str))
+        for key, part in _recipe(cfg).items()
+    }
+
+
+def _recipe(cfg: Config) -> dict:
     settings = cfg.to_dict()
     parts = {key: _recipe_part(settings.get(key)) for key in RECIPE_KEYS}
     parts['model'] = {k: v for k, v in (parts['model'] or {}).items() if k != 'test_cfg'}
-    return {
-        key: files.text_hash(json.dumps(part, sort_keys=True, default=str))
-        for key, part in parts.items()
-    }
+    return parts
 
 
 def _recipe_part(node: object) -> object:

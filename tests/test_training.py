@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,42 @@ def test_resumed_run_ends_with_the_same_bytes(
     assert whole.keys() == resumed.keys()
     differing = [name for name in whole if not torch.equal(whole[name], resumed[name])]
     assert differing == []
+
+
+@pytest.mark.parametrize(
+    ('change', 'named'),
+    [
+        pytest.param({'optim_wrapper.optimizer.lr': 0.5}, 'optim_wrapper', id='rate'),
+        pytest.param({'model.neck.num_outs': 5, 'train_cfg.max_iters': 9}, 'model', id='model'),
+    ],
+)
+def test_resuming_with_other_settings_is_refused(
+    sample_data: Path,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict,
+    named: str,
+) -> None:
+    from argparse import Namespace
+
+    from cellseg_mm import training
+    from cellseg_mm.errors import ConfigError
+    from cellseg_mm.launch import load_config
+
+    monkeypatch.setenv('CELLSEG_DATA', str(sample_data))
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    work_dir = shutil.copytree(trained, tmp_path / 'work')
+    words = {
+        'config': 'configs/sample/fold0.py',
+        'cfg_options': {**MICRO, **change},
+        'work_dir': str(work_dir),
+        'launcher': 'none',
+        'local_rank': 0,
+    }
+    with pytest.raises(ConfigError, match=rf'began with other values of {named}'):
+        training.train(load_config(Namespace(**words)), resume='auto')
+    assert (work_dir / training.FINISHED).is_file()  # nothing was touched
 
 
 def test_checkpoint_says_where_it_comes_from(sample_data: Path, trained: Path) -> None:
