@@ -6,6 +6,7 @@ _base_ = './mask_rcnn_r50_lsj.py'
 # at least 4 x 64 RoIs, so batch statistics are sound on one device from random weights.
 norm_cfg = dict(_delete_=True, type='BN', requires_grad=True)
 load_from = None
+score_thr = 0.01
 crop_size = (256, 256)  # px; cells are 10 to 60 px at the files' own resolution
 meta_keys = _base_.meta_keys
 
@@ -49,8 +50,10 @@ model = dict(
         rpn_proposal=dict(nms_pre=500, max_per_img=300),
         rcnn=dict(sampler=dict(num=128, pos_fraction=0.35)),
     ),
-    test_cfg=dict(rpn=dict(nms_pre=1000, max_per_img=1000), rcnn=dict(score_thr=0.01)),
+    test_cfg=dict(rpn=dict(nms_pre=1000, max_per_img=1000), rcnn=dict(score_thr=score_thr)),
 )
+val_evaluator = dict(score_thr=score_thr)  # for the report on truncation
+test_evaluator = dict(score_thr=score_thr)
 train_pipeline = [
     dict(type='LoadCellImage', red_blue_swapped=True),
     dict(type='LoadLabelMaps'),
