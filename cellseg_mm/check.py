@@ -234,6 +234,8 @@ def check_data(cfg: Config) -> Iterator[Line]:
         yield error('data', f'... and {len(report.errors) - SHOWN} more; run tools/prepare_data.py')
     kinds: dict[str, int] = {}
     for finding in report.warnings:
+        if finding.kind == prepare.NO_GROUPS:
+            continue  # the groups of the folds that are there count, see _check_folds
         kinds[finding.kind] = kinds.get(finding.kind, 0) + 1
     if kinds:
         listed = ', '.join(f'{n} x {kind}' for kind, n in sorted(kinds.items()))
@@ -265,6 +267,12 @@ def _check_folds(path: Path, data: Mapping, names: list[str], report: object) ->
             'folds',
             f'{path}: {split} groups (patients, or images that look alike) are in several folds; '
             'scores will be optimistic; make the folds again with --groups-csv',
+        )
+    if all(group.startswith('alike:') for group in found.groups.values()):
+        yield warn(
+            'folds',
+            f'{path}: made without groups; images of one patient may be in several folds; if '
+            'patients gave several images, make them again with --groups-csv or --groups-regex',
         )
     sizes = ', '.join(str(len(part)) for part in found.names_by_fold)
     yield ok('folds', f'{path}: hash {found.hash}, {sizes} images, method {found.method}')

@@ -37,6 +37,11 @@ DEFAULT_CLASSES = ('epithelial', 'lymphocyte', 'neutrophil', 'macrophage')
 FEW_CASES = 24  # starting processes takes as long as checking these
 SHOWN = 5  # names of a group of findings on the screen; the report file has all
 SIZE_STEPS_PX = (64, 256, 512, 1024, 2048)  # longer side
+NO_GROUPS = 'folds without groups'
+NO_GROUPS_TEXT = (
+    'neither --groups-csv nor --groups-regex: images of one patient may be in different folds; if '
+    'patients gave several images, out-of-fold scores will be better than the models are.'
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,11 @@ class GroupRule:
     group_column: str = 'patient'
     regex: str = ''
     alike: bool = True
+
+    @property
+    def is_given(self) -> bool:
+        """Whether a table or an expression says which cases belong together."""
+        return self.csv_path is not None or bool(self.regex)
 
     def __post_init__(self) -> None:
         try:
@@ -468,7 +478,7 @@ def find_groups(
 
 
 def _known_groups(names: Sequence[str], rule: GroupRule) -> tuple[dict[str, str], list[Finding]]:
-    if rule.csv_path is None and not rule.regex:
+    if not rule.is_given:
         return {}, []
     source = {name: name for name in names}
     if rule.csv_path is not None:
@@ -521,6 +531,8 @@ def _with_folds(
     report: PrepareReport, params: PrepareParams, alike: Sequence[tuple[int, int]]
 ) -> PrepareReport:
     groups, warnings = find_groups(report.train, params.groups, alike)
+    if params.method == 'grouped' and not params.groups.is_given:
+        warnings.append(Finding(NO_GROUPS, len(report.train), NO_GROUPS_TEXT))
     made = fold_files.make_folds(
         [facts.name for facts in report.train],
         np.array([facts.counts for facts in report.train], dtype=np.int64),

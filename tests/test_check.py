@@ -327,6 +327,17 @@ def test_folds_that_split_a_group(config: Config, sample_data: Path, tmp_path: P
     assert load_folds(data / 'folds.json').hash == folds.hash  # nothing was written
 
 
+def test_folds_made_without_groups(config: Config, sample_data: Path, tmp_path: Path) -> None:
+    folds = load_folds(sample_data / 'folds.json')
+    settings = config.train_dataloader.dataset.dataset
+    settings.data_root, settings.folds_file = str(sample_data), str(tmp_path / 'folds.json')
+    lonely = folds.names_by_fold[0][0]
+    for groups, is_warned in (({lonely: 'alike:x'}, True), ({}, True), ({lonely: 'p'}, False)):
+        save_folds(tmp_path / 'folds.json', Folds(folds.names_by_fold, groups))
+        said = found(list(check.check_data(config)), 'warn')
+        assert ('made without groups' in said) == is_warned
+
+
 def test_data_errors_and_missing_cases(config: Config, sample_data: Path, tmp_path: Path) -> None:
     data = tmp_path / 'data'
     shutil.copytree(sample_data, data)

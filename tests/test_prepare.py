@@ -84,7 +84,8 @@ def kinds(report: prepare.PrepareReport) -> dict[str, int]:
 
 def test_good_data_gives_folds_index_and_report(data: Path) -> None:
     report = prepare.prepare(data, PARAMS)
-    assert (report.errors, report.warnings) == ((), ())
+    assert report.errors == ()
+    assert kinds(report) == {prepare.NO_GROUPS: 10}
     assert [facts.name for facts in report.train] == [f'p{i // 2}-{i}' for i in range(10)]
     assert all(facts.counts == (1, 1) for facts in report.train)
     assert all(facts.area_sums == (28, 21) for facts in report.train)
@@ -192,6 +193,7 @@ def test_every_warning(data: Path) -> None:
         'near-duplicate image': 2,
         'unknown name in exclude.txt': 1,
         'note': 2,
+        prepare.NO_GROUPS: len(report.train),
     }
     text = prepare.full_text(report)
     for name in ('parts', '1 px', 'shared', 'no cell', 'half/class1.tif', 'blank', 'twin', 'leak'):
@@ -253,6 +255,13 @@ def test_groups_from_names(data: Path) -> None:
     folds = prepare.prepare(data, params).folds
     assert folds.groups == {f'p{i // 2}-{i}': f'p{i // 2}' for i in range(10)}
     assert all(len({name[:2] for name in names}) == 1 for names in folds.names_by_fold)
+
+
+def test_folds_without_groups_are_warned_of(data: Path) -> None:
+    assert '--groups-csv' in prepare.screen_text(prepare.prepare(data, PARAMS))
+    for change in ({'groups': GroupRule(regex='^p.')}, {'method': 'original'}):
+        report = prepare.prepare(data, replace(PARAMS, new_folds=True, **change))
+        assert prepare.NO_GROUPS not in kinds(report)  # asked for, or the choice of who knows
 
 
 def test_groups_from_a_table(data: Path, tmp_path: Path) -> None:
@@ -387,7 +396,7 @@ def test_folds_changed_by_hand_are_kept(data: Path) -> None:
     (data / 'folds.json').write_text(text)
     report = prepare.prepare(data, PARAMS)
     assert moved in report.folds.names_by_fold[1]
-    assert kinds(report) == {'folds changed by hand': 1}
+    assert kinds(report) == {'folds changed by hand': 1, prepare.NO_GROUPS: 10}
     assert (data / 'folds.json').read_text() == text
     assert prepare.prepare(data, replace(PARAMS, new_folds=True)).folds == folds
 
