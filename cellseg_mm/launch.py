@@ -90,7 +90,7 @@ def refuse_unknown_keys(cfg: Config, options: dict) -> None:
     if unknown:
         raise ConfigError(
             f'--cfg-options: {unknown} are not in the config and nothing reads them; '
-            'check the spelling with: python -m mmengine config, or --cfg-options key.sub=value'
+            'correct the spelling: settings are named as in the config and its bases, key.sub=value'
         )
     if unread:
         raise ConfigError(
@@ -208,7 +208,7 @@ def explain(error: BaseException) -> str | None:
             return (
                 f'{where}: cannot be written or read ({one.strerror}); expected a folder with room '
                 'and permission; make room, or name another with --work-dir or --out; the same '
-                'command goes on from the last whole file'
+                'command goes on from the last whole file (tools/train.py with --resume)'
             )
     return None
 
@@ -220,12 +220,19 @@ def _without_worker_traceback(text: str) -> str:
     return re.split(r'\ncellseg_mm\.errors\.\w+: ', text)[-1].strip()
 
 
-def run_tool(main: Callable[[], int | None]) -> None:
-    """Run a tool's ``main`` and exit: 0 or its number, 2 with one sentence for a user's error."""
+def run_tool(
+    main: Callable[[], int | None], *, go_on: str = 'start the same command again to go on'
+) -> None:
+    """Run a tool's ``main`` and exit: 0 or its number, 2 with one sentence for a user's error.
+
+    Args:
+        main: What the tool does.
+        go_on: What to type after Ctrl-C.
+    """
     try:
         code = main()
     except KeyboardInterrupt:
-        print('interrupted; start the same command again to go on', file=sys.stderr)
+        print(f'interrupted; {go_on}', file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         sentence = explain(error)

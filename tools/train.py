@@ -41,4 +41,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    run_tool(main)
+    run_tool(main, go_on='the same command with --resume goes on from the newest checkpoint')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import runpy
 import signal
 import subprocess
 import sys
@@ -102,6 +103,29 @@ def test_bug_in_a_transform_names_the_image(sample_data: Path) -> None:
     assert launch.explain(error) is None  # a traceback is shown, and in it the image
     assert str(image_path) in str(error)
     assert 'ZeroDivisionError: in a transform' in str(error)
+
+
+@pytest.mark.parametrize(('tool', 'advice'), [('train', '--resume'), ('predict', 'same command')])
+def test_ctrl_c_says_how_to_go_on(
+    tool: str, advice: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The same command without --resume would train from the start again."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch, 'load_config', interrupt)
+    monkeypatch.setattr(
+        sys,
+        'argv',
+        [f'{tool}.py', 'configs/fold0.py', *['a.tif', '--out', 'x'] * (tool == 'predict')],
+    )
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / f'tools/{tool}.py'), run_name='__main__')
+    assert caught.value.code == 130
+    said = capsys.readouterr().err
+    assert said.startswith('interrupted; ')
+    assert advice in said
 
 
 def test_notes_of_another_process_are_not_taken_for_ours() -> None:
