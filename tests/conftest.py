@@ -56,18 +56,29 @@ def sample_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 LEFT_OUT = pytest.StashKey[int]()
 
 
+@pytest.hookimpl(trylast=True)  # after -m and -k have chosen
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the tests that need a GPU where there is none, unless they are required."""
+    """Leave out the tests that need a GPU where there is none, or stop if they are required.
+
+    Raises:
+        pytest.UsageError: ``CELLSEG_REQUIRE_GPU`` is set, and there is no CUDA device.
+    """
     gpu = [item for item in items if item.get_closest_marker('gpu')]
-    is_wanted = 'CELLSEG_REQUIRE_GPU' in os.environ or 'CELLSEG_TEST_DEVICE' in os.environ
-    if not gpu or is_wanted:
+    if not gpu or 'CELLSEG_TEST_DEVICE' in os.environ:
         return
     import torch
 
-    if not torch.cuda.is_available():
-        config.stash[LEFT_OUT] = len(gpu)
-        config.hook.pytest_deselected(items=gpu)
-        items[:] = [item for item in items if not item.get_closest_marker('gpu')]
+    if torch.cuda.is_available():
+        return
+    if 'CELLSEG_REQUIRE_GPU' in os.environ:
+        raise pytest.UsageError(
+            f'CELLSEG_REQUIRE_GPU: {len(gpu)} chosen tests need a CUDA device and torch '
+            f'{torch.__version__} finds none; check the driver, CUDA_VISIBLE_DEVICES and that '
+            'torch was built for CUDA, or unset the variable'
+        )
+    config.stash[LEFT_OUT] = len(gpu)
+    config.hook.pytest_deselected(items=gpu)
+    items[:] = [item for item in items if not item.get_closest_marker('gpu')]
 
 
 def pytest_terminal_summary(
