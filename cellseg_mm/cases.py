@@ -13,7 +13,7 @@ import os
 import re
 import stat
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -77,6 +77,7 @@ def find_cases(
     test_dir: str = 'test_release',
     id_map: str = 'test_image_name_to_ids.json',
     exclude_file: Path | str | None = None,
+    exclude_names: Collection[str] | None = None,
     max_pixels: int = DEFAULT_MAX_PIXELS,
 ) -> list[Case]:
     """Find all cases of a split; reads folders, image headers and the id map, no pixels.
@@ -90,6 +91,8 @@ def find_cases(
         id_map: File of test image names and ids, below ``data_root``.
         exclude_file: Names of cases to leave out, one a line, ``#`` begins a comment. Without it
             ``exclude.txt`` in ``data_root`` is used where there is one.
+        exclude_names: The names themselves instead of a file, as ``folds.excluded_by`` gives them;
+            None takes the file.
         max_pixels: Most pixels (height times width) of an image that are accepted.
 
     Returns:
@@ -107,6 +110,7 @@ def find_cases(
         test_dir=test_dir,
         id_map=id_map,
         exclude_file=exclude_file,
+        exclude_names=exclude_names,
         max_pixels=max_pixels,
     )
     if scan.problems:
@@ -125,12 +129,15 @@ def scan_cases(
     test_dir: str = 'test_release',
     id_map: str = 'test_image_name_to_ids.json',
     exclude_file: Path | str | None = None,
+    exclude_names: Collection[str] | None = None,
     max_pixels: int = DEFAULT_MAX_PIXELS,
 ) -> Scan:
     """Look at a split like :func:`find_cases`, and return problems instead of raising them."""
     root = Path(data_root)
     try:
-        excluded = read_exclude(root, exclude_file)
+        excluded = (
+            read_exclude(root, exclude_file) if exclude_names is None else frozenset(exclude_names)
+        )
         if split == 'train':
             return _scan_train(root / train_dir, n_classes, excluded, max_pixels)
         if split == 'test':

@@ -25,8 +25,8 @@ from cellseg_mm import checkpoints, files, prepare, provenance, runtime
 from cellseg_mm.check_lines import Line, error, ok, warn
 from cellseg_mm.dataset import data_fingerprint
 from cellseg_mm.errors import CellSegError
-from cellseg_mm.folds import load_folds
-from cellseg_mm.labels import find_cases, read_gt
+from cellseg_mm.folds import excluded_by, load_folds
+from cellseg_mm.labels import Case, find_cases, read_gt
 from cellseg_mm.launch import default_work_dir
 from cellseg_mm.predictions import load_predictions
 from cellseg_mm.progress import track
@@ -88,7 +88,7 @@ def check_config(cfg: Config, work_dir: Path, truths: dict[tuple, object]) -> It
         yield from _guarded('data', functools.partial(check_data, cfg))
         truths[key] = None
         try:
-            cases = tuple(find_cases(data.data_root, 'train', len(data.metainfo.classes)))
+            cases = tuple(_cases_of(data, 'train'))
             rows = track(cases, description='reading cells', total=len(cases))
             truths[key] = settings.Truth(cases, tuple(read_gt(case) for case in rows))
         except CellSegError as problem:
@@ -211,6 +211,13 @@ def check_disk(folder: Path) -> Iterator[Line]:
 # ---- data and folds
 
 
+def _cases_of(data: Mapping, split: str) -> list[Case]:
+    """Find the cases of a split as the data set does."""
+    excluded = excluded_by(folds_path(data))
+    n_classes = len(data['metainfo']['classes'])
+    return find_cases(data['data_root'], split, n_classes, exclude_names=excluded)
+
+
 def check_data(cfg: Config) -> Iterator[Line]:
     """Verify data as tools/prepare_data.py does, and the folds against them."""
     data = dataset_settings(cfg)
@@ -221,9 +228,14 @@ def check_data(cfg: Config) -> Iterator[Line]:
                 shutil.copy(index, Path(folder) / 'index.json')
                 break
         manifest = root / 'manifest.csv'
+        listed, exclude_file = excluded_by(path), None
+        if listed is not None:
+            exclude_file = Path(folder) / 'exclude.txt'
+            exclude_file.write_text('\n'.join(listed), encoding='utf-8')
         params = prepare.PrepareParams(
             class_names=tuple(data.metainfo.classes),
             out_dir=Path(folder),
+            exclude_file=exclude_file,
             groups=prepare.GroupRule(csv_path=manifest if manifest.is_file() else None),
             n_folds=load_folds(path).n_folds if path.is_file() else prepare.PrepareParams().n_folds,
         )
@@ -283,7 +295,7 @@ def _now(cfg: Config) -> Now:
     hashes = set()
     for split in ('train', 'test'):
         try:
-            cases = find_cases(data.data_root, split, len(data.metainfo.classes))
+            cases = _cases_of(data, split)
         except CellSegError:
             continue  # said by check_data
         hashes.add(data_fingerprint(cases))

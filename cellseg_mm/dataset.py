@@ -24,7 +24,7 @@ from mmengine.logging import print_log
 from cellseg_mm import worker_watch
 from cellseg_mm.errors import CellSegError, ConfigError, FoldError
 from cellseg_mm.files import text_hash
-from cellseg_mm.folds import load_folds
+from cellseg_mm.folds import excluded_by, load_folds
 from cellseg_mm.labels import Case, find_cases
 
 
@@ -55,7 +55,8 @@ class CellDataset(BaseDetDataset):
         data_root: Data folder in the layout of docs/formats.md.
         split: ``train`` or ``val`` part of the fold, ``all`` training cases, or ``test``.
         fold: Which fold is held out; unused by ``all`` and ``test``.
-        folds_file: Where the folds are; ``auto`` means ``<data_root>/folds.json``.
+        folds_file: Where the folds are; ``auto`` means ``<data_root>/folds.json``. Cases that it
+            lists as excluded are left out of every split.
         exclude_folds: Further folds that the training split leaves out, so that several members
             are clean on them and fusion can be measured there; see docs/fusion.md.
 
@@ -95,7 +96,8 @@ class CellDataset(BaseDetDataset):
                 'one name per class file; add it to the config'
             )
         where = 'test' if self.split == 'test' else 'train'
-        cases = find_cases(self.data_root, where, len(classes))
+        excluded = excluded_by(self.folds_file)
+        cases = find_cases(self.data_root, where, len(classes), exclude_names=excluded)
         self.data_hash = data_fingerprint(cases)
         if self.split in ('train', 'val'):
             cases = self._of_fold(cases)
@@ -240,6 +242,7 @@ def log_parts(dataset: CellDataset) -> None:
         without = f' without folds {", ".join(map(str, dataset.exclude_folds))} too'
     print_log(
         f'{dataset.split}: {len(dataset)} images of {os.fspath(dataset.data_root)}, fold '
-        f'{dataset.fold}{without}, fold hash {dataset.fold_hash or "-"}, data hash {dataset.data_hash}',
+        f'{dataset.fold}{without}, fold hash {dataset.fold_hash or "-"}, '
+        f'data hash {dataset.data_hash}',
         logger='current',
     )

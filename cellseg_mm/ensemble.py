@@ -15,7 +15,7 @@ from typing import Literal
 
 from cellseg_mm import files
 from cellseg_mm.errors import CheckpointError, ConfigError, PredictionError
-from cellseg_mm.folds import load_folds
+from cellseg_mm.folds import excluded_by, load_folds
 from cellseg_mm.fusion import (
     FuseReport,
     PostProcess,
@@ -126,7 +126,9 @@ def find_images(
         FoldError: ``val`` is asked for and the folds are missing, or have no such fold.
     """
     root, classes = Path(data_root), tuple(class_names)
-    cases = find_cases(root, 'test' if split == 'test' else 'train', len(classes))
+    where = 'test' if split == 'test' else 'train'
+    excluded = excluded_by(folds_path)
+    cases = find_cases(root, where, len(classes), exclude_names=excluded)
     if split == 'val':
         folds = load_folds(folds_path, [case.name for case in cases])
         wanted = set(folds.val_names(0 if fold is None else fold))

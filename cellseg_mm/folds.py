@@ -48,6 +48,8 @@ class Folds:
             original recipe, which knows no groups.
         method: How the folds were made.
         seed: Seed that they were made with.
+        excluded: Names of the cases that were left out by a list other than the data folder's own
+            ``exclude.txt``; they replace it. None where that one holds.
 
     Raises:
         FoldError: A case is in two folds, a fold is empty, there are fewer than two folds, a
@@ -58,6 +60,7 @@ class Folds:
     groups: Mapping[str, str] = field(default_factory=dict)
     method: Method = 'grouped'
     seed: int = ORIGINAL_SEED
+    excluded: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         names_by_fold = tuple(tuple(sorted(names)) for names in self.names_by_fold)
@@ -376,6 +379,8 @@ def save_folds(path: Path | str, folds: Folds) -> None:
         'n_folds': folds.n_folds,
         'hash': folds.hash,
     }
+    if folds.excluded is not None:
+        head['excluded'] = list(folds.excluded)
     lines = [f' {json.dumps(key)}: {json.dumps(value)},' for key, value in head.items()]
     rows = [
         json.dumps({'fold': fold, 'case': name, 'group': folds.groups.get(name)})
@@ -411,7 +416,7 @@ def load_folds(path: Path | str, names: Collection[str] | None = None) -> Folds:
         raise FoldError(f'{path}: method is {method!r}, expected one of {get_args(Method)}')
     parts, groups = _read_cases(path, content, n_folds)
     try:
-        folds = Folds(parts, groups, cast(Method, method), seed)
+        folds = Folds(parts, groups, cast(Method, method), seed, _read_excluded(path, content))
     except FoldError as error:
         raise FoldError(f'{path}: {error}') from None
     if names is not None:
@@ -419,6 +424,24 @@ def load_folds(path: Path | str, names: Collection[str] | None = None) -> Folds:
     if content.get('hash') != folds.hash:
         logger.info('%s was edited by hand; its hash is now %s', path, folds.hash)
     return folds
+
+
+def excluded_by(path: Path | str) -> tuple[str, ...] | None:
+    """Return ``Folds.excluded`` of a folds file; None without a file.
+
+    Raises:
+        FoldError: See :func:`load_folds`.
+    """
+    return load_folds(path).excluded if Path(path).is_file() else None
+
+
+def _read_excluded(path: Path, content: Mapping[str, object]) -> tuple[str, ...] | None:
+    names = content.get('excluded')
+    if names is None:
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise FoldError(f'{path}: excluded is {str(names)[:80]}, expected a list of case names')
+    return tuple(sorted(names))
 
 
 def _read_object(path: Path) -> dict[str, object]:
@@ -485,6 +508,6 @@ def _check_names(path: Path, folds: Folds, names: Collection[str]) -> None:
         problems.append(f'{len(unknown)} case(s) are not in the data: {_quoted(unknown)}')
     if problems:
         raise FoldError(
-            f'{path}: {"; ".join(problems)}; make the file again with tools/prepare_data.py or '
-            f'mend the rows'
+            f'{path}: {"; ".join(problems)}; make the file again with tools/prepare_data.py '
+            f'(its --exclude names cases to leave out) or mend the rows'
         )

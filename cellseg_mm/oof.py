@@ -81,7 +81,8 @@ def pool_predictions(
         raise PredictionError(f'out of fold: the folds name different classes, {sorted(names)}')
     rows = sorted((s.name, fold, s) for fold, p in by_fold.items() for s in p.sets)
     class_names = names.pop()
-    cases = {case.name: case for case in find_cases(data_root, 'train', len(class_names))}
+    found = find_cases(data_root, 'train', len(class_names), exclude_names=folds.excluded)
+    cases = {case.name: case for case in found}
     gt = [read_gt(cases[name]) for name, _, _ in track(rows, description='ground truth')]
     return Pool(
         pred_sets=tuple(row[2] for row in rows),

@@ -88,7 +88,7 @@ class PrepareParams:
     Attributes:
         class_names: In the order of ``class1.tif``, ``class2.tif``, ...
         out_dir: Where the results go; None means the data folder.
-        exclude_file: See ``cases.find_cases``.
+        exclude_file: See ``cases.find_cases``; the folds file records what it lists.
         groups: See :class:`GroupRule`.
         n_folds: Number of folds.
         seed: Seed of the folds.
@@ -541,6 +541,9 @@ def _with_folds(
         groups=groups,
         method=params.method,
     )
+    if params.exclude_file is not None:  # nothing but the folds file would know of it later
+        listed = read_exclude(report.data_root, params.exclude_file)
+        made = replace(made, excluded=tuple(sorted(listed)))
     kept = _existing_folds(report.folds_path, made, params)
     if kept is not None and kept.hash != made.hash:
         text = f'{report.folds_path}: was changed by hand and fits the data; it is kept.'
@@ -571,15 +574,20 @@ def _existing_folds(path: Path, made: Folds, params: PrepareParams) -> Folds | N
                 f'{path}: was made with another setting of {what}{detail}; expected the same, '
                 f'since models may have been trained on it; {way_out}.'
             )
-    return old
+    return replace(old, excluded=made.excluded)
 
 
 def _write_results(report: PrepareReport, out_dir: Path, index: dict) -> None:
     try:
         write_json(out_dir / 'index.json', index, indent=None)
         write_text(out_dir / 'data_report.txt', full_text(report))
-        if report.folds is not None and not report.is_folds_kept:
-            fold_files.save_folds(report.folds_path, report.folds)
+        folds = report.folds
+        if folds is not None and (
+            not report.is_folds_kept
+            # test images may be left out without a change of the folds
+            or fold_files.excluded_by(report.folds_path) != folds.excluded
+        ):
+            fold_files.save_folds(report.folds_path, folds)
     except OSError as problem:
         raise CellSegError(
             f'{out_dir}: cannot be written ({problem.strerror}); expected a folder with space for '

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from cellseg_mm.cases import find_cases
 from cellseg_mm.errors import ConfigError, DataError, PredictionError
-from cellseg_mm.folds import Folds, load_folds
+from cellseg_mm.folds import Folds, excluded_by, load_folds
 from cellseg_mm.oof import Pool, pool_predictions
 from cellseg_mm.overlay import default_colours
 from cellseg_mm.predictions import Predictions, load_predictions
@@ -223,11 +223,14 @@ def _gathered(
     notes += _stale(runs, pool)
     train_paths: dict[str, Path] = {}
     test_paths: dict[str, Path] = {}
+    n_classes, excluded = len(class_names), _excluded(cfg)
     if data_root is not None and pool is not None:
-        train_paths = _image_paths(find_cases(data_root, 'train', len(class_names)))
+        train_cases = find_cases(data_root, 'train', n_classes, exclude_names=excluded)
+        train_paths = _image_paths(train_cases)
     if data_root is not None and ensemble is not None:
         try:
-            test_paths = _image_paths(find_cases(data_root, 'test', len(class_names)))
+            test_cases = find_cases(data_root, 'test', n_classes, exclude_names=excluded)
+            test_paths = _image_paths(test_cases)
         except DataError as problem:
             notes.append(f'Test images are not shown. {problem}')
     return ReportInputs(
@@ -244,6 +247,14 @@ def _gathered(
         test_paths=test_paths,
         train_paths=train_paths,
     )
+
+
+def _excluded(cfg: Config | None) -> tuple[str, ...] | None:
+    if cfg is None:
+        return None
+    from cellseg_mm.training import dataset_settings, folds_path
+
+    return excluded_by(folds_path(dataset_settings(cfg, 'val_dataloader')))
 
 
 def _stale(runs: Sequence[FoldRun], pool: Pool | None) -> list[str]:

@@ -31,13 +31,14 @@ from cellseg_mm import files
 from cellseg_mm.checkpoints import load_checkpoint_file
 from cellseg_mm.detections import to_instance_set
 from cellseg_mm.errors import CheckpointError, ConfigError, FoldError
+from cellseg_mm.folds import excluded_by
 from cellseg_mm.labels import find_cases, read_gt
 from cellseg_mm.member_models import checkpoint_member, fill_strictly
 from cellseg_mm.members import Member, check_classes, in_order
 from cellseg_mm.progress import track
 from cellseg_mm.provenance import code_commit
 from cellseg_mm.scoring import ScoreParams, score
-from cellseg_mm.training import dataset_settings
+from cellseg_mm.training import dataset_settings, folds_path
 
 State = dict[str, Tensor]
 
@@ -273,7 +274,13 @@ class SoupKitchen:
         settings.split, settings.fold = 'val', fold
         loader = Runner.build_dataloader(loader_settings, seed=0)
         classes = tuple(settings.metainfo.classes)
-        cases = {c.name: c for c in find_cases(settings.data_root, 'train', len(classes))}
+        every = find_cases(
+            settings.data_root,
+            'train',
+            len(classes),
+            exclude_names=excluded_by(folds_path(settings)),
+        )
+        cases = {c.name: c for c in every}
         with torch.no_grad():
             found = [to_instance_set(s) for batch in loader for s in model.test_step(batch)]
         gt = [read_gt(cases[s.name]) for s in found]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -201,6 +202,10 @@ def test_save_and_load_round_trip(tmp_path: Path) -> None:
     assert sum('"case"' in line for line in lines) == len(names)
     save_folds(tmp_path / 'again.json', load_folds(path))
     assert (tmp_path / 'again.json').read_bytes() == path.read_bytes()
+    for excluded in ((), ('x', 'ä b')):  # an empty list replaces the data folder's own too
+        save_folds(path, replace(folds, excluded=excluded))
+        assert load_folds(path, names) == replace(folds, excluded=excluded)
+        assert load_folds(path).hash == folds.hash
 
 
 def test_hand_edit_is_accepted_and_changes_the_hash(tmp_path: Path) -> None:
@@ -254,6 +259,8 @@ def replaced(**changes: object) -> str:
         pytest.param(replaced(cases=[]), 'cases is missing or empty', id='no cases'),
         pytest.param(replaced(cases={'a': 0}), 'cases is missing or empty', id='cases type'),
         pytest.param(replaced(cases=['a', 'b']), "row 1 of cases is 'a'", id='row type'),
+        pytest.param(replaced(excluded='a'), 'excluded is a', id='excluded type'),
+        pytest.param(replaced(excluded=[1]), r'excluded is \[1\]', id='excluded item'),
         pytest.param(
             replaced(cases=[{'case': 'a', 'fold': 2}, OTHER]), 'fold is 2', id='fold range'
         ),

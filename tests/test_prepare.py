@@ -18,7 +18,7 @@ import tifffile
 from cellseg_mm import prepare
 from cellseg_mm.case_checks import CaseFacts, check_case, near_duplicates
 from cellseg_mm.errors import CellSegError, ConfigError, DataError
-from cellseg_mm.folds import load_folds
+from cellseg_mm.folds import excluded_by, load_folds
 from cellseg_mm.labels import find_cases
 from cellseg_mm.prepare import GroupRule, PrepareParams
 
@@ -248,6 +248,32 @@ def test_excluding_the_bad_cases_is_enough(data: Path) -> None:
 
 
 # ---- groups
+
+
+def test_folds_record_an_exclude_file_elsewhere(data: Path, tmp_path: Path) -> None:
+    """A data folder that cannot be written: the list lies elsewhere, and every reader knows."""
+    (data / 'train/p0-0/class1.tif').write_bytes(b'')
+    (data / 'train/p1-2/image.tif').write_bytes(b'')
+    (data / 'exclude.txt').write_text('p3-7\n')  # replaced by the list that is named
+    listed, out_dir = tmp_path / 'my list.txt', tmp_path / 'out'
+    listed.write_text('p1-2 # empty\np0-0\n')
+    params = replace(PARAMS, out_dir=out_dir, exclude_file=listed, n_folds=2)
+    report = prepare.prepare(data, params)
+    assert report.errors == ()
+    excluded = excluded_by(out_dir / 'folds.json')
+    assert excluded == ('p0-0', 'p1-2')
+    cases = find_cases(data, 'train', 2, exclude_names=excluded)
+    folds = load_folds(out_dir / 'folds.json', [case.name for case in cases])
+    assert 'p3-7' in folds.names
+    assert 'p1-2' not in folds.names
+    # Leaving out a test image changes no fold, and is recorded.
+    listed.write_text('p1-2\np0-0\nt1\n')
+    again = prepare.prepare(data, params)
+    assert (again.is_folds_kept, again.folds.hash) == (True, folds.hash)
+    assert excluded_by(out_dir / 'folds.json') == ('p0-0', 'p1-2', 't1')
+    # Without a list of its own the data folder's holds, now and later.
+    assert prepare.prepare(data, replace(params, exclude_file=None)).errors
+    assert excluded_by(tmp_path / 'none.json') is None
 
 
 def test_groups_from_names(data: Path) -> None:

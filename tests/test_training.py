@@ -114,6 +114,30 @@ def test_resuming_with_other_settings_is_refused(
     assert (work_dir / training.FINISHED).is_file()  # nothing was touched
 
 
+def test_data_set_leaves_out_what_its_folds_record(sample_data: Path, tmp_path: Path) -> None:
+    from cellseg_mm import prepare
+    from cellseg_mm.dataset import CellDataset
+    from cellseg_mm.sample import CLASS_NAMES
+
+    data = shutil.copytree(sample_data, tmp_path / 'data')
+    bad = sorted((data / 'train').iterdir())[0]
+    (bad / 'image.tif').write_bytes(b'broken')
+    test_image = sorted((data / 'test_release').iterdir())[0]
+    (tmp_path / 'list.txt').write_text(f'{bad.name}\n{test_image.stem}\n')
+    params = prepare.PrepareParams(
+        out_dir=tmp_path / 'out', exclude_file=tmp_path / 'list.txt', n_folds=2, n_workers=1
+    )
+    prepare.prepare(data, params).raise_for_errors()
+    common = {
+        'data_root': str(data),
+        'folds_file': str(tmp_path / 'out/folds.json'),
+        'metainfo': {'classes': CLASS_NAMES},
+    }
+    sizes = {s: len(CellDataset(split=s, **common)) for s in ('train', 'val', 'all', 'test')}
+    assert sizes['train'] + sizes['val'] == sizes['all'] == 5
+    assert sizes['test'] == 1
+
+
 def test_checkpoint_says_where_it_comes_from(sample_data: Path, trained: Path) -> None:
     from cellseg_mm.folds import load_folds
 
