@@ -10,7 +10,9 @@ variable ``CELLSEG_OPS`` (mmcv, torchvision or torch) forces one.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import logging
 import os
 import sys
@@ -51,6 +53,7 @@ def provide_mmcv_ops() -> None:
             'import cellseg_mm before mmcv and mmdet'
         )
     sys.meta_path.insert(0, _TorchvisionGuard())
+    sys.meta_path.insert(0, _OneDLSilencer())
     if forced in ('torchvision', 'torch'):
         sys.meta_path.insert(0, _OpsFinder())
     else:
@@ -186,6 +189,38 @@ def _forget_ops_placeholder() -> None:
     early = sys.modules.get('mmdet.utils.large_image')
     if early is not None and getattr(early.batched_nms, '__module__', '') == early.__name__:
         del sys.modules['mmdet.utils.large_image']
+
+
+class _OneDLSilencer(MetaPathFinder):
+    """Keeps one line of MMDetection's off standard output.
+
+    Without the optional package ``onedl`` an ``import mmdet.datasets`` prints "Could not import
+    OneDL" twice (``print_log`` without a logger ignores its level DEBUG): above all that a tool
+    prints, and above the ``#!`` line of a job script. Last seen with onedl-mmdetection 3.5.1.
+    """
+
+    LINE = 'Could not import OneDL. Skipping OneDL datasets.\n'
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != 'mmdet.datasets':
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            said = io.StringIO()
+            try:
+                with contextlib.redirect_stdout(said):
+                    execute(module)
+            finally:
+                sys.stdout.write(said.getvalue().replace(self.LINE, ''))
+
+        spec.loader.exec_module = exec_module
+        return spec
 
 
 class _TorchvisionGuard(MetaPathFinder):

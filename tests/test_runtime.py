@@ -93,6 +93,19 @@ print(ops_backend())
         assert last_line(done) != 'mmcv'
 
 
+def test_importing_mmdet_prints_nothing(tmp_path: Path) -> None:
+    """Else the first line of what a tool prints, a job script's ``#!`` for one, is another."""
+    done = run('import cellseg_mm, mmdet.datasets, mmdet.datasets.transforms as t; print(t.Resize)')
+    assert done.stdout == "<class 'mmdet.datasets.transforms.transforms.Resize'>\n", done.stderr
+    (tmp_path / 'mmdet/datasets').mkdir(parents=True)
+    (tmp_path / 'mmdet/__init__.py').touch()
+    body = f'print({runtime._OneDLSilencer.LINE!r} + "kept"); raise KeyError("a fault")'
+    (tmp_path / 'mmdet/datasets/__init__.py').write_text(body)
+    done = run('import cellseg_mm, mmdet.datasets', tmp_path)
+    assert done.stdout == 'kept\n'
+    assert "KeyError: 'a fault'" in done.stderr
+
+
 PRINT_BACKEND = """
 import cellseg_mm
 from cellseg_mm.runtime import ops_backend
