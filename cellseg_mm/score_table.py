@@ -31,6 +31,12 @@ def _facts(scores: Scores) -> str:
         f'({overlaps.n_below_score} below); PQ, AJI, F1 on disjoint masks '
         f'({overlaps.n_cut} cut, {overlaps.n_dropped} dropped with < {params.min_left_px} px left)',
     ]
+    if scores.intervals:
+        together = ' (the images of a group together)' if scores.interval_unit == 'groups' else ''
+        lines.append(
+            f'intervals: 95 %, {params.n_bootstrap} resamples of {scores.n_interval_units} '
+            f'{scores.interval_unit}{together}'
+        )
     return '\n'.join(lines)
 
 

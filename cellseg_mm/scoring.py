@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -54,7 +54,7 @@ class ScoreParams:
         coco_area_edges: Areas in px between small, medium and large.
         cell_area_edges: The same for cells: at 40x a third of MoNuSAC's cells is below 16^2 px (all
             but a few of them lymphocytes), an eighth is above 24^2 px (epithelium, macrophages).
-        n_bootstrap: Resamples of the images for 95 % intervals; 0 = none.
+        n_bootstrap: Resamples of the images, or of their groups, for 95 % intervals; 0 = none.
         seed: Of the resampling.
         n_calibration_bins: Equal score bins between 0 and 1.
     """
@@ -235,6 +235,8 @@ class Scores:
         calibration: Scores against the share of true positives.
         overlaps: What the disjoint view left out.
         intervals: Name of a score to its 95 % bootstrap interval (low, high).
+        interval_unit: What was drawn for them: ``images``, or ``groups`` of images (patients).
+        n_interval_units: How many of these there are.
     """
 
     class_names: tuple[str, ...]
@@ -254,6 +256,8 @@ class Scores:
     calibration: Calibration
     overlaps: Overlaps
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    interval_unit: str = 'images'
+    n_interval_units: int = 0
     error_names: tuple[str, ...] = ERROR_NAMES
 
     @property
@@ -330,6 +334,8 @@ def score(
     pred_sets: Sequence[InstanceSet],
     class_names: Sequence[str],
     params: ScoreParams | None = None,
+    *,
+    groups: Mapping[str, str] | None = None,
 ) -> Scores:
     """Score predictions against ground truth.
 
@@ -338,6 +344,8 @@ def score(
         pred_sets: One set per image with the same image ids; may be empty sets.
         class_names: K names in order of ``class_id``.
         params: Settings; None = the defaults.
+        groups: Group (patient, slide) by image name, as in ``Folds.groups``; images without one
+            stand alone. Intervals resample groups where any is known, else images.
 
     Returns:
         All scores, independent of the order of the images.
@@ -352,7 +360,7 @@ def score(
     flats = [
         flatten(c, score_thr=params.pq_score_thr, min_left_px=params.min_left_px) for c in images
     ]
-    return _pooled(images, flats, tuple(class_names), params)
+    return _pooled(images, flats, tuple(class_names), params, groups or {})
 
 
 def _paired(
@@ -402,7 +410,11 @@ def _check_pair(gt: InstanceSet, pred: InstanceSet, n_classes: int) -> None:
 
 
 def _pooled(
-    images: list[Compared], flats: list[Flat], class_names: tuple[str, ...], params: ScoreParams
+    images: list[Compared],
+    flats: list[Flat],
+    class_names: tuple[str, ...],
+    params: ScoreParams,
+    groups: Mapping[str, str],
 ) -> Scores:
     n_classes = len(class_names)
     thrs = np.array(params.iou_thrs)
@@ -414,6 +426,7 @@ def _pooled(
     }
     ranked = [rank_class(images, k, thrs, cap=cap) for k in range(n_classes)]
     tallies = Tallies.of(images, flats, n_classes, params.f1_iou_thrs)
+    unit, unit_of = sampling_units([c.gt.name for c in images], groups)
     aji = _ratio(tallies.aji_shared, tallies.aji_union, tallies.aji_union)
     return Scores(
         class_names=class_names,
@@ -442,7 +455,9 @@ def _pooled(
             sum(flat.n_cut for flat in flats),
             sum(flat.n_dropped for flat in flats),
         ),
-        intervals=_intervals(ranked, tallies, class_names, params),
+        intervals=_intervals(ranked, tallies, class_names, params, unit_of),
+        interval_unit=unit,
+        n_interval_units=int(unit_of.max()) + 1,
     )
 
 
@@ -568,16 +583,44 @@ def _calibration(ranked: list[RankedClass], thr_index: int, params: ScoreParams)
     )
 
 
+def sampling_units(names: Sequence[str], groups: Mapping[str, str]) -> tuple[str, Int]:
+    """Return what a bootstrap draws, ``images`` or ``groups``, and each image's unit, (I,) int64.
+
+    Args:
+        names: I image names.
+        groups: Group by image name; images without one are units of their own.
+    """
+    if not any(name in groups for name in names):
+        return 'images', np.arange(len(names))
+    keys = [(0, groups[name]) if name in groups else (1, name) for name in names]
+    number = {key: i for i, key in enumerate(sorted(set(keys)))}
+    return 'groups', np.array([number[key] for key in keys], dtype=np.int64)
+
+
+def resampled_weights(unit_of: Int, n: int, seed: int) -> Int:
+    """Return how often each image counts when units are drawn with replacement, (n, I) int64.
+
+    Args:
+        unit_of: (I,) int64 in 0..U - 1, each image's unit. Images of one unit are drawn together.
+        n: Resamples.
+        seed: Of the drawing.
+    """
+    n_units = int(unit_of.max()) + 1
+    drawn = np.random.default_rng(seed).integers(0, n_units, size=(n, n_units))
+    return np.stack([np.bincount(row, minlength=n_units)[unit_of] for row in drawn])
+
+
 def _intervals(
-    ranked: list[RankedClass], tallies: Tallies, class_names: tuple[str, ...], params: ScoreParams
+    ranked: list[RankedClass],
+    tallies: Tallies,
+    class_names: tuple[str, ...],
+    params: ScoreParams,
+    unit_of: Int,
 ) -> dict[str, tuple[float, float]]:
-    """Return 95 % percentile intervals over resampled images, keyed as in ``Scores.headline``."""
+    """Return 95 % percentile intervals over resampled units, keyed as in ``Scores.headline``."""
     if not params.n_bootstrap:
         return {}
-    n_images = len(tallies.n_gt)
-    generator = np.random.default_rng(params.seed)
-    drawn = generator.integers(0, n_images, size=(params.n_bootstrap, n_images))
-    weights = np.stack([np.bincount(row, minlength=n_images) for row in drawn])  # (B, I)
+    weights = resampled_weights(unit_of, params.n_bootstrap, params.seed)  # (B, I)
     ap = np.stack([weighted_ap(r, weights) for r in ranked])  # (K, B, T)
     thr_index = int(np.argmin(np.abs(np.array(params.iou_thrs) - 0.5)))
     per_class = {'segm_AP': ap.mean(axis=2), 'segm_AP50': ap[:, :, thr_index]}  # (K, B)
