@@ -88,7 +88,7 @@ def draw_overlay(
         line_px: Width of the outlines, inwards from the mask's edge.
 
     Returns:
-        (H, W, 3) uint8; 28 rows more with ``legend``.
+        (H, W, 3) uint8; 28 rows more with ``legend``, or several times 28 if W is small.
 
     Raises:
         ValueError: The image has another size than the instances', or a class has no colour.
@@ -225,16 +225,24 @@ def draw_legend(
     *,
     counts: Sequence[int] = (),
 ) -> Picture:
-    """Draw a white strip of ``width_px`` that says which colour is which class; cut if too long."""
-    strip = np.full((STRIP_PX, width_px, 3), 255, dtype=np.uint8)
-    x = GAP_PX
-    for k, name in enumerate(class_names):
-        colour = tuple(int(value) for value in class_colours[k])
-        cv2.rectangle(strip, (x, 8), (x + 12, 20), colour, cv2.FILLED)
-        text = f'{name} {counts[k]}' if len(counts) else name
-        cv2.putText(strip, text, (x + 18, 19), FONT, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
-        x += 18 + cv2.getTextSize(text, FONT, 0.42, 1)[0][0] + 2 * GAP_PX
-    return strip
+    """Draw white strips of ``width_px`` that say which colour is which class.
+
+    As many as the names need below each other; a name that is wider than a strip is cut.
+    """
+    texts = [f'{n} {counts[k]}' if len(counts) else n for k, n in enumerate(class_names)]
+    ends = [18 + cv2.getTextSize(text, FONT, 0.42, 1)[0][0] for text in texts]
+    x, y, places = GAP_PX, 0, []
+    for end in ends:
+        if x > GAP_PX and x + end > width_px:
+            x, y = GAP_PX, y + STRIP_PX
+        places.append((x, y))
+        x += end + 2 * GAP_PX
+    strips = np.full((y + STRIP_PX, width_px, 3), 255, dtype=np.uint8)
+    for text, (x, y), colour in zip(texts, places, class_colours, strict=False):
+        rgb = tuple(int(value) for value in colour)
+        cv2.rectangle(strips, (x, y + 8), (x + 12, y + 20), rgb, cv2.FILLED)
+        cv2.putText(strips, text, (x + 18, y + 19), FONT, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
+    return strips
 
 
 def draw_title(picture: Picture, title: str) -> Picture:

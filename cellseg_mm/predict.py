@@ -216,6 +216,8 @@ class Summary:
         failed: Message by name.
         notes: Things that a person should know, by name.
         n_cells: Instances of the predicted and rewritten images, of any score.
+        n_shown: Those of them that reach the formats' least score.
+        score_thr: The formats' least score.
     """
 
     predicted: list[str] = field(default_factory=list)
@@ -224,15 +226,25 @@ class Summary:
     failed: dict[str, str] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     n_cells: int = 0
+    n_shown: int = 0
+    score_thr: float = 0.0
 
     @property
     def exit_code(self) -> int:
         """1 when an image failed, else 0."""
         return int(bool(self.failed))
 
+    def _cells(self) -> str:
+        if not self.score_thr:
+            return f'{self.n_cells} cells'
+        rest = self.n_cells - self.n_shown
+        return (
+            f'{self.n_shown} cells (and {rest} below the score {self.score_thr:g}, in the npz only)'
+        )
+
     def describe(self) -> str:
         """Return sentences for a terminal."""
-        parts = [f'{len(self.predicted)} images predicted, {self.n_cells} cells']
+        parts = [f'{len(self.predicted)} images predicted, {self._cells()}']
         if self.rewritten:
             parts.append(f'{len(self.rewritten)} had their formats written anew')
         if self.skipped:
@@ -280,7 +292,8 @@ class _Run:
     """One call of :func:`predict`."""
 
     def __init__(self, detector: Detector, params: PredictParams) -> None:
-        self.detector, self.params, self.summary = detector, params, Summary()
+        self.detector, self.params = detector, params
+        self.summary = Summary(score_thr=params.score_thr)
         settings = {**params.how_cut, 'detector': detector.identity}
         self.settings_hash = files.text_hash(json.dumps(settings, sort_keys=True))
         self.formats_hash = files.text_hash(json.dumps(params.how_written, sort_keys=True))
@@ -330,6 +343,7 @@ class _Run:
         written = self._export(item, instances, state)
         self._write_state(item, {**state.get('formats', {}), **written})
         self.summary.n_cells += len(instances)
+        self.summary.n_shown += int((instances.scores >= self.params.score_thr).sum())
         (self.summary.rewritten if was_loaded else self.summary.predicted).append(item.name)
 
     def _predict(self, item: Item) -> Iterator[None]:

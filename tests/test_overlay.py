@@ -108,17 +108,33 @@ def test_legend_scores_and_titles_add_to_the_picture() -> None:
     drawn = overlay.draw_overlay(
         IMAGE, two_cells(), COLOURS, class_names=NAMES, scores=True, legend=True
     )
-    assert drawn.shape == (68, 51, 3)
+    assert drawn.shape == (40 + 2 * 28, 51, 3)  # two names do not fit beside each other in 51 px
     strip = drawn[40:]
     assert (strip == COLOURS[0]).all(axis=2).sum() > 50  # the swatch of class 0
     plain = overlay.draw_overlay(IMAGE, two_cells(), COLOURS)
     assert (drawn[:40] != plain).any()  # scores were written
 
 
+@pytest.mark.parametrize('width', [60, 150, 200, 296, 600])
+def test_legend_of_a_narrow_picture_is_not_cut(width: int) -> None:
+    colours = [(0, 114, 178), (213, 94, 0), (240, 228, 66), (0, 158, 115)]
+    names = ('epithelial', 'lymphocyte', 'neutrophil', 'macrophage')
+    legend = overlay.draw_legend(width, colours, names, counts=[0, 88, 2, 1234])
+    assert legend.shape[1] == width
+    swatches = [(legend == colour).all(axis=2) for colour in colours]
+    assert [int(swatch.sum()) for swatch in swatches] == [13 * 13] * 4
+    if width >= 150:  # wider than the longest name: no text reaches the right edge
+        assert (legend[:, -1] == 255).all()
+    free = np.full_like(legend, 255)
+    n_rows = {60: 4, 150: 4, 200: 4, 296: 2, 600: 1}[width]
+    assert len(legend) == 28 * n_rows
+    assert (legend[-28:] != free[-28:]).any()  # the last strip is used
+
+
 def test_pair() -> None:
     gt = two_cells()
     pair = overlay.draw_pair(IMAGE, gt, gt, COLOURS, class_names=NAMES, score_thr=0.5)
-    assert pair.shape == (28 + 40 + 28, 51 + 8 + 51, 3)
+    assert pair.shape == (28 + 40 + 2 * 28, 51 + 8 + 51, 3)
     left, right = pair[28:68, :51], pair[28:68, 59:]
     assert np.array_equal(left, overlay.draw_overlay(IMAGE, gt, COLOURS))
     assert np.array_equal(right, overlay.draw_overlay(IMAGE, gt[:1], COLOURS))  # 0.4 < 0.5

@@ -175,16 +175,19 @@ def test_a_cap_that_was_hit_is_told(tmp_path: Path) -> None:
 
 def test_all_formats_hold_the_cells_above_the_threshold(tmp_path: Path) -> None:
     label_map = paint(tmp_path / 'in' / 'a.tif')
-    run(tmp_path / 'in', params_for(tmp_path, formats=tuple(predict.FORMATS), score_thr=0.6))
+    params = params_for(tmp_path, formats=tuple(predict.FORMATS), score_thr=0.6)
+    said = predict.predict(find_items([str(tmp_path / 'in')]), PaintedCells(), params).describe()
     out = tmp_path / 'out'
     expected = {k for k in np.unique(label_map).tolist() if k and k % 10 >= 6}
     assert len(expected) > 5
+    n_below = len(np.unique(label_map)) - 1 - len(expected)
+    assert f'{len(expected)} cells (and {n_below} below the score 0.6, in the npz only)' in said
     found = tifffile.imread(out / 'a.labels.tif')
     assert np.array_equal(found > 0, np.isin(label_map, list(expected)))
     assert len(geojson.loads((out / 'a.geojson').read_text()).features) == len(expected)
     assert len((out / 'a.cells.csv').read_text().splitlines()) == len(expected) + 1
     assert len(json.loads((out / 'a.coco.json').read_text())) == len(expected)
-    assert cv2.imread(str(out / 'a.overlay.png')).shape == (70 + 28, 90, 3)
+    assert cv2.imread(str(out / 'a.overlay.png')).shape == (70 + 4 * 28, 90, 3)
     (everything,) = load_predictions(out / 'a.npz').sets
     assert len(everything) == len(np.unique(label_map)) - 1
     assert sorted(p.name for p in out.iterdir()) == sorted(
