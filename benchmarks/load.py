@@ -1,7 +1,7 @@
 """Time and peak memory of every stage on very dense and on very many images.
 
     python benchmarks/load.py --scene dense --out /tmp/load
-    python benchmarks/load.py --scene many --out /tmp/load --n-images 10000 --n-tested 200
+    python benchmarks/load.py --scene many --out /tmp/load --n-images 10000 --n-tested 1000
 
 ``dense``: images of 4096 x 4096 px with 5,000 cells each (one per fold). ``many``: 10,000 images of
 256 x 256 px. Each stage is a process of its own with one worker, and its peak memory is the
@@ -215,8 +215,15 @@ def run_scene(args: argparse.Namespace) -> list[Stage]:
             'model.test_cfg.rcnn.score_thr': 0.0,
         }
         options += [f'{k}={v}' for k, v in caps.items()]
-    elif args.n_tested:
-        options.append(f'test_dataloader.dataset.indices={args.n_tested}')
+    else:
+        # The untrained model finds as many cells as it may; 100 is four times what is there.
+        few = {
+            'test_dataloader.dataset.indices': args.n_tested or None,
+            'val_dataloader.dataset.indices': 100,
+            'model.test_cfg.rpn.max_per_img': 300,
+            'model.test_cfg.rcnn.max_per_img': 100,
+        }
+        options += [f'{k}={v}' for k, v in few.items()]
     config = ['configs/sample/fold0.py', '--work-dir', str(work_dir)]
     me = [str(Path(__file__).resolve()), '--scene', args.scene, '--out', str(args.out)]
     report = ['configs/sample/fold0.py', 'configs/sample/fold1.py', '--work-root', str(work_root)]
@@ -250,7 +257,12 @@ def main() -> int:
     parser.add_argument('--scene', choices=['dense', 'many'], required=True)
     parser.add_argument('--out', type=Path, default=Path('/tmp/load'))
     parser.add_argument('--n-images', type=int, default=10000)
-    parser.add_argument('--n-tested', type=int, default=0, help='of the trained model; 0: all')
+    parser.add_argument(
+        '--n-tested',
+        type=int,
+        default=1000,
+        help='images that the trained model is tested on in the scene many; 0: its whole fold',
+    )
     parser.add_argument('--only', help='stages with commas')
     parser.add_argument('--stage', choices=['predictions', 'score'], help=argparse.SUPPRESS)
     args = parser.parse_args()
