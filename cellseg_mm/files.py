@@ -41,7 +41,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        with temporary.open('rb') as stream:
+        with temporary.open('r+b') as stream:  # Windows flushes only what may be written
             os.fsync(stream.fileno())
         # mkstemp makes private files; results are for everyone the umask allows.
         umask = os.umask(0)
@@ -72,6 +72,8 @@ def _remove_leftovers(pid: int, folder: Path) -> None:
 
 
 def _is_alive(pid: int) -> bool:
+    if os.name == 'nt':  # there signal 0 is Ctrl-C, which would end processes instead of asking
+        return True
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

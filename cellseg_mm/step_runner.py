@@ -25,7 +25,9 @@ from cellseg_mm.errors import CellSegError
 
 # what mmengine's logger writes, for example: Iter(train) [ 50/300]  lr: 1e-3  eta: 0:03:20
 PROGRESS = re.compile(r'(?:Iter|Epoch)\((\w+)\)\s*\[\s*(\d+)/(\d+)\].*?eta: (\S+)')
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = tuple(
+    getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)
+)
 GRACE_S = 30.0  # between asking a command to end and ending it
 
 
@@ -49,9 +51,15 @@ def locked(path: Path) -> Iterator[TextIO]:
     killed, its commands keep the place until they end.
 
     Raises:
-        CellSegError: Another run holds it; names its processes.
+        CellSegError: Another run holds it; names its processes. Or this is Windows.
     """
-    import fcntl
+    try:
+        import fcntl
+    except ImportError as problem:
+        raise CellSegError(
+            f'{path}: cannot be locked on {sys.platform}; expected Linux or macOS; use WSL, or run '
+            'the steps one by one: tools/train.py, test.py, score_oof.py, find_best.py, ensemble.py'
+        ) from problem
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open('a+', encoding='utf-8') as lock:

@@ -1,0 +1,36 @@
+"""files: what other systems than Linux ask of writing in one step."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from cellseg_mm import files
+
+
+def test_flushed_handle_may_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows refuses to flush what was opened for reading, so nothing could be written there."""
+    fcntl = pytest.importorskip('fcntl')
+    modes = []
+
+    def note(handle: int) -> None:
+        modes.append(fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE)
+
+    monkeypatch.setattr(os, 'fsync', note)
+    files.write_text(tmp_path / 'a.txt', 'ä\n')
+    assert (tmp_path / 'a.txt').read_bytes() == 'ä\n'.encode()
+    assert modes == [os.O_RDWR]
+
+
+def test_other_processes_are_never_signalled_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There signal 0 is Ctrl-C."""
+    asked = []
+    monkeypatch.setattr(os, 'kill', lambda *call: asked.append(call))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, 'name', 'nt')
+        assert files._is_alive(12345)
+    assert asked == []
+    assert files._is_alive(12345)
+    assert asked == [(12345, 0)]
