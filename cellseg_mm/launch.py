@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.dist import init_dist, is_distributed
 from mmengine.logging import print_log
+from mmengine.utils.dl_utils import set_multi_processing
 
 from cellseg_mm import worker_watch
 from cellseg_mm.errors import CellSegError, ConfigError
@@ -125,6 +127,7 @@ def adapt_to_machine(cfg: Config) -> None:
     import torch
 
     if torch.cuda.is_available():
+        _join_processes(cfg)
         return
     for loader in _loaders(cfg):
         loader.pop('pin_memory', None)
@@ -138,6 +141,18 @@ def adapt_to_machine(cfg: Config) -> None:
     cfg.setdefault('model_wrapper_cfg', ConfigDict(wrapper))
     _start_gloo()
     print_log(f'No CUDA device: gloo backend, {n_changed} SyncBN settings changed to BN', 'current')
+
+
+def _join_processes(cfg: Config) -> None:
+    """Join the other processes as the Runner will, but before any file is written.
+
+    Until then each of them would take itself for the first, verify the data and write the folds.
+    """
+    if cfg.get('launcher', 'none') == 'none' or is_distributed():
+        return
+    settings = cfg.get('env_cfg') or {}
+    set_multi_processing(**settings.get('mp_cfg', {}), distributed=True)
+    init_dist(cfg.launcher, **settings.get('dist_cfg', {'backend': 'nccl'}))
 
 
 def _loaders(cfg: Config) -> Iterator[ConfigDict]:

@@ -29,15 +29,18 @@ PACKAGES = (
 
 @functools.cache
 def code_commit() -> str:
-    """Return the commit of this code, with ``+`` when files differ from it; '' outside a clone."""
+    """Return the commit of this code, with ``+`` when files differ; '' outside a clone or git."""
     root = Path(__file__).resolve().parents[1]
     if not (root / '.git').exists():
         return ''
 
     def git(*words: str) -> str:
-        result = subprocess.run(
-            ['git', '-C', str(root), *words], capture_output=True, text=True, check=False
-        )
+        try:
+            result = subprocess.run(
+                ['git', '-C', str(root), *words], capture_output=True, text=True, check=False
+            )
+        except OSError:  # a container with the clone but without git
+            return ''
         return result.stdout.strip() if result.returncode == 0 else ''
 
     commit = git('rev-parse', '--short=12', 'HEAD')

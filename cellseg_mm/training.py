@@ -12,7 +12,7 @@ import logging
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
-from mmengine.dist import barrier, is_main_process
+from mmengine.dist import barrier, broadcast_object_list, is_main_process
 from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
@@ -72,11 +72,13 @@ def train(
         _mark_start(Path(cfg.work_dir), state, is_new=is_new)
         checkpoints.remove_leftovers(cfg.work_dir)
     _runner(cfg).train()
-    best = checkpoints.best_checkpoint(cfg.work_dir)
+    # The main process alone writes checkpoints; others that look may come too early.
+    best: list[Path | None] = [None]
     if is_main_process():
-        write_finished(cfg.work_dir, best, state)
-    barrier()
-    return best
+        best[0] = checkpoints.best_checkpoint(cfg.work_dir)
+        write_finished(cfg.work_dir, best[0], state)
+    broadcast_object_list(best)
+    return best[0]
 
 
 def _set_resume(cfg: Config, resume: str) -> bool:

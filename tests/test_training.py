@@ -231,6 +231,58 @@ def test_settings_without_effect_are_refused(
     assert sentence in done.stderr
 
 
+def test_only_the_main_process_looks_for_its_checkpoints(
+    sample_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others end first; what the main process still writes is not theirs to judge."""
+    from types import SimpleNamespace
+
+    from mmengine.config import Config
+
+    from cellseg_mm import training
+
+    monkeypatch.setenv('CELLSEG_DATA', str(sample_data))
+    cfg = Config.fromfile(ROOT / 'configs/sample/fold0.py')
+    cfg.work_dir = str(tmp_path)  # empty: a look would raise
+    monkeypatch.setattr(training, 'is_main_process', lambda: False)
+    monkeypatch.setattr(training, '_runner', lambda _: SimpleNamespace(train=lambda: None))
+    told = tmp_path / 'best_x.pth'
+    monkeypatch.setattr(
+        training, 'broadcast_object_list', lambda box: box.__setitem__(0, told), raising=False
+    )
+    assert training.train(cfg) == told
+    assert not (tmp_path / training.FINISHED).exists()
+
+
+@pytest.mark.parametrize(('launcher', 'joins'), [('none', []), ('pytorch', ['pytorch', 'nccl'])])
+def test_processes_join_before_anything_is_written(
+    sample_data: Path, monkeypatch: pytest.MonkeyPatch, launcher: str, joins: list[str]
+) -> None:
+    """Where there is CUDA too: before, each process takes itself for the main one."""
+    from mmengine.config import Config
+
+    from cellseg_mm import launch
+
+    monkeypatch.setenv('CELLSEG_DATA', str(sample_data))
+    cfg = Config.fromfile(ROOT / 'configs/sample/fold0.py')
+    cfg.launcher = launcher
+    found: list[str] = []
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(launch, 'set_multi_processing', lambda **_: None, raising=False)
+    monkeypatch.setattr(
+        launch, 'init_dist', lambda name, backend: found.extend([name, backend]), raising=False
+    )
+    launch.adapt_to_machine(cfg)
+    assert found == joins
+
+
+def test_code_commit_without_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from cellseg_mm import provenance
+
+    monkeypatch.setenv('PATH', str(tmp_path))
+    assert provenance.code_commit.__wrapped__() == ''
+
+
 def test_two_gloo_processes_train_and_score(sample_data: Path, tmp_path: Path) -> None:
     words = ['-m', 'torch.distributed.run', '--nproc_per_node=2', f'--master_port={free_port()}']
     command = [*words, 'tools/train.py', 'configs/sample/fold0.py', '--launcher', 'pytorch']
