@@ -318,7 +318,8 @@ def _score(
     sets: Sequence[InstanceSet], images: Images, predictions_path: Path, origin: dict
 ) -> dict[str, float]:
     gt = [read_gt(case) for case in track(images.cases, description='ground truth')]
-    scores = score(gt, sets, images.class_names)
+    groups = load_folds(images.folds_path).groups
+    scores = score(gt, sets, images.class_names, groups=groups)
     name = predictions_path.name.replace('.predictions.npz', '.scores.json')
     record = {**scores.to_dict(), 'provenance': origin}
     files.write_json(predictions_path.with_name(name), record)

@@ -20,11 +20,13 @@ from numpy.typing import NDArray
 from cellseg_mm.average_precision import mean_defined, rank_class, weighted_ap
 from cellseg_mm.ensemble import Images, clean_sets
 from cellseg_mm.errors import PredictionError
+from cellseg_mm.folds import load_folds
 from cellseg_mm.fusion import from_spec, fuse, post_from_spec, to_spec
 from cellseg_mm.instances import InstanceSet
 from cellseg_mm.labels import read_gt
 from cellseg_mm.matching import compare
 from cellseg_mm.progress import track
+from cellseg_mm.scoring import resampled_weights, sampling_units
 
 Float = NDArray[np.float64]
 IOU_THR = 0.5
@@ -38,8 +40,9 @@ class RuleGain:
         rule: As on the command line.
         ap50: Mask AP50 of the fused predictions.
         gain: ``ap50`` minus the mean AP50 of the single members.
-        interval: 95 % percentile interval of ``gain`` over resampled images; every resample scores
-            the fused predictions and all members on the same images.
+        interval: 95 % percentile interval of ``gain`` over resampled groups of images (see
+            ``FusionGain.interval_unit``); every resample scores the fused predictions and all
+            members on the same images.
         gain_over_best: ``ap50`` minus the best single member, chosen on these very images, which
             flatters that member: a lower bound.
     """
@@ -62,6 +65,8 @@ class FusionGain:
         member_ap50: Mask AP50 of each member by its file's path.
         rules: One entry per rule, in the order given.
         cap: Detections per class and image that count.
+        interval_unit: What the resamples draw: ``images``, or ``groups`` of them (patients).
+        n_interval_units: How many of these there are.
     """
 
     n_images: int
@@ -70,12 +75,15 @@ class FusionGain:
     member_ap50: dict[str, float]
     rules: tuple[RuleGain, ...]
     cap: int
+    interval_unit: str
+    n_interval_units: int
 
     def table(self) -> str:
         """Return the estimate for a terminal."""
         lines = [
             f'fold {self.held_out} of folds {self.fold_hash}: {self.n_images} images that none of '
-            f'{len(self.member_ap50)} members saw; mask AP50 at cap {self.cap}'
+            f'{len(self.member_ap50)} members saw; mask AP50 at cap {self.cap}; '
+            f'95 % intervals over {self.n_interval_units} {self.interval_unit}'
         ]
         lines += [f'  {value:.4f}  {path}' for path, value in self.member_ap50.items()]
         mean = np.mean(list(self.member_ap50.values()))
@@ -105,7 +113,7 @@ def fusion_gain(
         images: The images of the held-out fold (split ``val``).
         rules: Rules, as on the command line.
         post: Post-processing of the fused instances.
-        n_bootstrap: Resamples of the images.
+        n_bootstrap: Resamples of the images, or of their groups where the folds know any.
         seed: Of the resampling.
 
     Raises:
@@ -125,7 +133,8 @@ def fusion_gain(
         rule = from_spec(text)
         candidates.append([fuse(list(sets), rule, after) for sets in zip(*sets_of, strict=True)])
     cap = max(1, max(len(s) for sets in candidates for s in sets))
-    weights = _resamples(len(gt), n_bootstrap, seed)
+    unit, unit_of = sampling_units([g.name for g in gt], load_folds(images.folds_path).groups)
+    weights = _resamples(unit_of, n_bootstrap, seed)
     ap50 = [_ap50(gt, sets, len(images.class_names), cap, weights) for sets in candidates]
     single, fused = np.stack(ap50[: len(members)]), ap50[len(members) :]
     return FusionGain(
@@ -135,14 +144,15 @@ def fusion_gain(
         member_ap50={m.source: float(v[0]) for m, v in zip(members, single, strict=True)},
         rules=tuple(_rule_gain(t, v, single) for t, v in zip(rules, fused, strict=True)),
         cap=cap,
+        interval_unit=unit,
+        n_interval_units=int(unit_of.max()) + 1,
     )
 
 
-def _resamples(n_images: int, n_bootstrap: int, seed: int) -> NDArray[np.int64]:
+def _resamples(unit_of: NDArray[np.int64], n_bootstrap: int, seed: int) -> NDArray[np.int64]:
     """Return how often each image counts: once each, then one row per resample."""
-    drawn = np.random.default_rng(seed).integers(0, n_images, size=(n_bootstrap, n_images))
-    counts = [np.bincount(row, minlength=n_images) for row in drawn]
-    return np.stack([np.ones(n_images, dtype=np.int64), *counts])
+    once = np.ones((1, len(unit_of)), dtype=np.int64)
+    return np.concatenate([once, resampled_weights(unit_of, n_bootstrap, seed)])
 
 
 def _ap50(

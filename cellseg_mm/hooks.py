@@ -20,6 +20,7 @@ from mmengine.runner import BaseLoop, Runner
 from cellseg_mm import files, provenance
 from cellseg_mm.dataset import CellDataset, base_dataset, log_parts
 from cellseg_mm.errors import CellSegError, FoldError
+from cellseg_mm.folds import load_folds
 
 # What a result file says about the checkpoint that made it.
 TRAINED_KEYS = ('fold', 'fold_hash', 'excluded_folds', 'commit')
@@ -42,6 +43,14 @@ def run_provenance(runner: Runner, dataset: CellDataset | None) -> dict:
         'config_hash': files.text_hash(runner.cfg.pretty_text),
         'experiment': runner.experiment_name,
     }
+
+
+def groups_of(dataset: CellDataset | None) -> dict[str, str]:
+    """Return the group (patient, slide) of each training case by name, as far as folds know it."""
+    is_labelled = dataset is not None and dataset.split != 'test'
+    if not is_labelled or not dataset.folds_file.is_file():
+        return {}
+    return dict(load_folds(dataset.folds_file).groups)
 
 
 @HOOKS.register_module()
@@ -81,9 +90,12 @@ class ProvenanceHook(Hook):
             'checkpoint_hash': files.file_hash(source)[:16] if is_file else '',
             'trained': {key: self._loaded.get(key) for key in TRAINED_KEYS},
         }
+        groups = groups_of(dataset)
         for metric in runner.test_loop.evaluator.metrics:
             if hasattr(metric, 'provenance'):
                 metric.provenance = {**known, **metric.provenance}
+            if hasattr(metric, 'groups'):
+                metric.groups = groups
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Add ``meta['cellseg']``."""

@@ -80,6 +80,7 @@ class CellMetric(BaseMetric):
         self.score_thr = score_thr
         self.outfile_prefix = outfile_prefix
         self.provenance = dict(provenance or {})
+        self.groups: Mapping[str, str] = {}  # by image name; ProvenanceHook knows the folds
         self._gt_by_name: dict[str, InstanceSet] = {}
         self._n_images = 0
 
@@ -134,7 +135,7 @@ class CellMetric(BaseMetric):
                 'give every image its own img_id'
             )
         preds, gts = zip(*(by_id[image_id] for image_id in sorted(by_id)), strict=True)
-        scores = score(gts, preds, self._class_names(), self.params)
+        scores = score(gts, preds, self._class_names(), self.params, groups=self.groups)
         print_log('\n' + scores.table(), logger='current')
         if self.max_per_img is not None:
             report = count_truncation(preds, self.max_per_img, score_thr=self.score_thr)

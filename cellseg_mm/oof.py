@@ -7,8 +7,8 @@ the fold that held it out, and all files name the same folds; anything else is r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cellseg_mm.errors import FoldError, PredictionError
@@ -18,7 +18,7 @@ from cellseg_mm.labels import find_cases, read_gt
 from cellseg_mm.predictions import Predictions, load_predictions, save_predictions
 from cellseg_mm.progress import track
 from cellseg_mm.provenance import code_commit, versions
-from cellseg_mm.scoring import Scores
+from cellseg_mm.scoring import ScoreParams, Scores, score
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,7 @@ class Pool:
         fold_hash: Hash of the folds that all members share.
         n_folds: Number of folds there are; the pool may hold fewer.
         provenance: The files' provenance, by fold.
+        groups: Group (patient, slide) by image name, where one is known.
     """
 
     pred_sets: tuple[InstanceSet, ...]
@@ -42,6 +43,7 @@ class Pool:
     fold_hash: str
     n_folds: int
     provenance: dict[int, dict]
+    groups: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def folds(self) -> tuple[int, ...]:
@@ -92,7 +94,13 @@ def pool_predictions(
         fold_hash=folds.hash,
         n_folds=folds.n_folds,
         provenance={fold: dict(p.provenance) for fold, p in sorted(by_fold.items())},
+        groups=dict(folds.groups),
     )
+
+
+def score_pool(pool: Pool, params: ScoreParams | None = None) -> Scores:
+    """Score a pool; intervals resample groups of images where the folds know any."""
+    return score(pool.gt_sets, pool.pred_sets, pool.class_names, params, groups=pool.groups)
 
 
 def _checked_fold(
@@ -138,7 +146,8 @@ def describe(pool: Pool, scores: Scores, data_root: Path | str) -> str:
     """Return the headline and what it rests on, for a terminal."""
     value = scores.headline()['segm_AP50']
     low, high = scores.intervals.get('segm_AP50', (float('nan'), float('nan')))
-    interval = f' (95 % interval {low:.4f} to {high:.4f})' if scores.intervals else ''
+    drawn = f'{scores.n_interval_units} {scores.interval_unit}'
+    interval = f' (95 % interval {low:.4f} to {high:.4f}, {drawn})' if scores.intervals else ''
     held_out = ', '.join(map(str, pool.folds))
     partial = '' if len(pool.folds) == pool.n_folds else ' ONLY'
     return (

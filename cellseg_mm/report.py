@@ -17,6 +17,7 @@ from pathlib import Path
 from cellseg_mm import files
 from cellseg_mm.files import JsonValue
 from cellseg_mm.matching import Compared, compare
+from cellseg_mm.oof import score_pool
 from cellseg_mm.progress import track
 from cellseg_mm.report_inputs import ReportInputs, from_configs, from_work_dir
 from cellseg_mm.report_looks import (
@@ -125,8 +126,7 @@ def _compared(inputs: ReportInputs) -> list[Compared]:
 
 
 def _pooled(inputs: ReportInputs, params: ScoreParams) -> Scores | None:
-    pool = inputs.pool
-    return None if pool is None else score(pool.gt_sets, pool.pred_sets, pool.class_names, params)
+    return None if inputs.pool is None else score_pool(inputs.pool, params)
 
 
 def _by_fold(inputs: ReportInputs, pooled: Scores | None, params: ScoreParams) -> FoldScores:
@@ -139,7 +139,8 @@ def _by_fold(inputs: ReportInputs, pooled: Scores | None, params: ScoreParams) -
     for fold in track(pool.folds, description='scoring folds'):
         rows = [i for i, f in enumerate(pool.fold_of) if f == fold]
         gt, pred = ([sets[i] for i in rows] for sets in (pool.gt_sets, pool.pred_sets))
-        result.append((f'fold {fold}', score(gt, pred, pool.class_names, params)))
+        scores = score(gt, pred, pool.class_names, params, groups=pool.groups)
+        result.append((f'fold {fold}', scores))
     return result
 
 

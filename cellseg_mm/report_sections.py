@@ -77,10 +77,13 @@ def score_section(inputs: ReportInputs, scores: Scores | None) -> Section:
         else f'only {has} of {pool.n_folds} (scores of all folds may differ)'
     )
     per_image = scores.per_image
+    drawn = f'resampled {scores.interval_unit}'
+    if scores.interval_unit == 'groups':
+        drawn += f' of images ({scores.n_interval_units} patients or the like)'
     text = (
         f'{len(per_image.names)} images, {per_image.gt_counts.sum()} labelled cells, '
         f'{scores.overlaps.n_detections} detections, from {part}. Each image was predicted by the '
-        'one model that never saw it. Small numbers: 95 % interval over resampled images. AP '
+        f'one model that never saw it. Small numbers: 95 % interval over {drawn}. AP '
         f'counts up to {scores.cap} detections per class and image. '
         f'{scores.n_undefined_classes} classes and {scores.n_undefined_images} images have no cell '
         'and are left out of means. Definitions: docs/scores.md.'

@@ -607,7 +607,8 @@ def resampled_weights(unit_of: Int, n: int, seed: int) -> Int:
     """
     n_units = int(unit_of.max()) + 1
     drawn = np.random.default_rng(seed).integers(0, n_units, size=(n, n_units))
-    return np.stack([np.bincount(row, minlength=n_units)[unit_of] for row in drawn])
+    counts = [np.bincount(row, minlength=n_units)[unit_of] for row in drawn]
+    return np.array(counts, dtype=np.int64).reshape(n, len(unit_of))
 
 
 def _intervals(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from cellseg_mm.dataset import CellDataset  # noqa: E402
 from cellseg_mm.detections import to_instance_set  # noqa: E402
 from cellseg_mm.errors import CheckpointError, ConfigError, FoldError, PredictionError  # noqa: E402
 from cellseg_mm.fold_ensemble import FoldEnsembleHook, FoldEnsembleModel  # noqa: E402
+from cellseg_mm.folds import Folds, save_folds  # noqa: E402
 from cellseg_mm.fusion import from_spec, fuse, post_from_spec  # noqa: E402
 from cellseg_mm.hooks import refuse_other_folds  # noqa: E402
 from cellseg_mm.instances import InstanceSet  # noqa: E402
@@ -46,13 +48,20 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyFolds]:
 
 
 def make_runner(
-    tiny: TinyFolds, out: Path, *, split: str = 'test', fold: int = 0, batch_size: int = 1
+    tiny: TinyFolds,
+    out: Path,
+    *,
+    split: str = 'test',
+    fold: int = 0,
+    batch_size: int = 1,
+    folds_file: Path | str = 'auto',
 ) -> Runner:
     cfg = Config.fromfile(tiny.configs[0])
     cfg.work_dir, cfg.load_from = str(out), None
     cfg.test_dataloader.batch_size = batch_size
     cfg.test_dataloader.dataset.split = split
     cfg.test_dataloader.dataset.fold = fold
+    cfg.test_dataloader.dataset.folds_file = str(folds_file)
     if split == 'test':
         path = str(out / 'test.predictions.npz')
         cfg.test_evaluator = {'type': 'SaveInstances', 'path': path}
@@ -158,6 +167,19 @@ class RaisingHook(Hook):
 
     def after_test_iter(self, *args: object, **kwargs: object) -> None:
         raise OSError('disk full')
+
+
+def test_intervals_of_a_tested_fold_draw_the_groups_of_the_folds_file(
+    tiny: TinyFolds, tmp_path: Path
+) -> None:
+    names = tiny.folds.val_names(1)
+    save_folds(tmp_path / 'folds.json', Folds(tiny.folds.names_by_fold, dict.fromkeys(names, 'p')))
+    found = {}
+    for key, path in (('groups', tmp_path / 'folds.json'), ('images', 'auto')):
+        make_runner(tiny, tmp_path / key, split='val', fold=1, folds_file=path).test()
+        found[key] = json.loads((tmp_path / key / 'val.scores.json').read_text())
+    units = {key: (r['interval_unit'], r['n_interval_units']) for key, r in found.items()}
+    assert units == {'groups': ('groups', 1), 'images': ('images', 2)}
 
 
 def test_model_comes_back_when_the_test_raises(tiny: TinyFolds, tmp_path: Path) -> None:

@@ -103,6 +103,42 @@ def test_pool_holds_each_image_once_by_its_own_fold(world: World, tmp_path: Path
     assert 'ONLY' not in text
 
 
+def test_intervals_draw_the_folds_groups(world: World, tmp_path: Path) -> None:
+    paths = [write(world, tmp_path / f'{k}.npz', fold=k, seed=k) for k in range(3)]
+    params = ScoreParams(n_bootstrap=50)
+    names = world.folds.names
+    grouped = Folds(world.folds.names_by_fold, dict.fromkeys(names[2:4], 'one patient'))
+    assert grouped.hash == world.folds.hash
+    made = oof.pool_predictions(paths, grouped, world.data_root)
+    scores = oof.score_pool(made, params)
+    assert (scores.interval_unit, scores.n_interval_units) == ('groups', 5)
+    assert '5 groups)' in oof.describe(made, scores, world.data_root)
+    wanted = score(made.gt_sets, made.pred_sets, CLASSES, params, groups=grouped.groups)
+    assert scores.intervals == wanted.intervals
+    alone = oof.score_pool(pool(world, paths), params)
+    assert (alone.interval_unit, alone.n_interval_units) == ('images', 6)
+    assert alone.headline() == pytest.approx(scores.headline(), nan_ok=True)
+    assert alone.intervals != scores.intervals
+
+
+def test_gain_of_fusion_draws_the_folds_groups(world: World, tmp_path: Path) -> None:
+    """One patient in the whole fold: there is nothing else to draw."""
+    groups = dict.fromkeys(world.folds.val_names(2), 'one patient')
+    save_folds(tmp_path / 'folds.json', Folds(world.folds.names_by_fold, groups))
+    paths = [
+        write(world, tmp_path / f'{k}.npz', fold=2, seed=k, trained=trained_for(world, k, 2))
+        for k in (0, 1)
+    ]
+    images = find_images(
+        world.data_root, 'val', CLASSES, folds_path=tmp_path / 'folds.json', fold=2
+    )
+    got = fusion_gain(paths, images, ['nms'], n_bootstrap=20)
+    assert (got.interval_unit, got.n_interval_units) == ('groups', 1)
+    (rule,) = got.rules
+    assert rule.interval == pytest.approx((rule.gain, rule.gain), rel=1e-9)
+    assert 'intervals over 1 groups' in got.table()
+
+
 def test_part_of_the_folds_is_said_to_be_a_part(world: World, tmp_path: Path) -> None:
     made = pool(world, [write(world, tmp_path / '1.npz', fold=1)])
     scores = score(made.gt_sets, made.pred_sets, CLASSES, ScoreParams(n_bootstrap=0))

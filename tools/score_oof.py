@@ -36,7 +36,7 @@ def main() -> None:
     args = parse_args()
     from mmengine.config import Config
 
-    from cellseg_mm import ensemble, files, folds, oof, scoring
+    from cellseg_mm import ensemble, files, folds, oof
     from cellseg_mm.cross_validation import ensemble_dir
     from cellseg_mm.fusion_gain import fusion_gain
     from cellseg_mm.training import dataset_settings, folds_path
@@ -61,7 +61,7 @@ def main() -> None:
     paths = oof.validation_files(args.configs, work_dirs)
     in_force = folds.load_folds(folds_path(data))
     pool = oof.pool_predictions(paths, in_force, data.data_root, folds_path=folds_path(data))
-    scores = scoring.score(pool.gt_sets, pool.pred_sets, pool.class_names)
+    scores = oof.score_pool(pool)
     oof.save_pool(out / 'oof.predictions.npz', pool)
     record = {**scores.to_dict(), 'provenance': oof.pool_origin(pool)}
     files.write_json(out / 'oof.scores.json', record)
