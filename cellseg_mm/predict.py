@@ -305,10 +305,10 @@ class _Run:
         try:
             if item.path.suffix.lower() not in SUFFIXES[:7] or self._is_done(item):
                 return 1
-            # whole_px=0: only the header is read
+            # whole_px=0: no pixels are read
             with open_image(item.path, level=self.params.level, whole_px=0) as reader:
                 return len(tiles_of(reader.image_hw, self.params))
-        except (CellSegError, OSError):
+        except Exception:  # whatever it is, the image's own turn reports it
             return 1
 
     def steps(self, items: Sequence[Item], n_tiles: Sequence[int]) -> Iterator[None]:

@@ -314,6 +314,23 @@ def test_one_bad_file_does_not_stop_the_rest(images: Path, tmp_path: Path) -> No
     assert not (tmp_path / 'out' / 'aa.state.json').exists()
 
 
+def test_a_file_that_breaks_its_reader_does_not_stop_the_rest(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Damaged TIFFs make readers stumble in ways that nobody foresaw, also over the header."""
+    opened = predict.open_image
+
+    def stumble(path: Path, **options):
+        if path.name == 'b.tif':
+            raise ZeroDivisionError('tile width')
+        return opened(path, **options)
+
+    monkeypatch.setattr(predict, 'open_image', stumble)
+    summary, _ = run(images, params_for(tmp_path))
+    assert sorted(summary.predicted) == ['a', 'c']
+    assert 'ZeroDivisionError: tile width' in summary.failed['b']
+
+
 def test_a_failing_detector_is_reported_and_old_results_do_not_pass_for_new(
     images: Path, tmp_path: Path
 ) -> None:
