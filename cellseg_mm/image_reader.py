@@ -162,14 +162,14 @@ def _read_other(path: Path) -> Picture:
         )
     if values.ndim == 2 or values.shape[2] == 2:
         values = values.reshape(*values.shape[:2], -1)[..., :1]
-        return np.repeat(labels._to_uint8(path, values, 8 * values.dtype.itemsize), 3, axis=2)
-    values = labels._to_uint8(path, values[..., :3], 8 * values.dtype.itemsize)
+        return np.repeat(labels.to_uint8(path, values, 8 * values.dtype.itemsize), 3, axis=2)
+    values = labels.to_uint8(path, values[..., :3], 8 * values.dtype.itemsize)
     return np.ascontiguousarray(values[..., ::-1])  # OpenCV gives blue first
 
 
 @contextmanager
 def _open_tiff(path: Path) -> Iterator[tifffile.TiffFile]:
-    tiff._check_file(path, ImageError)
+    tiff.check_file(path, ImageError)
     try:
         with tifffile.TiffFile(path) as file:
             yield file
@@ -209,14 +209,13 @@ class _TiffRegions(ImageReader):
         series = levels[level]
         self._key = series.keyframe
         self._pages = [page for page in series.pages if page is not None]
-        self._header = tiff._header(self._key)
+        self._header = tiff.header_of(self._key)
         self._check(series)
         self._lock = threading.Lock()
         self._cache: OrderedDict[tuple[int, int], NDArray] = OrderedDict()
         self._cache_bytes = 0
-        self._extremes: list = []
-        if self._key.dtype.itemsize > 1:
-            self._extremes = self._find_extremes()
+        self._extremes: list | None = None
+        self._extremes_lock = threading.Lock()
 
     def _check(self, series: tifffile.TiffPageSeries) -> None:
         key, path = self._key, self.path
@@ -225,7 +224,7 @@ class _TiffRegions(ImageReader):
             raise ImageError(
                 f'{path}: {len(self._pages)} of {n_channels} channels are there; {tiff.FIX}.'
             )
-        labels._check_colours(path, self._header)
+        labels.check_colours(path, self._header)
         if self._header.photometric == 3 or key.dtype is None or key.dtype.kind not in 'buif':
             raise ImageError(
                 f'{path}: colours by palette or of type {key.dtype} cannot be read by region; '
@@ -283,7 +282,7 @@ class _TiffRegions(ImageReader):
     # -------------------------------------------------------------------------- decoding
 
     def _by_libtiff(self) -> bool:
-        return self._key.compression in tiff._BY_LIBTIFF
+        return self._key.compression in tiff.BY_LIBTIFF
 
     def _is_plain(self) -> bool:
         """Tell whether rows can be read without decoding the strip that they are in."""
@@ -311,8 +310,10 @@ class _TiffRegions(ImageReader):
                 f'readable pixels; {tiff.FIX}.'
             ) from problem
         with self._lock:
+            # another thread may have decoded the same meanwhile
+            before = self._cache.pop((page_index, index), None)
             self._cache[page_index, index] = pixels
-            self._cache_bytes += pixels.nbytes
+            self._cache_bytes += pixels.nbytes - (before.nbytes if before is not None else 0)
             while self._cache_bytes > CACHE_BYTES and len(self._cache) > 1:
                 self._cache_bytes -= self._cache.popitem(last=False)[1].nbytes
         return pixels
@@ -390,8 +391,15 @@ class _TiffRegions(ImageReader):
             planes = [self._plane(0, 0, region)[..., :n_used]]
         return np.concatenate(planes, axis=2)
 
+    def _scale_by(self) -> list:
+        """Return the values that decide about the scale, found at the first read."""
+        with self._extremes_lock:
+            if self._extremes is None:
+                self._extremes = self._find_extremes() if self._key.dtype.itemsize > 1 else []
+            return self._extremes
+
     def _find_extremes(self) -> list:
-        """Return the least and greatest value of the level: they decide about the scale."""
+        """Return the least and greatest value of the level."""
         height, width = self.image_hw
         step = max(self._segment_hw()[0], 64)
         across = width if not self._key.is_tiled else max(self._segment_hw()[1], 1024)
@@ -407,8 +415,8 @@ class _TiffRegions(ImageReader):
     def _read(self, y0: int, x0: int, y1: int, x1: int) -> Picture:
         values = self._stored((y0, x0, y1, x1))
         # The rule looks at the extremes of all values, so those of the whole level come along.
-        flat = np.append(values.reshape(-1), np.array(self._extremes, dtype=values.dtype))
-        grey8 = labels._to_uint8(self.path, flat, self._header.bits)[: values.size]
+        flat = np.append(values.reshape(-1), np.array(self._scale_by(), dtype=values.dtype))
+        grey8 = labels.to_uint8(self.path, flat, self._header.bits)[: values.size]
         grey8 = grey8.reshape(values.shape)
         if self._header.photometric == 0:
             grey8 = 255 - grey8

@@ -80,12 +80,12 @@ def read_image(path: Path | str, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> NDA
     """
     path = Path(path)
     raster = tiff.read_raster(path, max_pixels=max_pixels, error=ImageError)
-    _check_colours(path, raster.header)
+    check_colours(path, raster.header)
     n_used = 3 if raster.header.n_samples >= 3 else 1
     values = raster.values[..., :n_used]
     if raster.header.photometric == 3:
         values = _apply_palette(path, raster)
-    grey8 = _to_uint8(path, values, raster.header.bits)
+    grey8 = to_uint8(path, values, raster.header.bits)
     if raster.header.photometric == 0:
         grey8 = 255 - grey8
     if grey8.shape[2] == 1:
@@ -93,7 +93,12 @@ def read_image(path: Path | str, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> NDA
     return np.ascontiguousarray(grey8)
 
 
-def _check_colours(path: Path, header: tiff.Header) -> None:
+def check_colours(path: Path, header: tiff.Header) -> None:
+    """Refuse an image whose header promises neither RGB nor grey, or that viewers would turn.
+
+    Raises:
+        ImageError: See the message.
+    """
     names = {5: 'CMYK', 6: 'YCbCr', 8: 'CIELAB', 9: 'ICCLAB', 10: 'ITULAB', 32803: 'CFA'}
     decoded = {6, 7, 33003, 33004, 33005, 34712}  # JPEG and JPEG 2000 codecs return RGB
     is_rgb_now = header.photometric == 6 and header.compression in decoded
@@ -125,7 +130,17 @@ def _apply_palette(path: Path, raster: tiff.Raster) -> NDArray[np.uint16]:
     return raster.palette.T[index]  # (H, W, 3) uint16
 
 
-def _to_uint8(path: Path, values: NDArray, bits: int) -> NDArray[np.uint8]:
+def to_uint8(path: Path, values: NDArray, bits: int) -> NDArray[np.uint8]:
+    """Bring values of any type to 8 bits by the rule of :func:`read_image`.
+
+    Args:
+        path: For messages.
+        values: Numbers of any shape; the rule looks at the least and the greatest of them.
+        bits: Bits per value in the file, which may be fewer than those of the dtype.
+
+    Raises:
+        ImageError: Values that the rule refuses.
+    """
     if values.dtype == np.uint8 and bits == 8:
         return values
     if values.dtype == bool:

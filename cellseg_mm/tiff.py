@@ -28,7 +28,7 @@ FIX = 'export it again, or list its case in exclude.txt'
 # LZW and deflate go through libtiff. imagecodecs' own LZW decoder (2026.3.6) takes any code after a
 # clear code, reads outside its table and can end the process; libtiff checks it, is fuzzed by its
 # authors, and is twice as fast on the real images.
-_BY_LIBTIFF = (5, 8, 32946)
+BY_LIBTIFF = (5, 8, 32946)
 
 _MAGIC = {
     b'\x89PNG': 'a PNG file',
@@ -124,7 +124,7 @@ def read_raster(
 
 def _decode(path: Path, page: tifffile.TiffPage) -> NDArray:
     """Return a page's values, (planes, 1, H, W, S)."""
-    if page.compression in _BY_LIBTIFF:
+    if page.compression in BY_LIBTIFF:
         # Given an array, imagecodecs refuses a file of which libtiff reads another size or type.
         stored = np.empty(page.shape, dtype=page.dtype)
         imagecodecs.tiff_decode(path.read_bytes(), index=0, out=stored)
@@ -137,7 +137,7 @@ def _decode(path: Path, page: tifffile.TiffPage) -> NDArray:
 def _page(
     path: Path, max_pixels: int, error: type[CellSegError]
 ) -> Iterator[tuple[tifffile.TiffPage, Header]]:
-    size = _check_file(path, error)
+    size = check_file(path, error)
     try:
         with tifffile.TiffFile(path) as tif:
             if not len(tif.pages):
@@ -150,7 +150,7 @@ def _page(
                     'save the right page alone.'
                 )
             _check_complete(path, page, size, error)
-            yield page, _header(page)
+            yield page, header_of(page)
     except CellSegError:
         raise
     except Exception as problem:
@@ -163,8 +163,12 @@ def _page(
         ) from problem
 
 
-def _check_file(path: Path, error: type[CellSegError]) -> int:
-    """Return the size in bytes of what must be a readable TIFF."""
+def check_file(path: Path, error: type[CellSegError]) -> int:
+    """Return the size in bytes of what must be a readable TIFF.
+
+    Raises:
+        CellSegError: As ``error``: it is missing, a folder, a pipe, empty or no TIFF.
+    """
     try:
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
@@ -236,7 +240,8 @@ def _check_complete(
         )
 
 
-def _header(page: tifffile.TiffPage) -> Header:
+def header_of(page: tifffile.TiffPage) -> Header:
+    """Return what a page says about itself."""
     orientation = page.tags.get(274)
     return Header(
         hw=(int(page.imagelength), int(page.imagewidth)),

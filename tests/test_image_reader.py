@@ -246,3 +246,38 @@ def test_the_cache_is_bounded_and_used(tmp_path: Path, monkeypatch: pytest.Monke
         reader.read(0, 0, 10, 40)
         reader.read(3, 5, 12, 45)
         assert decoded == [0, 1, 2]
+
+
+def test_opening_wide_values_decodes_nothing(tmp_path: Path, monkeypatch) -> None:
+    """The scale needs all values, but a look at the size must not read a slide of 16 bits."""
+    path = tmp_path / 'a.tif'
+    image = picture(dtype=np.uint16, high=4000)
+    tifffile.imwrite(path, image, photometric='rgb', compression='lzw', tile=(32, 16))
+    decoded = []
+    decode = image_reader._TiffRegions._decode
+    monkeypatch.setattr(
+        image_reader._TiffRegions, '_decode', lambda *args: decoded.append(args) or decode(*args)
+    )
+    with open_image(path, whole_px=0) as reader:
+        assert reader.image_hw == HW
+        assert decoded == []
+        whole = labels.read_image(path)
+        assert np.array_equal(reader.read(3, 5, 40, 41), whole[3:40, 5:41])
+
+
+def test_the_cache_counts_what_two_threads_decode_once(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / 'a.tif'
+    tifffile.imwrite(path, picture(), photometric='rgb', compression='lzw', tile=(32, 16))
+    segment = image_reader._TiffRegions._decode_segment
+    with open_image(path, whole_px=0) as reader:
+
+        def meanwhile(self, page, data, index):
+            # A second thread asks for the same tile, decodes it and is done first.
+            monkeypatch.setattr(image_reader._TiffRegions, '_decode_segment', segment)
+            self._decode(0, index)
+            return segment(self, page, data, index)
+
+        monkeypatch.setattr(image_reader._TiffRegions, '_decode_segment', meanwhile)
+        reader.read(0, 0, 5, 5)
+        assert len(reader._cache) == 1
+        assert reader._cache_bytes == sum(pixels.nbytes for pixels in reader._cache.values())
