@@ -7,6 +7,7 @@ images. Invariant: none of these hooks changes what a model computes.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,12 +16,16 @@ import torch
 from mmdet.registry import HOOKS
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop, Runner
+from torch import nn
 
 from cellseg_mm import files, provenance
 from cellseg_mm.dataset import CellDataset, base_dataset, log_parts
-from cellseg_mm.errors import CellSegError, FoldError
+from cellseg_mm.errors import CellSegError, ConfigError, FoldError
 from cellseg_mm.folds import load_folds
+
+HEAD = re.compile(r'(?:^|\.)(?:bbox_head|mask_head)(?:\.\d+)?$')  # numbered in cascades
 
 # What a result file says about the checkpoint that made it.
 TRAINED_KEYS = ('fold', 'fold_hash', 'excluded_folds', 'commit')
@@ -63,6 +68,7 @@ class ProvenanceHook(Hook):
 
     Raises:
         FoldError: The loaded checkpoint was trained with other folds, or on another fold.
+        ConfigError: A head of the model knows another number of classes than the data set.
     """
 
     priority = 'VERY_HIGH'
@@ -77,11 +83,14 @@ class ProvenanceHook(Hook):
         for loop in loops:
             dataset = base_dataset(loop.dataloader.dataset) if loop is not None else None
             if dataset is not None:
+                refuse_other_class_count(runner.model, dataset.metainfo.get('classes', ()))
                 log_parts(dataset)
 
     def before_test(self, runner: Runner) -> None:
         """Give the metrics what their prediction files must say."""
         dataset = base_dataset(runner.test_loop.dataloader.dataset)
+        if dataset is not None:
+            refuse_other_class_count(runner.model, dataset.metainfo.get('classes', ()))
         source = runner._load_from
         is_file = bool(source) and Path(source).is_file()
         known = {
@@ -116,6 +125,27 @@ class ProvenanceHook(Hook):
         if is_fine_tuning or self.allow_other_folds:
             return
         refuse_other_folds(trained, dataset)
+
+
+def refuse_other_class_count(model: nn.Module, class_names: Sequence[str]) -> None:
+    """Raise ConfigError unless each head of ``model`` has as many classes as there are names.
+
+    Too many would be trained and scored in silence, too few end in an assertion of the device.
+    """
+    inner = model.module if is_model_wrapper(model) else model
+    wrong = [
+        f'model.{name}.num_classes={head.num_classes}'
+        for name, head in inner.named_modules()
+        if HEAD.search(name)
+        and isinstance(getattr(head, 'num_classes', None), int)
+        and not getattr(head, 'class_agnostic', False)
+        and head.num_classes != len(class_names)
+    ]
+    if wrong and class_names:
+        raise ConfigError(
+            f'{", ".join(wrong)}: the data set names {len(class_names)} classes '
+            f'({", ".join(map(str, class_names))}); expected as many; set it in every head'
+        )
 
 
 def refuse_other_folds(trained: dict, dataset: CellDataset) -> None:

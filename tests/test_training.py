@@ -231,6 +231,48 @@ def test_settings_without_effect_are_refused(
     assert sentence in done.stderr
 
 
+@pytest.mark.parametrize(
+    ('head', 'n_classes'),
+    [('bbox_head', 5), ('mask_head', 5), ('bbox_head', 2)],
+)
+def test_heads_of_another_number_of_classes_are_refused(
+    sample_data: Path, monkeypatch: pytest.MonkeyPatch, head: str, n_classes: int
+) -> None:
+    from types import SimpleNamespace
+
+    from mmdet.registry import MODELS
+    from mmengine.config import Config
+    from mmengine.registry import DefaultScope
+
+    from cellseg_mm.dataset import CellDataset
+    from cellseg_mm.errors import ConfigError
+    from cellseg_mm.hooks import ProvenanceHook
+    from cellseg_mm.launch import adapt_to_machine
+
+    monkeypatch.setenv('CELLSEG_DATA', str(sample_data))
+    cfg = Config.fromfile(ROOT / 'configs/sample/fold0.py')
+    adapt_to_machine(cfg)
+    settings = cfg.val_dataloader.dataset
+    data = CellDataset(data_root=settings.data_root, split='val', metainfo=settings.metainfo)
+    loop = SimpleNamespace(dataloader=SimpleNamespace(dataset=data))
+    for norm in ('backbone', 'neck'):
+        cfg.model[norm].norm_cfg.type = 'BN'
+    for part in (cfg.model.roi_head.bbox_head, cfg.model.roi_head.mask_head):
+        if 'norm_cfg' in part:
+            part.norm_cfg.type = 'BN'
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        right = MODELS.build(cfg.model)
+        cfg.model.roi_head[head].num_classes = n_classes
+        wrong = MODELS.build(cfg.model)
+    hook = ProvenanceHook()
+    hook.before_train(SimpleNamespace(train_loop=loop, val_loop=None, model=right))
+    says = rf'model.roi_head.{head}.num_classes={n_classes}: the data set names 4 classes'
+    with pytest.raises(ConfigError, match=says):
+        hook.before_train(SimpleNamespace(train_loop=loop, val_loop=None, model=wrong))
+    with pytest.raises(ConfigError, match=says):
+        hook.before_test(SimpleNamespace(test_loop=loop, model=wrong, _load_from=None))
+
+
 def test_only_the_main_process_looks_for_its_checkpoints(
     sample_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
