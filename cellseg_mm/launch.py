@@ -10,8 +10,9 @@ import argparse
 import errno
 import os
 import re
+import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict, DictAction
@@ -52,6 +53,24 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     )
     # torch.distributed.launch passes it; torchrun sets LOCAL_RANK itself
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+
+
+def same_run(words: Sequence[str]) -> str:
+    """Return what of a command line another tool needs in order to look at the same run.
+
+    Args:
+        words: A command line with the options of :func:`add_config_arguments`.
+
+    Returns:
+        ``--work-dir`` and ``--cfg-options`` with their values, after a space; '' without any.
+    """
+    kept: list[str] = []
+    is_wanted = False
+    for word in words:
+        if word.startswith('--'):
+            is_wanted = word.split('=')[0] in ('--work-dir', '--cfg-options')
+        kept += [word] * is_wanted
+    return f' {shlex.join(kept)}' if kept else ''
 
 
 def default_work_dir(config_path: str | Path) -> Path:
@@ -215,6 +234,9 @@ def explain(error: BaseException) -> str | None:
     for one in causes(error):
         if type(one).__name__ == 'OutOfMemoryError':  # torch's; torch may not be imported
             return OUT_OF_MEMORY.format(reason=str(one).split('. ')[0][:200])
+        misspelt = _misspelt_option(one, sys.argv)
+        if misspelt is not None:
+            return misspelt
         death = worker_watch.explain_death(str(one)) if isinstance(one, RuntimeError) else None
         if death is not None:
             return death
@@ -224,6 +246,20 @@ def explain(error: BaseException) -> str | None:
                 f'{where}: cannot be written or read ({one.strerror}); expected a folder with room '
                 'and permission; make room, or name another with --work-dir or --out; the same '
                 'command goes on from the last whole file (tools/train.py with --resume)'
+            )
+    return None
+
+
+def _misspelt_option(error: BaseException, words: Sequence[str]) -> str | None:
+    """Return one sentence for a ``--cfg-options`` key that a constructor did not know."""
+    pattern = r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'"
+    found = re.search(pattern, str(error)) if isinstance(error, TypeError) else None
+    for word in words if found else ():
+        key = word.split('=')[0]
+        if '=' in word and key.split('.')[-1] == found[2]:
+            return (
+                f'--cfg-options: {key}: {found[1]} has no setting {found[2]!r}; expected one of '
+                "those in its documentation and in the config; correct the key's spelling"
             )
     return None
 

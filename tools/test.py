@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 
 from cellseg_mm.launch import add_config_arguments, load_config, run_tool
 
@@ -30,6 +31,8 @@ def main() -> None:
         cfg, checkpoint=args.checkpoint, out_dir=args.out, amp=args.amp, tta_spec=args.tta
     )
     print(f'instances and scores: {args.out or cfg.work_dir}')
+    if not args.out:
+        print(f'next: python tools/report.py --work-dir {shlex.quote(cfg.work_dir)}')
 
 
 if __name__ == '__main__':

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
-from cellseg_mm.launch import add_config_arguments, load_config, run_tool
+from cellseg_mm.launch import add_config_arguments, load_config, run_tool, same_run
 
 
 def main() -> None:
@@ -37,7 +38,7 @@ def main() -> None:
         deterministic=args.deterministic,
     )
     print(f'best checkpoint: {checkpoint}')
-    print(f'next: python tools/test.py {args.config}')
+    print(f'next: python tools/test.py {args.config}{same_run(sys.argv)}')
 
 
 if __name__ == '__main__':

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from mmdet.registry import TRANSFORMS
-from mmengine.registry import DefaultScope
+from mmengine.registry import LOOPS, DefaultScope
 from torch.utils.data import DataLoader, get_worker_info
 
 import cellseg_mm.components
@@ -126,6 +127,35 @@ def test_ctrl_c_says_how_to_go_on(
     said = capsys.readouterr().err
     assert said.startswith('interrupted; ')
     assert advice in said
+
+
+@pytest.mark.parametrize(
+    ('words', 'expected'),
+    [
+        ('train.py c.py --amp', ''),
+        ('train.py c.py --work-dir "a b" --resume', " --work-dir 'a b'"),
+        (
+            'train.py --cfg-options a.b=1 c=2 --amp --work-dir=w',
+            ' --cfg-options a.b=1 c=2 --work-dir=w',
+        ),
+    ],
+)
+def test_the_next_command_looks_at_the_same_run(words: str, expected: str) -> None:
+    assert launch.same_run(shlex.split(words)) == expected
+
+
+def test_misspelt_key_of_a_constructor_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loop = {'type': 'IterBasedTrainLoop', 'runner': None, 'dataloader': None, 'max_itres': 3}
+    with pytest.raises(TypeError) as caught:
+        LOOPS.build(loop)
+    monkeypatch.setattr(sys, 'argv', ['train.py', '--cfg-options', 'train_cfg.max_itres=3'])
+    sentence = launch.explain(caught.value)
+    assert 'train_cfg.max_itres' in sentence
+    assert "IterBasedTrainLoop has no setting 'max_itres'" in sentence
+    monkeypatch.setattr(sys, 'argv', ['train.py', 'c.py'])
+    assert launch.explain(caught.value) is None  # somebody's bug: the traceback is wanted
 
 
 def test_notes_of_another_process_are_not_taken_for_ours() -> None:
