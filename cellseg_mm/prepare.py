@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -596,6 +597,24 @@ def _write_results(report: PrepareReport, out_dir: Path, index: dict) -> None:
 
 
 # ---- texts
+
+
+def next_command(report: PrepareReport, environment: Mapping[str, str]) -> str:
+    """Return what to type next, so that the configs find these data and these folds.
+
+    Args:
+        report: Of a data folder without errors.
+        environment: Variables that are set now; the configs read two of them.
+    """
+    root, folds = report.data_root, report.folds_path
+    exports = []
+    if Path(environment.get('CELLSEG_DATA', 'data')).resolve() != root.resolve():
+        exports.append(f'CELLSEG_DATA={shlex.quote(str(root.resolve()))}')
+    named = environment.get('CELLSEG_FOLDS', 'auto')
+    if (root / 'folds.json' if named == 'auto' else Path(named)).resolve() != folds.resolve():
+        exports.append(f'CELLSEG_FOLDS={shlex.quote(str(folds.resolve()))}')
+    train = 'python tools/train.py configs/fold0.py'
+    return f'export {" ".join(exports)} && {train}' if exports else train
 
 
 def full_text(report: PrepareReport) -> str:

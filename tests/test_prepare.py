@@ -557,9 +557,41 @@ def test_bad_settings() -> None:
         PrepareParams(max_pixels=0)
 
 
-def run_tool(*args: str) -> subprocess.CompletedProcess[str]:
+def run_tool(*args: str, **variables: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / 'tools/prepare_data.py'), *args]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    kept = {key: value for key, value in os.environ.items() if not key.startswith('CELLSEG_')}
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**kept, **variables}
+    )
+
+
+def test_tool_takes_the_variables_that_the_configs_read(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / 'my folds'
+    out.mkdir()
+    variables = {'CELLSEG_DATA': str(data), 'CELLSEG_FOLDS': str(out / 'folds.json')}
+    done = run_tool('--classes', *CLASSES, **variables)
+    assert done.returncode == 0, done.stderr
+    assert (out / 'folds.json').is_file()
+    assert not (data / 'folds.json').exists()
+    assert done.stdout.endswith('\nnext: python tools/train.py configs/fold0.py\n')
+
+
+def test_next_command_says_where_the_data_are(data: Path, tmp_path: Path) -> None:
+    train = 'python tools/train.py configs/fold0.py'
+    out = tmp_path / 'my folds'
+    out.mkdir()
+    inside = prepare.prepare(data, PARAMS)
+    apart = prepare.prepare(data, replace(PARAMS, out_dir=out))
+    known = {'CELLSEG_DATA': str(data)}
+    assert prepare.next_command(inside, {}) == f'export CELLSEG_DATA={data} && {train}'
+    assert prepare.next_command(inside, known) == train
+    folds = f"CELLSEG_FOLDS='{out}/folds.json'"
+    assert prepare.next_command(apart, {}) == f'export CELLSEG_DATA={data} {folds} && {train}'
+    assert prepare.next_command(apart, known) == f'export {folds} && {train}'
+    stale = {**known, 'CELLSEG_FOLDS': str(out / 'folds.json')}
+    assert prepare.next_command(inside, stale) == (
+        f'export CELLSEG_FOLDS={data}/folds.json && {train}'
+    )
 
 
 def test_tool_prints_and_exits(data: Path) -> None:

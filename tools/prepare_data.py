@@ -7,6 +7,7 @@ and writes folds.json, index.json and data_report.txt. Exit status 1 means that 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import get_args
@@ -21,7 +22,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add('data_root', type=Path, nargs='?', default=Path('data'), help='the data folder')
+    # The configs read the same two variables.
+    data_root = Path(os.environ.get('CELLSEG_DATA', 'data'))
+    add('data_root', type=Path, nargs='?', help=f'the data folder (default: {data_root})')
     add('--out', type=Path, metavar='DIR', help='folder for the results (default: data folder)')
     add('--classes', nargs='+', default=prepare.DEFAULT_CLASSES, metavar='NAME')
     add('--exclude', type=Path, metavar='FILE', help='case names to leave out, one a line')
@@ -37,7 +40,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--workers', type=int, default=0, help='processes (default: one per core, at most 8)')
     add('--max-pixels', type=int, default=DEFAULT_MAX_PIXELS, help='largest image accepted, in px')
     add('--no-index', action='store_true', help='read every file again')
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.data_root is None:
+        args.data_root = data_root
+        if args.out is None and os.environ.get('CELLSEG_FOLDS', 'auto') != 'auto':
+            args.out = Path(os.environ['CELLSEG_FOLDS']).parent
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,6 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     kept = ' (kept as it was)' if report.is_folds_kept else ''
     print(f'folds {report.folds.hash} in {report.folds_path}{kept}')
+    print(f'next: {prepare.next_command(report, os.environ)}')
     return 0
 
 
