@@ -198,7 +198,7 @@ def build_detector(
     else:
         models = MemberModels(loaded, device, placement)
         post = chosen.post_process if chosen.post else None
-        model = FoldEnsembleModel(models, fusion.from_spec(chosen.rule), post, tta_model=tta_model)
+        model = FoldEnsembleModel(models, chosen.merging, post, tta_model=tta_model)
     loading = pipeline[0]
     swapped = red_blue_swapped
     if swapped is None:
@@ -208,7 +208,7 @@ def build_detector(
         'checkpoint_hashes': [item.member.source_hash for item in loaded],
         'model_hash': files.text_hash(json.dumps(recipes, sort_keys=True, default=str)),
         'pipeline_hash': files.text_hash(json.dumps(pipeline, sort_keys=True, default=str)),
-        'fusion': '' if is_plain else chosen.rule,
+        'fusion': '' if is_plain else fusion.to_spec(chosen.merging),
         'post': chosen.post,
         'mask_thr': chosen.mask_thr,
         'tta': spec,

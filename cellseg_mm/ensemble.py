@@ -19,6 +19,8 @@ from cellseg_mm.folds import excluded_by, load_folds
 from cellseg_mm.fusion import (
     FuseReport,
     PostProcess,
+    Rule,
+    cut_at,
     from_spec,
     fuse_with_report,
     post_from_spec,
@@ -53,7 +55,8 @@ class Fusion:
     Attributes:
         rule: Rule, as on the command line.
         post: Post-processing, as on the command line; '' does nothing.
-        mask_thr: Least probability of a member's mask pixel; None leaves the members' masks.
+        mask_thr: Least probability of a mask's pixel, of members and of averages (unless the rule
+            has its own); None leaves the members' masks.
         tta: Test-time augmentation of the members; None for none.
     """
 
@@ -65,6 +68,11 @@ class Fusion:
     def __post_init__(self) -> None:
         from_spec(self.rule)
         post_from_spec(self.post)
+
+    @property
+    def merging(self) -> Rule:
+        """The rule as a record, with averaged masks cut at ``mask_thr``."""
+        return cut_at(from_spec(self.rule), self.mask_thr)
 
     @property
     def post_process(self) -> PostProcess:
@@ -179,7 +187,7 @@ def ensemble_files(
         FoldError: A member has seen, or may have seen, images that would be scored.
         ConfigError: The rule needs models, or masks cannot be cut at another threshold.
     """
-    rule, post = from_spec(fusion.rule), fusion.post_process
+    rule, post = fusion.merging, fusion.post_process
     if rule.needs_models:
         raise ConfigError(
             f'fusion {rule.name}: works on models, not on prediction files; leave --predictions '
@@ -306,7 +314,7 @@ def _provenance(members: Sequence[Member], images: Images, fusion: Fusion) -> di
         'code_commit': code_commit(),
         'versions': versions(),
         'trained': {},
-        'fusion': fusion.rule,
+        'fusion': to_spec(fusion.merging),
         'post': fusion.post,
         'mask_thr': fusion.mask_thr,
         'tta': fusion.tta,

@@ -34,6 +34,7 @@ from cellseg_mm.fusion import (
     FuseReport,
     PostProcess,
     Rule,
+    cut_at,
     from_spec,
     fuse_with_report,
     post_from_spec,
@@ -213,7 +214,8 @@ class FoldEnsembleHook(Hook):
             without a config the runner's own is used.
         rule: Fusion rule, as on the command line (``soft_mask:iou_thr=0.4``).
         post: Post-processing, as on the command line (``disjoint,min_area_px=20``).
-        mask_thr: Least probability of a member's mask pixel; None leaves the configs' own.
+        mask_thr: Least probability of a mask's pixel, of members and of averages (unless the rule
+            has its own); None leaves the configs' own.
         placement: ``auto``, ``device`` or ``turns``; see ``MemberModels``.
         leave_out_seen: On training images use only the members that never saw them.
         tta: Test-time augmentation of each member, as on the command line (``d4``); the data
@@ -248,7 +250,7 @@ class FoldEnsembleHook(Hook):
         if not members:
             raise ConfigError('FoldEnsembleHook.members: is empty; give at least one checkpoint')
         self.sources = [dict(member) for member in members]
-        self.rule = from_spec(rule)
+        self.rule = cut_at(from_spec(rule), mask_thr)
         self.post = post_from_spec(post) if post else None
         self.mask_thr = mask_thr
         self.placement = placement

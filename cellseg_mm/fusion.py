@@ -11,7 +11,7 @@ The rules are in ``fusion_rules``, the steps after them in ``fusion_post``; see 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from cellseg_mm.errors import ConfigError
@@ -26,6 +26,7 @@ __all__ = [
     'FuseReport',
     'PostProcess',
     'Rule',
+    'cut_at',
     'from_spec',
     'fuse',
     'fuse_with_report',
@@ -142,6 +143,17 @@ def from_spec(text: str) -> Rule:
             f'fusion {text!r}: no rule {name!r}; choose one of {_names(FUSION_RULES)}'
         )
     return _read(FUSION_RULES[name], settings, f'fusion {text!r}')
+
+
+def cut_at(rule: Rule, mask_thr: float | None) -> Rule:
+    """Return the rule with averaged masks cut at ``mask_thr``, as the members' own masks are.
+
+    None changes nothing, nor does a rule that averages no masks or has a threshold of its own.
+    """
+    default = {field.name: field.default for field in fields(cast('type', rule))}.get('mask_thr')
+    if mask_thr is None or default is None or rule.mask_thr != default:
+        return rule
+    return replace(rule, mask_thr=mask_thr)
 
 
 def post_from_spec(text: str) -> PostProcess:

@@ -338,7 +338,8 @@ class CellTTAModel(BaseTTAModel):
         data_preprocessor: Mapping | nn.Module | None = None,
     ) -> None:
         super().__init__(module, data_preprocessor)
-        self.rule = fusion.from_spec(rule)
+        # The fused masks are cut where the detector cuts its own.
+        self.rule = fusion.cut_at(fusion.from_spec(rule), self._rcnn_cfg().get('mask_thr_binary'))
         self.post = fusion.post_from_spec(post)
         cap = self._rcnn_cfg().get('max_per_img', -1)
         if not self.post.max_instances and cap > 0:

@@ -173,6 +173,32 @@ def test_files_that_do_not_fit_are_refused(tiny: TinyFolds, images: Images, tmp_
         ensemble_files([good], images, Fusion(mask_thr=0.4), tmp_path)
 
 
+def test_fused_masks_are_cut_where_the_settings_cut_masks(images: Images, tmp_path: Path) -> None:
+    """A threshold that was found out of fold holds for averaged masks as for single ones."""
+    import numpy as np
+
+    # Left half unsure, right half sure: at 0.5 half of the square is left, at 0.4 all of it.
+    probs = np.full((1, 10, 10), 0.9, dtype=np.float16)
+    probs[..., :5] = 0.45
+    paths = []
+    for k, score in enumerate((0.9, 0.8)):
+        sets = squares(images, 0, score)
+        extra = {'mask_probs': probs, 'mask_boxes': sets[0].boxes_xyxy}
+        paths.append(npz(tmp_path / f'{k}.npz', [replace(s, extra=extra) for s in sets]))
+    areas = {}
+    for thr in (None, 0.4, 0.6):
+        for rule in ('soft_mask', 'wbf', 'nms', 'soft_mask:mask_thr=0.3'):
+            merged = ensemble_files(paths, images, Fusion(rule=rule, mask_thr=thr), tmp_path)
+            found = load_predictions(merged.predictions_path)
+            assert [len(s) for s in found.sets] == [1] * len(images.cases)
+            areas[rule, thr] = int(found.sets[0].areas[0])
+    assert areas['soft_mask', None] == areas['wbf', None] == 40
+    assert areas['soft_mask', 0.4] == areas['wbf', 0.4] == areas['nms', 0.4] == 80
+    assert areas['soft_mask', 0.6] == areas['wbf', 0.6] < 45
+    for thr in (None, 0.4, 0.6):  # what the rule says itself wins
+        assert areas['soft_mask:mask_thr=0.3', thr] == 80
+
+
 def test_files_of_unknown_origin_are_not_scored(tiny: TinyFolds, tmp_path: Path) -> None:
     folds_path = tiny.data_root / 'folds.json'
     val = find_images(tiny.data_root, 'val', CLASSES, folds_path=folds_path, fold=1)

@@ -304,6 +304,37 @@ def test_a_view_that_sees_nothing_lowers_the_score() -> None:
     assert found.rles == expected.rles
 
 
+def test_fused_masks_are_cut_where_the_detector_cuts_its_own() -> None:
+    probs = np.full((1, 8, 8), 0.9, dtype=np.float16)
+    probs[..., :4] = 0.45  # unsure on the left
+    box = np.array([[2, 3, 10, 11]], dtype=np.float32)
+    one = InstanceSet.from_crops(
+        'a',
+        3,
+        (17, 23),
+        crops=[np.ones((8, 8), dtype=bool)],
+        offsets_yx=np.array([[3, 2]]),
+        class_ids=np.array([1]),
+        scores=np.array([0.5]),
+    )
+    one = replace(one, extra={'mask_probs': probs, 'mask_boxes': box})
+    samples = []
+    for _ in range(2):
+        sample = DetDataSample(
+            metainfo={'img_id': 3, 'name': 'a', 'ori_shape': (17, 23), 'view': IDENTITY.key}
+        )
+        sample.pred_instances = to_pred_instances(one)
+        samples.append(sample)
+    areas = {}
+    for thr in (0.4, 0.5):
+        detector = PixelDetector(np.ones(1))
+        detector.roi_head = nn.Module()
+        detector.roi_head.test_cfg = {'mask_thr_binary': thr}
+        (fused,) = CellTTAModel(detector).merge_preds([samples])
+        areas[thr] = to_instance_set(fused).areas.tolist()
+    assert areas == {0.4: [64], 0.5: [32]}
+
+
 def test_stock_flips_are_understood() -> None:
     """MMDetection's own pipeline: RandomFlip after Resize, 'flip' and 'flip_direction'."""
     import cellseg_mm.components  # noqa: F401
