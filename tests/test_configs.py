@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -124,3 +125,24 @@ def test_learning_rate_follows_the_original() -> None:
     assert sum(deviations) / len(deviations) < 0.002
     # each scheduler multiplies the last rate, so rounding adds up to a constant 2.4e-6
     assert max(deviations[2 * 500 :]) < 1e-5
+
+
+@pytest.mark.parametrize('folder', ['.', 'strong', 'lsj1024', 'scratch', 'laptop', 'sample', 'gpu'])
+def test_own_classes_and_colours_are_said_once(folder: str, tmp_path: Path) -> None:
+    """As README says: change the base file, and every recipe follows."""
+    configs = shutil.copytree(ROOT / 'configs', tmp_path / 'configs')
+    base = configs / '_base_/mask_rcnn_r50_lsj.py'
+    text = base.read_text()
+    for before, after in (
+        ("classes=('epithelial', 'lymphocyte', 'neutrophil', 'macrophage')", "classes=('a', 'b')"),
+        ('red_blue_swapped = True', 'red_blue_swapped = False'),
+        ('num_classes=4', 'num_classes=2'),
+    ):
+        assert before in text
+        text = text.replace(before, after)
+    base.write_text(text)
+    text = str(load(configs / folder / 'fold0.py').to_dict())
+    assert 'num_classes' in text
+    assert "'num_classes': 4" not in text
+    assert "'red_blue_swapped': True" not in text
+    assert 'epithelial' not in text

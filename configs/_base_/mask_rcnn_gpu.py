@@ -10,7 +10,7 @@ norm_cfg = dict(_delete_=True, type='GN', num_groups=32, requires_grad=True)
 meta_keys = _base_.meta_keys
 dataset = _base_.dataset
 train_pipeline = [
-    dict(type='LoadCellImage', red_blue_swapped=True),
+    dict(type='LoadCellImage', red_blue_swapped=_base_.red_blue_swapped),
     dict(type='LoadLabelMaps'),
     dict(type='RandomScale', ratio_range=(1.4, 2.8)),
     dict(type='ClassAwareCrop', crop_size=(tile_px, tile_px)),

@@ -5,7 +5,7 @@ _base_ = './mask_rcnn_r50_lsj.py'
 image_size = (1024, 1024)  # px
 meta_keys = _base_.meta_keys
 train_pipeline = [
-    dict(type='LoadCellImage', red_blue_swapped=True),
+    dict(type='LoadCellImage', red_blue_swapped=_base_.red_blue_swapped),
     dict(type='LoadLabelMaps'),
     dict(type='RandomResize', scale=image_size, ratio_range=(0.1, 2.0), keep_ratio=True),
     dict(

@@ -8,7 +8,7 @@ tile_px = 768
 max_per_img = 1000
 meta_keys = _base_.meta_keys
 train_pipeline = [
-    dict(type='LoadCellImage', red_blue_swapped=True),
+    dict(type='LoadCellImage', red_blue_swapped=_base_.red_blue_swapped),
     dict(type='LoadLabelMaps'),
     # cells are 10 to 30 px in the files, the COCO weights know objects from 32 px on
     dict(type='RandomScale', ratio_range=(1.4, 2.8)),
@@ -20,7 +20,7 @@ train_pipeline = [
     dict(type='PackCellInputs', meta_keys=meta_keys),
 ]
 test_pipeline = [
-    dict(type='LoadCellImage', red_blue_swapped=True),
+    dict(type='LoadCellImage', red_blue_swapped=_base_.red_blue_swapped),
     dict(type='ScaleBy', factor=2.0, max_side_px=2400),
     dict(type='PackDetInputs', meta_keys=meta_keys),
 ]

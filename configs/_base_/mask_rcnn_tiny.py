@@ -28,7 +28,7 @@ model = dict(
             in_channels=64,
             fc_out_channels=256,
             roi_feat_size=7,
-            num_classes=4,
+            num_classes=_base_.model.roi_head.bbox_head.num_classes,
             bbox_coder=dict(
                 type='DeltaXYWHBBoxCoder',
                 target_means=[0.0, 0.0, 0.0, 0.0],
@@ -55,7 +55,7 @@ model = dict(
 val_evaluator = dict(score_thr=score_thr)  # for the report on truncation
 test_evaluator = dict(score_thr=score_thr)
 train_pipeline = [
-    dict(type='LoadCellImage', red_blue_swapped=True),
+    dict(type='LoadCellImage', red_blue_swapped=_base_.red_blue_swapped),
     dict(type='LoadLabelMaps'),
     dict(type='RandomScale', ratio_range=(0.8, 1.25)),
     dict(type='RandomCrop', crop_size=crop_size, recompute_bbox=True, allow_negative_crop=True),
@@ -65,7 +65,7 @@ train_pipeline = [
     dict(type='PackCellInputs', meta_keys=meta_keys),
 ]
 test_pipeline = [
-    dict(type='LoadCellImage', red_blue_swapped=True),
+    dict(type='LoadCellImage', red_blue_swapped=_base_.red_blue_swapped),
     dict(type='Resize', scale_factor=1.0, keep_ratio=True),
     dict(type='PackDetInputs', meta_keys=meta_keys),
 ]
