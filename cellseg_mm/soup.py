@@ -31,7 +31,7 @@ from cellseg_mm import files
 from cellseg_mm.checkpoints import load_checkpoint_file
 from cellseg_mm.detections import to_instance_set
 from cellseg_mm.errors import CheckpointError, ConfigError, FoldError
-from cellseg_mm.folds import excluded_by
+from cellseg_mm.folds import excluded_by, load_folds
 from cellseg_mm.labels import find_cases, read_gt
 from cellseg_mm.member_models import checkpoint_member, fill_strictly
 from cellseg_mm.members import Member, check_classes, in_order
@@ -102,6 +102,13 @@ def average_states(states: Sequence[State]) -> State:
     return mixed
 
 
+def clean_folds(members: Sequence[Member]) -> frozenset[int]:
+    """Return the folds that every member left out; none if they were trained with other folds."""
+    if len({member.fold_hash for member in members}) > 1 or not members[0].fold_hash:
+        return frozenset()
+    return frozenset.intersection(*(member.clean_folds for member in members))
+
+
 def mixed_provenance(ingredients: Sequence[Ingredient]) -> dict:
     """Return ``meta['cellseg']`` of a soup.
 
@@ -111,7 +118,7 @@ def mixed_provenance(ingredients: Sequence[Ingredient]) -> dict:
     members = [item.member for item in ingredients]
     hashes = {member.fold_hash for member in members}
     folds = {member.fold for member in members}
-    clean = frozenset.intersection(*(member.clean_folds for member in members))
+    clean = clean_folds(members)
     is_one_split = len(hashes) == 1
     fold = folds.pop() if is_one_split and len(folds) == 1 else None
     return {
@@ -176,10 +183,28 @@ def reestimate_norms(model: nn.Module, batches: Iterable[dict], *, seed: int = 0
     return n_batches
 
 
-def training_batches(cfg: Config, n_batches: int) -> Iterable[dict]:
-    """Return the first ``n_batches`` of a config's training data loader, the same every time."""
-    loader = Runner.build_dataloader(cfg.train_dataloader, seed=0)
-    return islice(loader, n_batches)
+def training_batches(cfg: Config, n_batches: int, members: Sequence[Member]) -> Iterable[dict]:
+    """Return the first ``n_batches`` of a config's training data loader, the same every time.
+
+    Images that none of the members saw are left out, whatever fold the config is of: statistics
+    estimated on them would let the soup see what it counts as unseen.
+
+    Raises:
+        FoldError: The members left out folds that are not those in force, or nothing is left.
+    """
+    loader_settings = copy.deepcopy(cfg.train_dataloader)
+    unseen = sorted(clean_folds(members))
+    if unseen:
+        settings = dataset_settings(Config({'x': loader_settings}), 'x')
+        path = folds_path(settings)
+        in_force, theirs = load_folds(path).hash, members[0].fold_hash
+        if in_force != theirs:
+            raise FoldError(
+                f'{members[0].source}: trained with folds {theirs}, {path} has {in_force}; norm '
+                'statistics need images that the members trained on; restore the folds file'
+            )
+        settings.fold, settings.exclude_folds = unseen[0], unseen
+    return islice(Runner.build_dataloader(loader_settings, seed=0), n_batches)
 
 
 def greedy_choice(
@@ -210,9 +235,8 @@ def honest_fold(ingredients: Sequence[Ingredient]) -> int:
         FoldError: There is none, so that a choice would reward what was memorised.
     """
     members = [item.member for item in ingredients]
-    hashes = {member.fold_hash for member in members}
-    clean = frozenset.intersection(*(member.clean_folds for member in members))
-    if len(hashes) > 1 or '' in hashes or not clean:
+    clean = clean_folds(members)
+    if not clean:
         seen = '; '.join(member.describe() for member in members)
         raise FoldError(
             f'greedy soup: there is no fold that none of the candidates saw ({seen}); each '
@@ -263,7 +287,8 @@ class SoupKitchen:
         fill_strictly(model, average_states([item.state for item in ingredients]), where)
         if len(ingredients) == 1 or not norm_layers(model):
             return model.eval(), 0
-        batches = training_batches(self.cfg, self.n_batches)
+        members = [item.member for item in ingredients]
+        batches = training_batches(self.cfg, self.n_batches, members)
         return model, reestimate_norms(model, track(batches, description='norms'))
 
     def score(self, ingredients: Sequence[Ingredient], fold: int) -> float:

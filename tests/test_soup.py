@@ -171,6 +171,37 @@ def test_greedy_soup_of_one_fold(tiny: TinyFolds, tmp_path: Path) -> None:
     assert load_member(Source(cfg, 'c', made.path)).member.fold == 0
 
 
+@pytest.mark.parametrize(
+    ('parts', 'unseen'),
+    [
+        pytest.param(((1, ()), (1, ())), (1,), id='checkpoints of another fold than the config'),
+        pytest.param(((0, (2,)), (1, (2,))), (2,), id='a common held-out fold'),
+        pytest.param(((0, (1,)), (1, (0,))), (0, 1), id='two folds'),
+        pytest.param(((0, ()), (1, ()), (2, ())), (0,), id='all folds: as the config says'),
+    ],
+)
+def test_norms_never_see_images_that_the_soup_counts_as_unseen(
+    tiny: TinyFolds, parts: tuple, unseen: tuple[int, ...]
+) -> None:
+    cfg = Config.fromfile(tiny.configs[0])
+    members = [ingredient(str(i), f, tiny.folds.hash, e).member for i, (f, e) in enumerate(parts)]
+    shown = {
+        sample.name
+        for batch in soup.training_batches(cfg, 12, members)
+        for sample in batch['data_samples']
+    }
+    wanted = {name for fold in {0, 1, 2} - set(unseen) for name in tiny.folds.val_names(fold)}
+    assert shown == wanted
+    assert cfg.train_dataloader.dataset.dataset.fold == 0
+
+
+def test_norms_need_the_folds_of_the_members(tiny: TinyFolds) -> None:
+    cfg = Config.fromfile(tiny.configs[0])
+    foreign = [ingredient('a', 0, 'other').member]
+    with pytest.raises(FoldError, match='restore the folds file'):
+        soup.training_batches(cfg, 1, foreign)
+
+
 def test_other_architectures_are_refused(tiny: TinyFolds, tmp_path: Path) -> None:
     odd = tmp_path / 'odd.pth'
     torch.save({'meta': {}, 'state_dict': {'w': torch.zeros(1)}}, odd)
