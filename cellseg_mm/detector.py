@@ -38,6 +38,7 @@ from cellseg_mm.member_models import (
 )
 from cellseg_mm.overlay import default_colours
 from cellseg_mm.predict import PredictParams
+from cellseg_mm.proposal_caps import watch_proposals
 from cellseg_mm.training import dataset_settings
 
 Picture = NDArray[np.uint8]
@@ -70,6 +71,7 @@ class ModelDetector:
         cap: int = 0,
     ) -> None:
         self.model, self.batch_size, self.cap = model, batch_size, cap
+        self.proposal_cut = 0.0
         self.provenance = dict(provenance or {})
         self.red_blue_swapped, self.identity = red_blue_swapped, dict(identity)
         with DefaultScope.overwrite_default_scope('mmdet'):
@@ -113,7 +115,9 @@ class ModelDetector:
     @torch.no_grad()
     def _detect_batch(self, pictures: Sequence[Picture], name: str) -> list[InstanceSet]:
         data = pseudo_collate([self._prepare(picture, name) for picture in pictures])
-        sets = [to_instance_set(sample) for sample in self.model.test_step(data)]
+        with watch_proposals(self.model) as cuts:
+            sets = [to_instance_set(sample) for sample in self.model.test_step(data)]
+        self.proposal_cut = max(self.proposal_cut, *cuts, 0.0)
         return [_without_probs(instances) for instances in sets]
 
     def _prepare(self, picture: Picture, name: str) -> dict:

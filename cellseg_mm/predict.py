@@ -46,6 +46,7 @@ FORMATS = {
     'coco': '.coco.json',
     'overlay': '.overlay.png',
 }
+LIKELY_PROPOSAL = 0.9  # a region proposal that scores so much most likely shows a cell
 VERSION = 1  # of this module's results; raise it when the same settings give other files
 DOUBLE_SUFFIX = re.compile(r'\.ome\.tiff?$', re.IGNORECASE)
 LABEL_FILE = re.compile(r'class\d+\.tiff?$', re.IGNORECASE)
@@ -59,12 +60,15 @@ class Detector(Protocol):
         provenance: Further JSON values for the result files.
         batch_size: Pictures that it takes at once.
         cap: Most instances that it returns for a picture; 0 if it has no limit.
+        proposal_cut: Highest score of region proposals that a cap may have cut since it was set to
+            0; see ``proposal_caps``.
     """
 
     identity: Mapping
     provenance: Mapping
     batch_size: int
     cap: int
+    proposal_cut: float
 
     def detect(self, pictures: Sequence[Picture], name: str) -> list[InstanceSet]:
         """Return the instances of each picture, (h, w, 3) uint8 in the files' channel order."""
@@ -350,6 +354,7 @@ class _Run:
         """Predict and save one image; returns its instances."""
         self._state_path(item).unlink(missing_ok=True)
         found: list[tuple[InstanceSet, Tile]] = []
+        self.detector.proposal_cut = 0.0
         with open_image(item.path, level=self.params.level) as reader:
             tiles = tiles_of(reader.image_hw, self.params)
             for batch, pictures in self._batches(reader, tiles):
@@ -399,6 +404,12 @@ class _Run:
             notes.append(
                 f'{len(lowest)} of {len(tile_sets)} tiles hit the cap of {cap} instances, whatever '
                 f'was lost scored no more than {max(lowest):.4f}'
+            )
+        if self.detector.proposal_cut >= LIKELY_PROPOSAL:
+            notes.append(
+                f'region proposals were cut at a score of {self.detector.proposal_cut:.3f}, so '
+                'cells in dense parts are most likely lost: use smaller tiles (--tile), or raise '
+                'model.test_cfg.rpn.max_per_img'
             )
         if report.n_left_cut:
             notes.append(f'{report.n_left_cut} cells are cut at a tile border')

@@ -30,6 +30,7 @@ class PaintedCells:
 
     batch_size = 2
     cap = 0
+    proposal_cut = 0.0
 
     def __init__(self, tag: str = 'a') -> None:
         self.identity, self.provenance, self.calls = {'tag': tag}, {'members': []}, []
@@ -168,6 +169,23 @@ def test_a_cap_that_was_hit_is_told(tmp_path: Path) -> None:
             f'1 of 1 tiles hit the cap of {n} instances, whatever was lost scored no more than 0.'
         )
         assert (text in summary.describe()) == told
+
+
+@pytest.mark.parametrize(('cut', 'told'), [(0.95, True), (0.85, False)])
+def test_region_proposals_that_were_cut_are_told(tmp_path: Path, cut: float, told: bool) -> None:
+    class Capped(PaintedCells):
+        def detect(self, pictures: Sequence[np.ndarray], name: str) -> list[InstanceSet]:
+            if name == 'b':
+                self.proposal_cut = max(self.proposal_cut, cut)
+            return super().detect(pictures, name)
+
+    for name in ('a', 'b', 'c'):
+        paint(tmp_path / 'in' / f'{name}.tif')
+    items = find_items([str(tmp_path / 'in')])
+    notes = predict.predict(items, Capped(), params_for(tmp_path)).notes
+    assert list(notes) == (['b'] if told else [])
+    if told:
+        assert 'region proposals were cut at a score of 0.950' in notes['b']
 
 
 # ------------------------------------------------------------------------------- formats

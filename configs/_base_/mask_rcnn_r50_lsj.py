@@ -158,5 +158,6 @@ default_hooks = dict(
     step_seed=dict(type='StepSeedHook'),
     revalidate=dict(type='RevalidateOnResumeHook'),
     invalid_loss=dict(type='StopOnInvalidLossHook'),
+    proposal_caps=dict(type='ProposalCapHook'),
 )
 log_processor = dict(by_epoch=False)
