@@ -183,6 +183,16 @@ def reestimate_norms(model: nn.Module, batches: Iterable[dict], *, seed: int = 0
     return n_batches
 
 
+def _check_in_force(members: Sequence[Member], path: Path) -> None:
+    """Refuse members of other folds: the file does not say which images they saw."""
+    in_force, theirs = load_folds(path).hash, members[0].fold_hash
+    if in_force != theirs:
+        raise FoldError(
+            f'{members[0].source}: trained with folds {theirs}, {path} has {in_force}; nobody '
+            'knows which of these images it saw; restore the folds file or train again'
+        )
+
+
 def training_batches(cfg: Config, n_batches: int, members: Sequence[Member]) -> Iterable[dict]:
     """Return the first ``n_batches`` of a config's training data loader, the same every time.
 
@@ -196,13 +206,7 @@ def training_batches(cfg: Config, n_batches: int, members: Sequence[Member]) -> 
     unseen = sorted(clean_folds(members))
     if unseen:
         settings = dataset_settings(Config({'x': loader_settings}), 'x')
-        path = folds_path(settings)
-        in_force, theirs = load_folds(path).hash, members[0].fold_hash
-        if in_force != theirs:
-            raise FoldError(
-                f'{members[0].source}: trained with folds {theirs}, {path} has {in_force}; norm '
-                'statistics need images that the members trained on; restore the folds file'
-            )
+        _check_in_force(members, folds_path(settings))
         settings.fold, settings.exclude_folds = unseen[0], unseen
     return islice(Runner.build_dataloader(loader_settings, seed=0), n_batches)
 
@@ -323,9 +327,12 @@ class SoupKitchen:
         """Choose on images that no candidate saw, average and save.
 
         Raises:
-            FoldError: There are no such images; see :func:`honest_fold`.
+            FoldError: There are no such images, see :func:`honest_fold`, or the folds in force are
+                not those of the candidates.
         """
         fold = honest_fold(ingredients)
+        members = [item.member for item in ingredients]
+        _check_in_force(members, folds_path(dataset_settings(self.cfg, 'val_dataloader')))
         single = [self.score([item], fold) for item in ingredients]
         chosen, best = greedy_choice(
             single, lambda index: self.score([ingredients[i] for i in index], fold)

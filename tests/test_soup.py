@@ -195,6 +195,19 @@ def test_norms_never_see_images_that_the_soup_counts_as_unseen(
     assert cfg.train_dataloader.dataset.dataset.fold == 0
 
 
+def test_nothing_is_chosen_on_folds_that_changed_after_training(
+    tiny: TinyFolds, tmp_path: Path
+) -> None:
+    """Fold 0 of other folds may hold images that the candidates trained on."""
+    cfg = Config.fromfile(tiny.configs[0])
+    model = load_member(Source(cfg, 'c', tiny.checkpoints[0])).model
+    old = save_checkpoint(tmp_path / 'old.pth', model, fold=0, fold_hash='0' * 16)
+    kitchen = soup.SoupKitchen(cfg, n_batches=1)
+    with pytest.raises(FoldError, match=f'0000, .* has {tiny.folds.hash}; nobody knows'):
+        kitchen.greedy(soup.load_ingredients([old]), tmp_path / 's.pth')
+    assert not (tmp_path / 's.pth').exists()
+
+
 def test_norms_need_the_folds_of_the_members(tiny: TinyFolds) -> None:
     cfg = Config.fromfile(tiny.configs[0])
     foreign = [ingredient('a', 0, 'other').member]
