@@ -26,9 +26,10 @@ from cellseg_mm.errors import ConfigError
 EXTENSION = 'mmcv._ext'
 VARIABLE = 'CELLSEG_OPS'
 BACKENDS = ('mmcv', 'torchvision', 'torch')
+# --no-cache-dir: else pip takes the wheel without ops that it built before
 FULL_MMCV = (
-    'install a compiler and build mmcv with its ops: pip uninstall onedl-mmcv; '
-    'MMCV_WITH_OPS=1 pip install --no-build-isolation --no-cache-dir onedl-mmcv '
+    'install a compiler and build mmcv with its ops: MMCV_WITH_OPS=1 pip install --force-reinstall '
+    '--no-deps --no-cache-dir --no-build-isolation --no-binary onedl-mmcv onedl-mmcv '
     '(about 20 minutes on 2 cores)'
 )
 
