@@ -148,6 +148,9 @@ def read_samples(inputs: Inputs, folds: Folds) -> tuple[Samples, dict[str, str]]
             notes[f'tta {name}'] = f'{len(missing)} folds lack it, for example {missing[0]}'
             continue
         again = oof.pool_predictions(paths, folds, inputs.data_root, folds_path=inputs.folds_path)
+        if why := _not_comparable(pool, again):
+            notes[f'tta {name}'] = why
+            continue
         # A file's name is short; what made it says exactly how.
         spec = again.provenance[again.folds[0]].get('tta') or name
         views[spec, DEFAULT_FUSION] = again.pred_sets
@@ -167,6 +170,21 @@ def read_samples(inputs: Inputs, folds: Folds) -> tuple[Samples, dict[str, str]]
             'it was not made on; the defaults stay'
         )
     return Samples(pool.gt_sets, views, np.array(pool.fold_of), pool.class_names), notes
+
+
+def _not_comparable(plain: oof.Pool, augmented: oof.Pool) -> str:
+    """Return why a difference would not be due to the augmentation; '' if it would."""
+    for fold, origin in augmented.provenance.items():
+        ours, theirs = (o.get('checkpoint_hash') for o in (origin, plain.provenance[fold]))
+        if ours and theirs and ours != theirs:
+            return (
+                f'fold {fold} was tested with checkpoint {ours}, without augmentation with '
+                f'{theirs}; test it again'
+            )
+    specs = sorted({str(origin.get('tta')) for origin in augmented.provenance.values()})
+    if len(specs) > 1:
+        return f'the folds were augmented in different ways ({"; ".join(specs)}); test them again'
+    return ''
 
 
 def _tta_names(work_dir: Path) -> list[str]:

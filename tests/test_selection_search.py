@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +11,11 @@ import numpy as np
 import pytest
 
 from cellseg_mm import selection, selection_search
-from cellseg_mm.find_best import Inputs, find_best
+from cellseg_mm.find_best import Inputs, find_best, read_samples
 from cellseg_mm.folds import load_folds, make_folds, save_folds
 from cellseg_mm.instances import InstanceSet, concatenate
 from cellseg_mm.labels import find_cases, read_gt
-from cellseg_mm.predictions import Predictions, save_predictions
+from cellseg_mm.predictions import Predictions, load_predictions, save_predictions
 from cellseg_mm.sample import CLASS_NAMES, make_sample
 from cellseg_mm.scoring import ScoreParams, score
 from cellseg_mm.selection import DEFAULT_FUSION
@@ -257,6 +258,33 @@ def test_find_best_writes_settings_that_load(tested_folds: Inputs, tmp_path: Pat
         record['evidence']
         == json.loads((tmp_path / 'again/inference.json').read_text())['evidence']
     )
+
+
+@pytest.mark.parametrize(
+    ('more', 'says'),
+    [
+        pytest.param({}, '', id='comparable'),
+        pytest.param({'checkpoint_hash': 'old'}, 'fold 1 was tested with checkpoint old', id='old'),
+        pytest.param({'tta': 'd4'}, r'different ways \(d4; flips\)', id='other views'),
+    ],
+)
+def test_augmentation_is_compared_on_the_same_models(
+    tested_folds: Inputs, tmp_path: Path, more: dict, says: str
+) -> None:
+    work_dirs = []
+    for fold, source in enumerate(tested_folds.work_dirs):
+        found = load_predictions(source / 'val.predictions.npz')
+        plain = {**found.provenance, 'checkpoint_hash': f'c{fold}'}
+        augmented = {**plain, 'tta': 'flips', **(more if fold == 1 else {})}
+        work_dirs.append(tmp_path / f'fold{fold}')
+        for name, origin in (('val', plain), ('val.flips', augmented)):
+            path = work_dirs[-1] / f'{name}.predictions.npz'
+            save_predictions(path, Predictions(found.sets, origin))
+    inputs = replace(tested_folds, work_dirs=tuple(work_dirs))
+    samples, notes = read_samples(inputs, load_folds(inputs.folds_path))
+    assert (('flips', DEFAULT_FUSION) in samples.views) == (not says)
+    assert re.search(says, notes.get('tta flips', ''))
+    assert ('tta flips' in notes) == bool(says)
 
 
 def test_fusion_is_chosen_where_members_share_a_fold(tested_folds: Inputs, tmp_path: Path) -> None:
