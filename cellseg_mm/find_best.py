@@ -169,7 +169,8 @@ def read_samples(inputs: Inputs, folds: Folds) -> tuple[Samples, dict[str, str]]
             f'only fold {pool.folds[0]} was given, so a choice could not be tested on images that '
             'it was not made on; the defaults stay'
         )
-    return Samples(pool.gt_sets, views, np.array(pool.fold_of), pool.class_names), notes
+    fold_of = np.array(pool.fold_of)
+    return Samples(pool.gt_sets, views, fold_of, pool.class_names, pool.groups), notes
 
 
 def _not_comparable(plain: oof.Pool, augmented: oof.Pool) -> str:
@@ -233,6 +234,7 @@ def read_fusion_samples(inputs: Inputs, folds: Folds) -> tuple[Samples | None, s
         views,
         np.array([part_of[group] for group in groups]),
         inputs.class_names,
+        folds.groups,
     )
     left_out = sorted(name for name, rule in FUSION_RULES.items() if rule.needs_models)
     return samples, (
@@ -264,6 +266,7 @@ def _evidence(choice: Choice, profile: Profile) -> dict[str, JsonValue]:
         'nested_gain': _number(choice.nested_gain),
         'nested_standard_error': _number(choice.error),
         'nested_interval_95': [_number(end) for end in choice.interval],
+        'interval_unit': choice.interval_unit,
         'used': choice.settings == choice.found,
         'by_fold': {
             str(fold): {'settings': difference(chosen, start), 'gain': _number(gain)}
@@ -302,7 +305,8 @@ def describe(profile: Profile, choice: Choice, settings: InferenceSettings) -> s
             verdict = 'nothing was worth a change'
         lines.append(
             f'  honest gain, on images that took no part: {choice.nested_gain:+.4f} '
-            f'(95 % {low:+.4f} to {high:+.4f}, standard error {choice.error:.4f}): {verdict}'
+            f'(95 % {low:+.4f} to {high:+.4f}, standard error {choice.error:.4f}, over '
+            f'{choice.interval_unit}): {verdict}'
         )
     lines += [f'  {_step_text(step, start)}' for step in choice.steps if len(step.tried) > 1]
     return '\n'.join(lines)

@@ -27,6 +27,7 @@ from cellseg_mm.errors import PredictionError
 from cellseg_mm.fusion_pool import canonical_order
 from cellseg_mm.instances import InstanceSet
 from cellseg_mm.matching import Compared, compare
+from cellseg_mm.scoring import resampled_weights, sampling_units
 from cellseg_mm.selection import InferenceSettings, cut_masks
 
 Int = NDArray[np.int64]
@@ -52,6 +53,8 @@ class Samples:
         views: Predictions of the same images in the same order, by TTA and fusion rule.
         fold_of: (I,) int64, fold that held each image out.
         class_names: K names.
+        groups: Group (patient, slide) by image name, where one is known; resampling draws the
+            images of a group together.
 
     Raises:
         PredictionError: A view has other images.
@@ -61,6 +64,7 @@ class Samples:
     views: Mapping[tuple[str | None, str], tuple[InstanceSet, ...]]
     fold_of: Int
     class_names: tuple[str, ...]
+    groups: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         ids = [gt.image_id for gt in self.gt_sets]
@@ -75,6 +79,11 @@ class Samples:
         set_(self, 'gt_sets', tuple(self.gt_sets[i] for i in order))
         set_(self, 'views', {k: tuple(v[i] for i in order) for k, v in self.views.items()})
         set_(self, 'fold_of', np.asarray(self.fold_of, dtype=np.int64)[order])
+
+    @property
+    def interval_unit(self) -> str:
+        """What resampling draws: ``images``, or ``groups`` of them."""
+        return sampling_units([gt.name for gt in self.gt_sets], self.groups)[0]
 
     @property
     def folds(self) -> Folds:
@@ -298,7 +307,7 @@ class StepEvidence:
         tried: Text of each value to its score on all images at hand.
         best: Settings with the best value.
         gain: Nested gain, or the naive one where there was one fold only.
-        error: Its standard error over images.
+        error: Its standard error over images, or over groups where any is known.
         kept: Whether the value is used.
     """
 
@@ -321,11 +330,12 @@ class Choice:
         naive: Score of the settings that were found, on the images that they were found on.
         found: These settings; ``settings`` are the defaults instead if they were not worth it.
         nested_gain: Honest gain of the procedure over the defaults; NaN with fewer than two folds.
-        error: Its standard error over images.
-        interval: Its 95 % percentile bootstrap interval over images.
+        error: Its standard error over images, or over groups where any is known.
+        interval: Its 95 % percentile bootstrap interval, likewise.
         by_fold: Per fold the settings chosen without it and their gain on it.
         steps: The settings looked at, on all folds.
         n_images: Images.
+        interval_unit: What resampling draws: ``images``, or ``groups`` of them (patients).
     """
 
     objective: str
@@ -339,6 +349,7 @@ class Choice:
     by_fold: Mapping[int, tuple[InferenceSettings, float]] = field(default_factory=dict)
     steps: tuple[StepEvidence, ...] = ()
     n_images: int = 0
+    interval_unit: str = 'images'
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,6 +377,7 @@ class Search:
                 error=nan,
                 interval=(nan, nan),
                 n_images=len(self.objective.samples.fold_of),
+                interval_unit=self.objective.samples.interval_unit,
             )
         found, steps = self._stepwise(start, folds)
         without = {fold: self._stepwise(start, _but(folds, fold))[0] for fold in folds}
@@ -388,6 +400,7 @@ class Search:
             by_fold=by_fold,
             steps=steps,
             n_images=int(weights.sum()),
+            interval_unit=self.objective.samples.interval_unit,
         )
 
     def _stepwise(
@@ -433,7 +446,7 @@ class Search:
         n: int,
     ) -> Float:
         """Return the gain of each fold's settings over ``base``, pooled: first as it is, then n
-        times with images of ``folds`` drawn with replacement; (n + 1,)."""
+        times with images of ``folds`` (or their groups) drawn with replacement; (n + 1,)."""
         if all(settings == base for settings in chosen.values()):
             return np.zeros(n + 1)
         fold_of = self.objective.samples.fold_of
@@ -448,12 +461,14 @@ class Search:
         return np.isin(self.objective.samples.fold_of, folds).astype(np.int64)[None]
 
     def _drawn(self, folds: Folds, n: int) -> Int:
-        """Return (n, I): how often each image of the folds is drawn."""
-        fold_of = self.objective.samples.fold_of
-        images = np.flatnonzero(np.isin(fold_of, folds))
-        generator = np.random.default_rng(self.seed)
-        drawn = images[generator.integers(0, len(images), size=(n, len(images)))]
-        return np.stack([np.bincount(row, minlength=len(fold_of)) for row in drawn])
+        """Return (n, I): how often each image of the folds is drawn, groups together."""
+        samples = self.objective.samples
+        images = np.flatnonzero(np.isin(samples.fold_of, folds))
+        names = [samples.gt_sets[i].name for i in images.tolist()]
+        _, unit_of = sampling_units(names, samples.groups)
+        weights = np.zeros((n, len(samples.fold_of)), dtype=np.int64)
+        weights[:, images] = resampled_weights(unit_of, n, self.seed)
+        return weights
 
     def _value(self, settings: InferenceSettings, weights: Int) -> float:
         return float(self.objective.measure(settings).values(weights)[0])

@@ -162,6 +162,25 @@ def test_a_folds_images_take_no_part_in_its_settings(seed: int, profile: str) ->
     assert before.default != after.default
 
 
+def test_resampling_draws_the_images_of_a_group_together() -> None:
+    samples = random_samples(4, n_images=9)
+    alone = chosen_for('instances', samples)
+    assert alone.interval_unit == 'images'
+    own = {gt.name: f'group of {gt.name}' for gt in samples.gt_sets}
+    assert chosen_for('instances', replace(samples, groups=own)).interval == alone.interval
+    pairs = {gt.name: str(gt.image_id % 3) for gt in samples.gt_sets}  # one per fold
+    grouped = replace(samples, groups=pairs)
+    assert grouped.interval_unit == 'groups'
+    search = selection_search.Search(selection_search.Mpq(grouped), {})
+    drawn = search._drawn((0, 2), 40)
+    assert (drawn[:, grouped.fold_of == 1] == 0).all()
+    for fold in (0, 2):
+        weights = drawn[:, grouped.fold_of == fold]
+        assert (weights == weights[:, :1]).all()
+    assert set(drawn[:, 0].tolist()) == {0, 1, 2}
+    assert (drawn.sum(axis=1) == 6).all()
+
+
 def test_one_fold_chooses_nothing() -> None:
     samples = replace(junk_below(0.55), fold_of=np.zeros(9))
     choice = chosen_for('instances', samples)
