@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import re
+import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_mm import export, files, overlay
+from cellseg_mm.case_checks import DIM_SHARE
 from cellseg_mm.errors import CellSegError, ConfigError, PredictionError
 from cellseg_mm.image_reader import SUFFIXES, ImageReader, open_image
 from cellseg_mm.instances import InstanceSet
@@ -176,6 +178,11 @@ def find_items(inputs: Sequence[str], *, out_dir: Path | None = None) -> list[It
         else:
             paths.append(path)  # one that is missing fails like one that is damaged
             continue
+        if not found and out_dir is not None and path.resolve() == out_dir.resolve():
+            raise ConfigError(
+                f'{word}: is the folder of the results too, where nothing is taken for an image; '
+                'name another folder with --out'
+            )
         if not found:
             raise ConfigError(
                 f'{word}: there is no image; expected files ending in {", ".join(SUFFIXES)}; '
@@ -200,13 +207,15 @@ def _named(paths: Sequence[Path]) -> list[Item]:
         stem = DOUBLE_SUFFIX.sub('', path.name)
         stem = path.stem if stem == path.name else stem
         name = path.absolute().parent.name if stem.lower() == 'image' else stem
-        if name in items:
+        # macOS and Windows take names that differ in case alone for the same file
+        other = items.setdefault(unicodedata.normalize('NFC', name).casefold(), Item(path, name))
+        if other.path != path:
             raise ConfigError(
-                f'{path}: its results would be called {name}, like those of {items[name].path}; '
-                'expected different names; predict them into different folders with --out'
+                f'{path}: its results would be called {name}, like those of {other.path}; '
+                'expected different names, also without case; predict them into different folders '
+                'with --out'
             )
-        items[name] = Item(path, name)
-    return [items[name] for name in sorted(items)]
+    return sorted(items.values(), key=lambda item: item.name)
 
 
 @dataclass(slots=True)
@@ -355,9 +364,11 @@ class _Run:
         self._state_path(item).unlink(missing_ok=True)
         found: list[tuple[InstanceSet, Tile]] = []
         self.detector.proposal_cut = 0.0
+        brightest = 0
         with open_image(item.path, level=self.params.level) as reader:
             tiles = tiles_of(reader.image_hw, self.params)
             for batch, pictures in self._batches(reader, tiles):
+                brightest = max(brightest, *(int(picture.max()) for picture in pictures))
                 sets = self.detector.detect(pictures, item.name)
                 for instances, tile in zip(sets, batch, strict=True):
                     found.append((instances, tile))
@@ -367,6 +378,12 @@ class _Run:
             found, hw, name=item.name, image_id=item.image_id, params=StitchParams()
         )
         self._note_losses(item, [tile_set for tile_set, _ in found], report)
+        if brightest < DIM_SHARE * 255:
+            self._note(
+                item,
+                f'the image is nearly black (brightest value {brightest} of 255); 12-bit values in '
+                'a 16-bit file need rescaling',
+            )
         provenance = self._provenance(item, downsample, report)
         save_predictions(self._path(item, '.npz'), Predictions([instances], provenance))
         return instances
@@ -415,8 +432,12 @@ class _Run:
             notes.append(f'{report.n_left_cut} cells are cut at a tile border')
         if report.n_empty:
             notes.append(f'{report.n_empty} cells without a pixel were dropped')
-        if notes:
-            self.summary.notes[item.name] = ', '.join(notes)
+        for note in notes:
+            self._note(item, note)
+
+    def _note(self, item: Item, note: str) -> None:
+        before = self.summary.notes.get(item.name)
+        self.summary.notes[item.name] = f'{before}, {note}' if before else note
 
     def _provenance(self, item: Item, downsample: float, report: StitchReport) -> dict:
         return {

@@ -109,6 +109,12 @@ def test_inputs_that_make_no_sense(tmp_path: Path) -> None:
         paint(tmp_path / folder / 'a.tif')
     with pytest.raises(ConfigError, match='would be called a, like those of'):
         find_items([str(tmp_path)])
+    paint(tmp_path / 'r' / 'Ä.tif')
+    paint(tmp_path / 'r' / 'a\u0308.tif')  # decomposed, and the other case: one file on a Mac
+    with pytest.raises(ConfigError, match='different names, also without case'):
+        find_items([str(tmp_path / 'r')])
+    with pytest.raises(ConfigError, match='is the folder of the results too'):
+        find_items([str(tmp_path / 'p')], out_dir=tmp_path / 'p')
 
 
 @pytest.mark.parametrize(
@@ -186,6 +192,16 @@ def test_region_proposals_that_were_cut_are_told(tmp_path: Path, cut: float, tol
     assert list(notes) == (['b'] if told else [])
     if told:
         assert 'region proposals were cut at a score of 0.950' in notes['b']
+
+
+def test_an_image_that_is_nearly_black_is_told(tmp_path: Path) -> None:
+    (tmp_path / 'in').mkdir()
+    values = np.random.default_rng(0).integers(256, 4096, (40, 50)).astype(np.uint16)
+    tifffile.imwrite(tmp_path / 'in/dim.tif', values)
+    tifffile.imwrite(tmp_path / 'in/fine.tif', values * 16)
+    notes = run(tmp_path / 'in', params_for(tmp_path))[0].notes
+    assert list(notes) == ['dim']
+    assert 'nearly black (brightest value 16 of 255)' in notes['dim']
 
 
 # ------------------------------------------------------------------------------- formats
