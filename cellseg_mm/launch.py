@@ -145,6 +145,10 @@ def adapt_to_machine(cfg: Config) -> None:
     """Make a config written for CUDA run on a CPU, and say what was changed."""
     import torch
 
+    for loader in _loaders(cfg):
+        if not loader.get('num_workers', 0):  # torch refuses both without workers
+            loader.pop('persistent_workers', None)
+            loader.pop('prefetch_factor', None)
     if torch.cuda.is_available():
         _join_processes(cfg)
         return
@@ -234,6 +238,8 @@ def explain(error: BaseException) -> str | None:
     for one in causes(error):
         if type(one).__name__ == 'OutOfMemoryError':  # torch's; torch may not be imported
             return OUT_OF_MEMORY.format(reason=str(one).split('. ')[0][:200])
+        if isinstance(one, RuntimeError) and 'DefaultCPUAllocator' in str(one):
+            return OUT_OF_MEMORY.format(reason=str(one).split('DefaultCPUAllocator: ')[-1][:200])
         misspelt = _misspelt_option(one, sys.argv)
         if misspelt is not None:
             return misspelt

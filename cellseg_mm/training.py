@@ -182,7 +182,7 @@ def score_checkpoint(
     cfg.load_from, cfg.resume = str(path), False
     split = dataset_settings(cfg, 'test_dataloader').split
     named = f'{split}.{tta.file_name(tta_spec)}' if tta_spec else split
-    cfg.test_evaluator.outfile_prefix = str(Path(out_dir or cfg.work_dir) / named)
+    _metric_of(cfg).outfile_prefix = str(Path(out_dir or cfg.work_dir) / named)
     if tta_spec:
         _augment_test(cfg, tta_spec)
     if amp:
@@ -202,6 +202,15 @@ def _augment_test(cfg: Config, tta_spec: str) -> None:
         *(cfg.get('custom_hooks') or []),
         {'type': 'PrepareTTAHook', 'tta_cfg': spec.tta_model()},
     ]
+
+
+def _metric_of(cfg: Config) -> ConfigDict:
+    """Return the settings of the test evaluator's CellMetric, which may be one of several."""
+    evaluators = cfg.test_evaluator
+    for one in [evaluators] if isinstance(evaluators, dict) else evaluators:
+        if one.get('type') == 'CellMetric':
+            return one
+    raise ConfigError('test_evaluator: found no CellMetric; expected one; it writes the results')
 
 
 STARTED = 'started.json'

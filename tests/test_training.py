@@ -318,6 +318,25 @@ def test_processes_join_before_anything_is_written(
     assert found == joins
 
 
+def test_settings_that_laptops_need(sample_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmengine.config import Config
+
+    from cellseg_mm import launch, training
+
+    monkeypatch.setenv('CELLSEG_DATA', str(sample_data))
+    cfg = Config.fromfile(ROOT / 'configs/sample/fold0.py')
+    cfg.merge_from_dict({'val_dataloader.num_workers': 0, 'val_dataloader.prefetch_factor': 2})
+    launch.adapt_to_machine(cfg)  # torch refuses persistent_workers without workers
+    assert not {'persistent_workers', 'prefetch_factor'} & set(cfg.val_dataloader)
+    assert cfg.train_dataloader.persistent_workers
+    # A second metric makes the evaluator a list.
+    cfg.test_evaluator = [{'type': 'CocoMetric'}, cfg.test_evaluator]
+    assert training._metric_of(cfg).type == 'CellMetric'
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert launch.explain(caught.value).startswith('the device ran out of memory (')
+
+
 def test_code_commit_without_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from cellseg_mm import provenance
 
