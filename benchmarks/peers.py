@@ -1,23 +1,29 @@
 """Our side and stock MMDetection's of one model, for ``train_step.py`` and ``test_step.py``.
 
-Stock is what MMDetection's users run: CocoDataset with RLE annotations, BitmapMasks, FCNMaskHead,
-CocoMetric and, where a recipe has rates per part, an optimizer group per tensor. Ours is
-CellDataset, LabelMapMasks, CellMaskHead, CellMetric and one group per rule. Images, cells, seeds,
-weights, batch and precision are the same; the ops (NMS, RoIAlign) are those of the environment on
-both sides. SeededDataset draws for both, so that the samples are equal whatever the workers do.
+Stock is what MMDetection's users run: CocoDataset with RLE annotations, BitmapMasks, RPNHead,
+SingleRoIExtractor, FCNMaskHead, CocoMetric and, where a recipe has rates per part, an optimizer
+group per tensor. Ours is CellDataset, LabelMapMasks, Fp32RPNHead, Fp32RoIExtractor, CellMaskHead,
+CellMetric and one group per rule. Images, cells, seeds, weights, batch and precision are the same;
+the ops (NMS, RoIAlign) are those of the environment on both sides. SeededDataset draws for both, so
+that the samples are equal whatever the workers do.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import io
 import json
 import os
+import shutil
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -30,6 +36,7 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
 from torch import nn
 
 import cellseg_mm.components  # noqa: F401
@@ -125,9 +132,37 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def main(
+    parser: argparse.ArgumentParser,
+    run: Callable[[str, argparse.Namespace], None],
+    ready: Callable[[Config, argparse.Namespace, Path], Callable[[], object]],
+) -> None:
+    """Parse the command line and run; in a child process, print one side's peak of memory.
+
+    Args:
+        parser: From ``parser_of``, with the benchmark's own options.
+        run: Measures one config and prints its tables.
+        ready: Builds the side ``args.peak`` in a folder; returns what to do once.
+    """
+    args = parser.parse_args()
+    prepare(args)
+    if args.peak:
+        print(_peak_mib(args, ready))
+        return
+    print(conditions(args))
+    for config in args.configs:
+        run(config, args)
+
+
 def prepare(args: argparse.Namespace) -> None:
     """Fill in the device and make the libraries ready."""
     args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    compiler = os.environ.get('CXX', 'g++')
+    if args.compile and args.device == 'cpu' and not shutil.which(compiler):
+        raise SystemExit(
+            f'--compile: no C++ compiler {compiler}; torch.compile needs one on a CPU; install g++ '
+            'or name yours in the environment variable CXX'
+        )
     torch.set_num_threads(args.threads)
     cv2.setNumThreads(1)  # as in a data loader's worker
     init_default_scope('mmdet')
@@ -246,17 +281,57 @@ def dataset_settings(
     }
 
 
+def build_loader(
+    args: argparse.Namespace, dataset: dict, sampler: dict, batch_size: int
+) -> torch.utils.data.DataLoader:
+    """Build a loader with the workers that were asked for."""
+    return Runner.build_dataloader(
+        {
+            'batch_size': batch_size,
+            'num_workers': args.workers,
+            'persistent_workers': args.workers > 0,
+            'pin_memory': args.device == 'cuda',
+            'sampler': sampler,
+            'dataset': dataset,
+        }
+    )
+
+
 # ---- models
 
 
-def build_model(side: str, cfg: Config, args: argparse.Namespace) -> nn.Module:
-    """Build one side's model; random weights are the same on both sides."""
+@contextmanager
+def both_sides(make: Callable, config: str, args: argparse.Namespace) -> Iterator[dict]:
+    """Give ``make(side, cfg, args, folder)`` of both sides by name; the folder lasts as long."""
+    cfg = Config.fromfile(config)
+    with tempfile.TemporaryDirectory() as folder:
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools tells of its index
+            sides = {name: make(name, cfg, args, Path(folder)) for name in SIDES}
+        yield sides
+
+
+def build_model(
+    side: str, cfg: Config, args: argparse.Namespace, *, exact_boxes: bool = False
+) -> nn.Module:
+    """Build one side's model; random weights are the same on both sides.
+
+    Args:
+        side: ``'stock'`` or ``'ours'``.
+        cfg: The recipe.
+        args: The options.
+        exact_boxes: Leave the recipe's RPN and RoI extractors to stock too. MMDetection's own round
+            boxes to half precision, and compiled mmcv has no bfloat16 RoIAlign to run them with.
+    """
     settings = copy.deepcopy(cfg.model)
     settings.backbone.pop('init_cfg', None)
     # Random weights have no statistics to freeze: activations would grow without bounds.
     settings.backbone.norm_eval = bool(args.checkpoint)
     if side == 'stock':
         settings.roi_head.mask_head.type = 'FCNMaskHead'
+        if not exact_boxes:
+            settings.rpn_head.type = 'RPNHead'
+            settings.roi_head.bbox_roi_extractor.type = 'SingleRoIExtractor'
+            settings.roi_head.mask_roi_extractor.type = 'SingleRoIExtractor'
     torch.manual_seed(0)
     model = revert_sync_batchnorm(MODELS.build(settings))
     if args.checkpoint:
@@ -290,24 +365,46 @@ def autocast(args: argparse.Namespace) -> torch.autocast:
 # ---- memory and tables
 
 
-def peak_mib(args: argparse.Namespace, run: Callable[[], None]) -> float:
-    """Return the peak of the device's memory while ``run`` runs, all of it on a GPU.
+def _peak_mib(args: argparse.Namespace, ready: Callable) -> float:
+    """Return the peak of the device's memory while one thing is done, all of it on a GPU.
 
     On a CPU it is the growth of the resident set's high-water mark beyond what the imports took.
+    What compiling takes is left out.
     """
-    if args.device == 'cuda':
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        return torch.cuda.max_memory_allocated() / 2**20
     before = _status_kib('VmRSS')
-    Path('/proc/self/clear_refs').write_text('5')  # resets VmHWM
-    run()
+    cfg = Config.fromfile(args.configs[0])
+    with tempfile.TemporaryDirectory() as folder:
+        go = ready(cfg, args, Path(folder))
+        if args.compile:
+            go()
+        if args.device == 'cuda':
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path('/proc/self/clear_refs').write_text('5')  # resets VmHWM
+        go()
+    if args.device == 'cuda':
+        return torch.cuda.max_memory_allocated() / 2**20
     return (_status_kib('VmHWM') - before) / 1024
 
 
 def _status_kib(key: str) -> int:
     lines = Path('/proc/self/status').read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+
+def print_rates(
+    config: str,
+    args: argparse.Namespace,
+    seconds: Mapping[str, Sequence[float]],
+    n_images: int,
+) -> None:
+    """Print the table of speed and memory: a turn of both sides took ``seconds``."""
+    rates = {name: n_images / statistics.median(seconds[name]) for name in SIDES}
+    ratio = statistics.median(a / b for a, b in zip(seconds['stock'], seconds['ours'], strict=True))
+    peaks = {name: peak_in_fresh_process(args, config, name) for name in SIDES}
+    print('| | stock | ours | ratio |\n| --- | ---: | ---: | ---: |')
+    print(f'| images / s | {rates["stock"]:.3f} | {rates["ours"]:.3f} | {ratio:.2f} |')
+    print(f'| peak memory | {peaks["stock"]} | {peaks["ours"]} | |')
 
 
 def peak_in_fresh_process(args: argparse.Namespace, config: str, side: str) -> str:

@@ -8,8 +8,10 @@ sides take turns image by image. Stock is FCNMaskHead with CocoMetric, ours Cell
 CellMetric; the latter also computes PQ, Dice and counts, so it does more. Every detection of both
 sides is compared: class, score, box and RLE; the run fails if one differs.
 
-Without ``--checkpoint`` the weights are random, boxes are as large as the anchors and masks ragged:
-more pixels and runs per mask than cells have. ``--size 0`` takes the recipe's own test pipeline.
+With ``--amp`` stock gets the recipe's RPN and RoI extractors, because its own round boxes: without
+them the sides could not be compared. Without ``--checkpoint`` the weights are random, boxes are as
+large as the anchors and masks ragged: more pixels and runs per mask than cells have. ``--size 0``
+takes the recipe's own test pipeline.
 """
 
 from __future__ import annotations
@@ -18,9 +20,8 @@ import argparse
 import contextlib
 import copy
 import io
-import statistics
-import tempfile
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,6 @@ import torch
 from mmdet.evaluation.metrics import coco_metric
 from mmdet.registry import METRICS
 from mmengine.config import Config
-from mmengine.runner import Runner
 from torch import nn
 
 from cellseg_mm import mask_head
@@ -52,20 +52,13 @@ class Side:
         )
         steps = _pipeline(cfg, args)
         dataset = peers.dataset_settings(name, cfg, args, cases, steps, self.json_path)
-        self.loader = Runner.build_dataloader(
-            {
-                'batch_size': 1,
-                'num_workers': args.workers,
-                'persistent_workers': args.workers > 0,
-                'pin_memory': args.device == 'cuda',
-                'sampler': {'type': 'DefaultSampler', 'shuffle': False},
-                'dataset': dataset,
-            }
+        self.loader = peers.build_loader(
+            args, dataset, {'type': 'DefaultSampler', 'shuffle': False}, batch_size=1
         )
         cfg = copy.deepcopy(cfg)
         if not args.checkpoint:  # random scores are low: take the best of all
             cfg.model.test_cfg.rcnn.score_thr = 0.0
-        self.model = peers.build_model(name, cfg, args)
+        self.model = peers.build_model(name, cfg, args, exact_boxes=args.amp != 'off')
         self._wrap_model()
 
     def _wrap_model(self) -> None:
@@ -218,25 +211,18 @@ def compare(sides: dict[str, Side]) -> tuple[int, int]:
 
 def run(config: str, args: argparse.Namespace) -> None:
     """Measure one config and print its tables."""
-    cfg = Config.fromfile(config)
-    with tempfile.TemporaryDirectory() as folder:
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools tells of its index
-            sides = {name: Side(name, cfg, args, Path(folder)) for name in peers.SIDES}
+    with peers.both_sides(Side, config, args) as sides:
         time_encoding(sides)
         make_equal(sides, args)
         seconds = measure(sides, args)
-    n, n_different = compare(sides)
-    sections = {name: dict(side.watch.seconds) for name, side in sides.items()}
-    del sides
-    peaks = {name: peers.peak_in_fresh_process(args, config, name) for name in peers.SIDES}
-    rates = {name: args.images / statistics.median(seconds[name]) for name in peers.SIDES}
-    ratio = statistics.median(a / b for a, b in zip(seconds['stock'], seconds['ours'], strict=True))
+        n, n_different = compare(sides)
+        sections = {name: dict(side.watch.seconds) for name, side in sides.items()}
+        del sides
     size = f'longest side {args.size} px' if args.size else "the recipe's pipeline"
     weights = args.checkpoint or 'random weights'
     print(f'\n## {config}: {args.images} images, {size}, {weights}\n')
-    print('| | stock | ours | ratio |\n| --- | ---: | ---: | ---: |')
-    print(f'| images / s | {rates["stock"]:.3f} | {rates["ours"]:.3f} | {ratio:.2f} |')
-    print(f'| peak memory | {peaks["stock"]} | {peaks["ours"]} | |\n')
+    peers.print_rates(config, args, seconds, args.images)
+    print()
     n_rounds = args.repeats + (args.warm_up if args.device == 'cuda' else 0)
     peers.print_sections(SECTIONS, sections, n_rounds * args.images, 'image')
     print(f'\n{n} detections, {n / args.images:.0f} an image; {n_different} differ.')
@@ -244,21 +230,19 @@ def run(config: str, args: argparse.Namespace) -> None:
         raise SystemExit('the sides do not agree: no time is worth printing')
 
 
-def print_peak(config: str, args: argparse.Namespace) -> None:
-    """Serve a child process: print one side's peak over a round."""
-    cfg = Config.fromfile(config)
+def one_round(cfg: Config, args: argparse.Namespace, folder: Path) -> Callable[[], None]:
+    """Build one side and return a round over its images, for measuring its memory."""
+    side = Side(args.peak, cfg, args, folder)
+    make_equal({'ours': side, 'stock': side}, args)
+    side.watch.is_on = False
 
-    def one_round() -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            side = Side(args.peak, cfg, args, Path(folder))
-            make_equal({'ours': side, 'stock': side}, args)
-            side.watch.is_on = False
-            side.begin()
-            for _ in range(len(side.loader)):
-                side.step()
-            side.finish()
+    def go() -> None:
+        side.begin()
+        for _ in range(len(side.loader)):
+            side.step()
+        side.finish()
 
-    print(peers.peak_mib(args, one_round))
+    return go
 
 
 def main() -> None:
@@ -268,14 +252,7 @@ def main() -> None:
     parser.add_argument('--images', type=int, default=1)
     parser.add_argument('--repeats', type=int, default=2)
     parser.add_argument('--warm-up', type=int, default=1, help='rounds that are not counted')
-    args = parser.parse_args()
-    peers.prepare(args)
-    if args.peak:
-        print_peak(args.configs[0], args)
-        return
-    print(peers.conditions(args))
-    for config in args.configs:
-        run(config, args)
+    peers.main(parser, run, one_round)
 
 
 if __name__ == '__main__':

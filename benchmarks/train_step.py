@@ -5,7 +5,8 @@
 Both sides take turns step by step, on real images with 200 to 500 cells. A step is: make the
 samples, send them to the device, forward with losses, backward, optimizer; the first of each side
 warms up. The two sides' samples are compared before anything is timed. See ``peers.py`` for what is
-stock and what is ours. ``--size 0`` takes the recipe's own pipeline instead of crops.
+stock and what is ours; with ``--amp bf16`` stock gets the recipe's RPN and RoI extractors.
+``--size 0`` takes the recipe's own pipeline instead of crops.
 
 On a GPU the throughput comes from steps without any waiting inside; where the time goes, from
 further steps in which every section is waited for. With ``--workers`` the row 'data' is how long
@@ -15,11 +16,8 @@ the step waited for its samples.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
-import statistics
-import tempfile
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +25,6 @@ import peers
 import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
-from mmengine.runner import Runner
 
 SECTIONS = (
     'data', 'transfer', 'backbone and neck', 'RPN', 'RoI heads', 'mask targets', 'backward',
@@ -42,7 +39,7 @@ class Side:
         self.name, self.args = name, args
         self.watch = peers.Stopwatch(args.device)
         self.batches = iter(_loader(name, cfg, args, folder))
-        self.model = peers.build_model(name, cfg, args).train()
+        self.model = peers.build_model(name, cfg, args, exact_boxes=args.amp == 'bf16').train()
         settings = cfg.optim_wrapper.copy()
         settings['type'] = 'OptimWrapper'
         if name == 'stock':
@@ -91,16 +88,9 @@ def _loader(
     if name == 'stock':
         peers.write_coco_json(json_path, [case for _, case in cases], tuple(cfg.metainfo.classes))
     dataset = peers.dataset_settings(name, cfg, args, cases, _pipeline(cfg, args), json_path)
-    return Runner.build_dataloader(
-        {
-            'batch_size': args.batch,
-            'num_workers': args.workers,
-            'persistent_workers': args.workers > 0,
-            'pin_memory': args.device == 'cuda',
-            'sampler': {'type': 'SeededInfiniteSampler', 'shuffle': True, 'seed': 0},
-            'dataset': {'type': 'SeededDataset', 'dataset': dataset},
-        }
-    )
+    sampler = {'type': 'SeededInfiniteSampler', 'shuffle': True, 'seed': 0}
+    dataset = {'type': 'SeededDataset', 'dataset': dataset}
+    return peers.build_loader(args, dataset, sampler, args.batch)
 
 
 def _pipeline(cfg: Config, args: argparse.Namespace) -> list[dict]:
@@ -163,22 +153,13 @@ def measure(sides: dict[str, Side], args: argparse.Namespace) -> tuple[dict, dic
 
 def run(config: str, args: argparse.Namespace) -> None:
     """Measure one config and print its tables."""
-    cfg = Config.fromfile(config)
-    with tempfile.TemporaryDirectory() as folder:
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools tells of its index
-            sides = {name: Side(name, cfg, args, Path(folder)) for name in peers.SIDES}
+    with peers.both_sides(Side, config, args) as sides:
         n_cells = check_same_samples(sides)
         seconds, sections, losses = measure(sides, args)
         del sides
-    medians = {name: statistics.median(seconds[name]) for name in peers.SIDES}
-    ratio = statistics.median(a / b for a, b in zip(seconds['stock'], seconds['ours'], strict=True))
-    peaks = {name: peers.peak_in_fresh_process(args, config, name) for name in peers.SIDES}
     size = f'{args.size} px crops at scale {args.scale:g}' if args.size else "the recipe's pipeline"
     print(f'\n## {config}: {args.batch} images a step, {size}, {n_cells:.0f} cells a sample\n')
-    print('| | stock | ours | ratio |\n| --- | ---: | ---: | ---: |')
-    rates = [args.batch / medians[name] for name in peers.SIDES]
-    print(f'| images / s | {rates[0]:.2f} | {rates[1]:.2f} | {ratio:.2f} |')
-    print(f'| peak memory | {peaks["stock"]} | {peaks["ours"]} | |')
+    peers.print_rates(config, args, seconds, args.batch)
     for name in peers.SIDES:
         first, last = losses[name][0], losses[name][-1]
         print(f'| loss, {name}, first and last step | {first:.3f} | {last:.3f} | |')
@@ -192,17 +173,11 @@ def run(config: str, args: argparse.Namespace) -> None:
         raise SystemExit('a loss is not finite')
 
 
-def print_peak(config: str, args: argparse.Namespace) -> None:
-    """Serve a child process: print one side's peak over a step."""
-    cfg = Config.fromfile(config)
-
-    def one_step() -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            side = Side(args.peak, cfg, args, Path(folder))
-            side.watch.is_on = False
-            side.step()
-
-    print(peers.peak_mib(args, one_step))
+def one_step(cfg: Config, args: argparse.Namespace, folder: Path) -> Callable[[], float]:
+    """Build one side and return its step, for measuring its memory."""
+    side = Side(args.peak, cfg, args, folder)
+    side.watch.is_on = False
+    return side.step
 
 
 def main() -> None:
@@ -214,14 +189,7 @@ def main() -> None:
     parser.add_argument('--images', type=int, default=6, help='images to draw from')
     parser.add_argument('--repeats', type=int, default=2)
     parser.add_argument('--warm-up', type=int, default=1)
-    args = parser.parse_args()
-    peers.prepare(args)
-    if args.peak:
-        print_peak(args.configs[0], args)
-        return
-    print(peers.conditions(args))
-    for config in args.configs:
-        run(config, args)
+    peers.main(parser, run, one_step)
 
 
 if __name__ == '__main__':
