@@ -41,7 +41,7 @@ class Step:
     Attributes:
         name: What it does, for the plan and the log.
         command: Words of the command line.
-        done: Whether its result is there already.
+        done: Whether its result is there already, or nothing is to be done.
         reason: Why it is done, or what is missing.
         log_path: Where its output goes.
         after: Called when it has succeeded.
@@ -242,12 +242,14 @@ def _final_steps(
         ),
         ('report', 'report.py', []),
     ]
+    test_dir = Path(dataset_settings(folds[0].cfg).data_root) / 'test_release'
+    needless = {} if os.path.lexists(test_dir) else {'ensemble.py': f'{test_dir} is not there'}
     return tuple(
         Step(
             name,
             _tool(tool, *configs, *root, '--out', out, *words),
-            False,
-            'made from the folds each time',
+            tool in needless,
+            needless.get(tool, 'made from the folds each time'),
             out / f'{Path(tool).stem}.log',
         )
         for name, tool, words in names

@@ -171,7 +171,7 @@ class StepRunner:
 
     def _run(self, step: Step, device: str) -> None:
         if step.done:
-            print(f'{step.name}: done already ({step.reason})', flush=True)
+            print(f'{step.name}: nothing to do ({step.reason})', flush=True)
             return
         print(f'{step.name} ... (log: {step.log_path})', flush=True)
         step.log_path.parent.mkdir(parents=True, exist_ok=True)

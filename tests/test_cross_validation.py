@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -99,6 +100,18 @@ def test_plan_knows_what_is_there(tmp_path: Path) -> None:
     assert 'done   test fold 1' in text
     assert 'to do  train fold 0' in text
     assert shlex.join(['--cfg-options', *OPTIONS]) in text
+
+
+def test_data_without_test_images_need_no_ensemble(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Own data seldom have any; the report must come all the same."""
+    assert not any(step.done for step in plan(tmp_path).final_steps)
+    own = shutil.copytree(data, tmp_path / 'own', ignore=lambda *_: ['test_release'])
+    monkeypatch.setenv('CELLSEG_DATA', str(own))
+    steps = {Path(step.command[1]).name: step for step in plan(tmp_path).final_steps}
+    assert [name for name, step in steps.items() if step.done] == ['ensemble.py']
+    assert 'test_release is not there' in steps['ensemble.py'].reason
 
 
 def test_each_augmentation_is_tested_once(tmp_path: Path) -> None:
