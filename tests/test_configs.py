@@ -127,6 +127,19 @@ def test_learning_rate_follows_the_original() -> None:
     assert max(deviations[2 * 500 :]) < 1e-5
 
 
+def test_folders_of_any_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """mmengine pastes the variables' values into the file's text."""
+    name = '/data/O\'Brien\'s "good" cells ä'
+    monkeypatch.setenv('CELLSEG_DATA', name)
+    monkeypatch.setenv('CELLSEG_FOLDS', f'{name}/folds.json')
+    dataset = load(ROOT / 'configs/fold0.py').val_dataloader.dataset
+    assert (dataset.data_root, dataset.folds_file) == (name, f'{name}/folds.json')
+    monkeypatch.delenv('CELLSEG_DATA')
+    monkeypatch.delenv('CELLSEG_FOLDS')
+    dataset = load(ROOT / 'configs/fold0.py').val_dataloader.dataset
+    assert (dataset.data_root, dataset.folds_file) == ('data', 'auto')
+
+
 @pytest.mark.parametrize('folder', ['.', 'strong', 'lsj1024', 'scratch', 'laptop', 'sample', 'gpu'])
 def test_own_classes_and_colours_are_said_once(folder: str, tmp_path: Path) -> None:
     """As README says: change the base file, and every recipe follows."""

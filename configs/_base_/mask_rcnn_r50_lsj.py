@@ -10,8 +10,9 @@ custom_imports = dict(imports=['cellseg_mm.components'], allow_failed_imports=Fa
 # ---------------------------------------------------------------------------------- data
 # Each line below is evaluated here. To change one in a child config, change the data loaders;
 # or set the environment variables, which work for every config and tool.
-data_root = '{{$CELLSEG_DATA:data}}'
-folds_file = '{{$CELLSEG_FOLDS:auto}}'  # auto: <data_root>/folds.json
+# Pasted in as text: these quotes leave any name whole.
+data_root = r"""{{$CELLSEG_DATA:data}}"""
+folds_file = r"""{{$CELLSEG_FOLDS:auto}}"""  # auto: <data_root>/folds.json
 metainfo = dict(
     classes=('epithelial', 'lymphocyte', 'neutrophil', 'macrophage'),
     # Okabe and Ito's colour-blind-safe colours: blue, vermilion, yellow, bluish green
