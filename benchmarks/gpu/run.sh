@@ -16,7 +16,8 @@ ITERS=${ITERS:-1500}
 # Seconds for training in this call; the rest of ten minutes is for unpacking and copying back.
 TRAIN_SECONDS=${TRAIN_SECONDS:-510}
 DEVICES=${DEVICES:-0,0,0,0,0}                 # five folds at once on one card
-AMP=${AMP-optim_wrapper.type=AmpOptimWrapper optim_wrapper.dtype=float16 optim_wrapper.loss_scale=dynamic}
+# bf16 has the range of fp32 and needs no loss scale; docs/gpu.md says why not fp16
+AMP=${AMP-optim_wrapper.type=AmpOptimWrapper optim_wrapper.dtype=bfloat16 optim_wrapper.loss_scale=1.0}
 export CELLSEG_DATA=$STATE/data PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1
 mkdir -p "$STATE" "$OUT"
 
