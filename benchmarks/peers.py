@@ -157,6 +157,11 @@ def main(
 def prepare(args: argparse.Namespace) -> None:
     """Fill in the device and make the libraries ready."""
     args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    if args.compile and args.warm_up < 1:
+        raise SystemExit(
+            '--warm-up 0: with --compile the side that is first would be timed compiling for both; '
+            'use 1 or more'
+        )
     compiler = os.environ.get('CXX', 'g++')
     if args.compile and args.device == 'cpu' and not shutil.which(compiler):
         raise SystemExit(
