@@ -16,6 +16,7 @@ import numpy as np
 
 from cellseg_mm import files, oof
 from cellseg_mm.ensemble import clean_sets, find_images
+from cellseg_mm.errors import PredictionError
 from cellseg_mm.files import JsonValue
 from cellseg_mm.folds import Folds, load_folds
 from cellseg_mm.fusion import FUSION_RULES, from_spec, fuse
@@ -135,9 +136,17 @@ def read_samples(inputs: Inputs, folds: Folds) -> tuple[Samples, dict[str, str]]
 
     Returns:
         The samples, and why some settings cannot be chosen.
+
+    Raises:
+        PredictionError: The predictions are of other classes than the config's.
     """
     plain = oof.validation_files(inputs.configs, inputs.work_dirs)
     pool = oof.pool_predictions(plain, folds, inputs.data_root, folds_path=inputs.folds_path)
+    if pool.class_names != inputs.class_names:
+        raise PredictionError(
+            f'{plain[0]}: its classes are {", ".join(pool.class_names)}, the config has '
+            f'{", ".join(inputs.class_names)}; thresholds are per class; test the folds again'
+        )
     views = {(None, DEFAULT_FUSION): pool.pred_sets}
     notes: dict[str, str] = {}
     names = sorted({name for d in inputs.work_dirs for name in _tta_names(d)})

@@ -14,7 +14,7 @@ from pathlib import Path
 from cellseg_mm.errors import FoldError, PredictionError
 from cellseg_mm.folds import Folds
 from cellseg_mm.instances import InstanceSet
-from cellseg_mm.labels import find_cases, read_gt
+from cellseg_mm.labels import Case, find_cases, read_gt
 from cellseg_mm.predictions import Predictions, load_predictions, save_predictions
 from cellseg_mm.progress import track
 from cellseg_mm.provenance import code_commit, versions
@@ -64,8 +64,9 @@ def pool_predictions(
 
     Raises:
         FoldError: A file belongs to other folds, two files to one fold, or a file does not hold
-            exactly its fold's validation images.
-        PredictionError: A file cannot be read, or the files name different classes.
+            exactly its fold's validation images, or an image is not in the data folder.
+        PredictionError: A file cannot be read, the files name different classes, or the data have
+            changed since.
     """
     if not paths:
         raise PredictionError(
@@ -78,13 +79,18 @@ def pool_predictions(
         if fold in by_fold:
             raise FoldError(f'{path}: fold {fold} is given twice; give each fold once')
         by_fold[fold] = predictions
-    names = {tuple(p.provenance['class_names']) for p in by_fold.values()}
-    if len(names) > 1:
-        raise PredictionError(f'out of fold: the folds name different classes, {sorted(names)}')
+    names = {tuple(p.provenance.get('class_names') or ()) for p in by_fold.values()}
+    if len(names) > 1 or () in names:
+        raise PredictionError(
+            f'out of fold: the folds name different classes, or none, {sorted(names)}; expected '
+            'the same in each file; test the folds with one config'
+        )
     rows = sorted((s.name, fold, s) for fold, p in by_fold.items() for s in p.sets)
     class_names = names.pop()
     found = find_cases(data_root, 'train', len(class_names), exclude_names=folds.excluded)
     cases = {case.name: case for case in found}
+    for name, fold, predicted in rows:
+        _check_case(cases.get(name), predicted, fold, data_root)
     gt = [read_gt(cases[name]) for name, _, _ in track(rows, description='ground truth')]
     return Pool(
         pred_sets=tuple(row[2] for row in rows),
@@ -101,6 +107,23 @@ def pool_predictions(
 def score_pool(pool: Pool, params: ScoreParams | None = None) -> Scores:
     """Score a pool; intervals resample groups of images where the folds know any."""
     return score(pool.gt_sets, pool.pred_sets, pool.class_names, params, groups=pool.groups)
+
+
+def _check_case(
+    case: Case | None, predicted: InstanceSet, fold: int, data_root: Path | str
+) -> None:
+    """Refuse data that are not those the fold was tested on: scores pair images by their ids."""
+    if case is None:
+        raise FoldError(
+            f'{data_root}: image {predicted.name} of fold {fold} is not there, or is excluded; '
+            'the data must be those that the folds were made of; restore it or make folds again'
+        )
+    if (case.image_id, case.image_hw) != (predicted.image_id, predicted.image_hw):
+        raise PredictionError(
+            f'image {predicted.name} of fold {fold}: predicted with id {predicted.image_id} and '
+            f'size {predicted.image_hw}, {data_root} has {case.image_id} and {case.image_hw}; the '
+            'data have changed since; test the fold again'
+        )
 
 
 def _checked_fold(

@@ -180,6 +180,28 @@ def test_unknown_checkpoints_doubles_and_foreign_folds_are_refused(
         pool(world, [])
 
 
+def test_data_that_changed_after_the_test_are_refused(world: World, tmp_path: Path) -> None:
+    path = write(world, tmp_path / '0.npz', fold=0)
+    predictions = load_predictions(path)
+    name = predictions.sets[0].name
+    for change, says in (
+        ({'image_id': 90}, rf'image {name} of fold 0: predicted with id 90 .* changed since'),
+        ({'image_hw': (5, 6)}, rf'{name} of fold 0.* size \(5, 6\)'),
+    ):
+        odd = replace(InstanceSet.empty(name, predictions.sets[0].image_id, (5, 5)), **change)
+        sets = (odd, *predictions.sets[1:])
+        save_predictions(tmp_path / 'odd.npz', Predictions(sets, predictions.provenance))
+        with pytest.raises(PredictionError, match=says):
+            pool(world, [tmp_path / 'odd.npz'])
+    without = replace(world.folds, excluded=(name,))
+    with pytest.raises(FoldError, match=f'image {name} of fold 0 is not there, or is excluded'):
+        oof.pool_predictions([path], without, world.data_root)
+    nameless = {k: v for k, v in predictions.provenance.items() if k != 'class_names'}
+    save_predictions(tmp_path / 'nameless.npz', Predictions(predictions.sets, nameless))
+    with pytest.raises(PredictionError, match='different classes, or none'):
+        pool(world, [tmp_path / 'nameless.npz'])
+
+
 def test_missing_files_name_the_commands(tmp_path: Path) -> None:
     with pytest.raises(PredictionError, match=r'2 of 2 .*tools/test.py c0.py --work-dir .*w0'):
         oof.validation_files(['c0.py', 'c1.py'], [tmp_path / 'w0', tmp_path / 'w1'])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from cellseg_mm import selection, selection_search
+from cellseg_mm.errors import PredictionError
 from cellseg_mm.find_best import Inputs, find_best, read_samples
 from cellseg_mm.folds import load_folds, make_folds, save_folds
 from cellseg_mm.instances import InstanceSet, concatenate
@@ -304,6 +305,12 @@ def test_augmentation_is_compared_on_the_same_models(
     assert (('flips', DEFAULT_FUSION) in samples.views) == (not says)
     assert re.search(says, notes.get('tta flips', ''))
     assert ('tta flips' in notes) == bool(says)
+
+
+def test_thresholds_are_never_given_to_other_classes(tested_folds: Inputs) -> None:
+    inputs = replace(tested_folds, class_names=tuple(reversed(CLASS_NAMES)))
+    with pytest.raises(PredictionError, match='thresholds are per class'):
+        read_samples(inputs, load_folds(inputs.folds_path))
 
 
 def test_fusion_is_chosen_where_members_share_a_fold(tested_folds: Inputs, tmp_path: Path) -> None:
