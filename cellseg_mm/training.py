@@ -18,7 +18,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from cellseg_mm import checkpoints, files, prepare, tta
-from cellseg_mm.errors import ConfigError
+from cellseg_mm.errors import CheckpointError, ConfigError
 from cellseg_mm.folds import load_folds
 
 
@@ -84,6 +84,8 @@ def train(
 def _set_resume(cfg: Config, resume: str) -> bool:
     """Set what to resume from; tell whether there is anything."""
     if resume != 'auto':
+        if '://' not in resume and not Path(resume).is_file():  # before anything is changed
+            raise CheckpointError(f'{resume}: there is no such checkpoint; check the path')
         cfg.resume, cfg.load_from = True, resume
         return True
     newest, skipped = checkpoints.last_good_checkpoint(cfg.work_dir)

@@ -96,7 +96,7 @@ def test_resuming_with_other_settings_is_refused(
     from argparse import Namespace
 
     from cellseg_mm import training
-    from cellseg_mm.errors import ConfigError
+    from cellseg_mm.errors import CheckpointError, ConfigError
     from cellseg_mm.launch import load_config
 
     monkeypatch.setenv('CELLSEG_DATA', str(sample_data))
@@ -111,6 +111,8 @@ def test_resuming_with_other_settings_is_refused(
     }
     with pytest.raises(ConfigError, match=rf'began with other values of {named}'):
         training.train(load_config(Namespace(**words)), resume='auto')
+    with pytest.raises(CheckpointError, match='no such checkpoint'):
+        training.train(load_config(Namespace(**words)), resume=str(work_dir / 'iter_9.pth'))
     assert (work_dir / training.FINISHED).is_file()  # nothing was touched
 
 
