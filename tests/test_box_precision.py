@@ -15,7 +15,7 @@ from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor  # noqa: E4
 from mmdet.registry import MODELS  # noqa: E402
 from mmdet.structures import DetDataSample  # noqa: E402
 from mmengine.config import Config, ConfigDict  # noqa: E402
-from mmengine.registry import init_default_scope  # noqa: E402
+from mmengine.registry import DefaultScope, init_default_scope  # noqa: E402
 
 from cellseg_mm.box_precision import Fp32RoIExtractor, Fp32RPNHead  # noqa: E402
 from cellseg_mm.runtime import ops_backend  # noqa: E402
@@ -139,17 +139,18 @@ def proposals(kind: type, dtype: torch.dtype | None, delta_std: float) -> torch.
     test_cfg = ConfigDict(
         nms_pre=200, max_per_img=200, min_bbox_size=0, nms={'type': 'nms', 'iou_threshold': 0.9}
     )
-    head = kind(
-        in_channels=4,
-        feat_channels=4,
-        anchor_generator={
-            'type': 'AnchorGenerator', 'scales': [5], 'ratios': [1.0], 'strides': [4],
-        },
-        bbox_coder={'type': 'DeltaXYWHBBoxCoder'},
-        loss_cls={'type': 'CrossEntropyLoss', 'use_sigmoid': True},
-        loss_bbox={'type': 'L1Loss'},
-        test_cfg=test_cfg,
-    )  # fmt: skip
+    with DefaultScope.overwrite_default_scope('mmdet'):  # whatever ran before
+        head = kind(
+            in_channels=4,
+            feat_channels=4,
+            anchor_generator={
+                'type': 'AnchorGenerator', 'scales': [5], 'ratios': [1.0], 'strides': [4],
+            },
+            bbox_coder={'type': 'DeltaXYWHBBoxCoder'},
+            loss_cls={'type': 'CrossEntropyLoss', 'use_sigmoid': True},
+            loss_bbox={'type': 'L1Loss'},
+            test_cfg=test_cfg,
+        )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     for layer, std in ((head.rpn_conv, 0.3), (head.rpn_cls, 1.0), (head.rpn_reg, delta_std)):
         layer.weight.data.copy_(torch.randn(layer.weight.shape, generator=generator) * std)
