@@ -109,11 +109,13 @@ def clean_folds(members: Sequence[Member]) -> frozenset[int]:
     return frozenset.intersection(*(member.clean_folds for member in members))
 
 
-def mixed_provenance(ingredients: Sequence[Ingredient]) -> dict:
+def mixed_provenance(ingredients: Sequence[Ingredient], *, selected_on: int | None = None) -> dict:
     """Return ``meta['cellseg']`` of a soup.
 
     It is clean only on folds that every ingredient left out, and on none if the ingredients
-    were trained with different folds.
+    were trained with different folds. A common held-out fold that the ingredients were chosen on
+    is not clean any more: fusion measured there would be flattered by the choice. The own fold of
+    checkpoints of one fold stays what it is, as for a best checkpoint.
     """
     members = [item.member for item in ingredients]
     hashes = {member.fold_hash for member in members}
@@ -125,7 +127,8 @@ def mixed_provenance(ingredients: Sequence[Ingredient]) -> dict:
         **ingredients[0].meta.get('cellseg', {}),
         'fold': fold,
         'fold_hash': hashes.pop() if is_one_split else '',
-        'excluded_folds': sorted(clean - {fold}) if is_one_split else [],
+        'excluded_folds': sorted(clean - {fold, selected_on}) if is_one_split else [],
+        'selected_on': selected_on,
         'commit': code_commit(),
         'soup': [member.to_json() for member in members],
     }
@@ -316,12 +319,14 @@ class SoupKitchen:
         value = score(gt, found, classes, ScoreParams(n_bootstrap=0)).headline()['segm_AP50']
         return 0.0 if np.isnan(value) else value
 
-    def uniform(self, ingredients: Sequence[Ingredient], path: Path | str) -> Soup:
-        """Average everything and save."""
+    def uniform(
+        self, ingredients: Sequence[Ingredient], path: Path | str, *, selected_on: int | None = None
+    ) -> Soup:
+        """Average everything and save; ``selected_on`` is the fold that chose the ingredients."""
         model, n_batches = self.cook(ingredients)
-        save_soup(path, model, ingredients)
+        save_soup(path, model, ingredients, selected_on=selected_on)
         members = tuple(item.member for item in ingredients)
-        return Soup(Path(path), members, n_batches, None, {})
+        return Soup(Path(path), members, n_batches, selected_on, {})
 
     def greedy(self, ingredients: Sequence[Ingredient], path: Path | str) -> Soup:
         """Choose on images that no candidate saw, average and save.
@@ -338,15 +343,22 @@ class SoupKitchen:
             single, lambda index: self.score([ingredients[i] for i in index], fold)
         )
         parts = [ingredients[i] for i in sorted(chosen)]
-        soup = self.uniform(parts, path)
+        soup = self.uniform(parts, path, selected_on=fold)
         scores = {item.member.source: v for item, v in zip(ingredients, single, strict=True)}
         scores['soup'] = best
         return Soup(soup.path, soup.members, soup.n_batches, fold, scores)
 
 
-def save_soup(path: Path | str, model: nn.Module, ingredients: Sequence[Ingredient]) -> None:
+def save_soup(
+    path: Path | str,
+    model: nn.Module,
+    ingredients: Sequence[Ingredient],
+    *,
+    selected_on: int | None = None,
+) -> None:
     """Write a soup as a checkpoint that every tool loads."""
-    meta = {**ingredients[0].meta, 'cellseg': mixed_provenance(ingredients)}
+    origin = mixed_provenance(ingredients, selected_on=selected_on)
+    meta = {**ingredients[0].meta, 'cellseg': origin}
     state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     with files.atomic_path(path) as temporary:
         torch.save({'meta': meta, 'state_dict': state}, temporary)

@@ -94,6 +94,30 @@ def test_a_soup_has_seen_what_its_parts_saw(tiny: TinyFolds) -> None:
     assert (other['fold'], other['fold_hash'], other['excluded_folds']) == (None, '', [])
 
 
+def test_a_held_out_fold_is_used_up_by_choosing_on_it(tiny: TinyFolds, tmp_path: Path) -> None:
+    cfg = Config.fromfile(tiny.configs[0])
+    paths = []
+    for fold in (0, 1):
+        model = load_member(Source(cfg, 'c', tiny.checkpoints[fold])).model
+        path = tmp_path / f'{fold}.pth'
+        trained = {'fold': fold, 'fold_hash': tiny.folds.hash, 'excluded_folds': [2]}
+        paths.append(save_checkpoint(path, model, **trained))
+    kitchen = soup.SoupKitchen(cfg, n_batches=1)
+    ingredients = soup.load_ingredients(paths)
+    names = tiny.folds.val_names(2)
+    for is_greedy in (False, True):
+        make = kitchen.greedy if is_greedy else kitchen.uniform
+        made = make(ingredients, tmp_path / 'soup.pth')
+        member = load_member(Source(cfg, 'c', made.path)).member
+        # A soup of one is its ingredient, but chosen all the same.
+        own = {member.fold} - {None}
+        assert member.clean_folds == (own if is_greedy else own | {2})
+        if is_greedy:
+            assert made.selected_on == 2
+            with pytest.raises(FoldError):
+                clean_members([member], names, tiny.folds, leave_out_seen=False)
+
+
 class Toy(nn.Module):
     """Two norms, one of which stays frozen as a backbone with norm_eval does."""
 
