@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from cellseg_mm.anchor_fit import AnchorFit, AnchorLevel, best_ious
 from cellseg_mm.check_lines import Line, error, ok, warn
 from cellseg_mm.errors import CellSegError
+from cellseg_mm.hooks import refuse_other_class_count
 from cellseg_mm.instances import InstanceSet
 from cellseg_mm.labels import Case, read_image, read_label_layers
 from cellseg_mm.training import dataset_settings
@@ -67,7 +68,7 @@ def nodes(node: object, path: str = '') -> Iterator[tuple[str, dict]]:
 
 
 def check_learning_rates(cfg: Config) -> Iterator[Line]:
-    """Build the optimizer: every key must decide a parameter; print the table."""
+    """Build the model and the optimizer: every key must decide a parameter; print the table."""
     from cellseg_mm.optim import group_table
 
     settings = copy.deepcopy(cfg.model)
@@ -75,6 +76,10 @@ def check_learning_rates(cfg: Config) -> Iterator[Line]:
         if node.get('type') in ('MMSyncBN', 'SyncBN'):
             node['type'] = 'BN'  # the same parameters, and built without a process group
     model = MODELS.build(settings)
+    try:
+        refuse_other_class_count(model, dataset_settings(cfg).metainfo.get('classes', ()))
+    except CellSegError as problem:
+        yield error('classes', str(problem))
     try:
         wrapper = build_optim_wrapper(model, copy.deepcopy(cfg.optim_wrapper))
     except CellSegError as problem:

@@ -144,6 +144,10 @@ FAULTS = {
         {KEYS: {'bakbone': {'lr_mult': 0.1}}},
         *('check_learning_rates', 'error', "'bakbone'"),
     ),
+    'number of classes': (
+        {'model.roi_head.mask_head.num_classes': 5},
+        *('check_learning_rates', 'error', 'mask_head.num_classes=5: the data set names 4'),
+    ),
     'absolute floor': (
         {KEYS: RATES, 'param_scheduler': [{**COS, 'eta_min': 1e-5}]},
         *('check_learning_rates', 'warn', 'end at 0.01 to 0.1 of their own rates'),
