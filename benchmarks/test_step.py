@@ -36,7 +36,7 @@ from cellseg_mm import mask_head
 
 SECTIONS = (
     'data', 'transfer', 'backbone and neck', 'RPN', 'RoI heads', 'mask pasting', 'RLE',
-    'evaluator, per image', 'evaluator, scores', peers.REST,
+    'evaluator, per image', 'evaluator, scores', 'start of a round', peers.REST,
 )  # fmt: skip
 
 
@@ -166,13 +166,16 @@ def measure(sides: dict[str, Side], args: argparse.Namespace) -> dict[str, list[
     seconds: dict[str, list[float]] = defaultdict(list)
     n_rounds = args.repeats + args.warm_up
     exact = n_rounds if args.device == 'cuda' else 0  # where the time goes, waiting at every edge
+    for side in sides.values():
+        side.watch.seconds.clear()  # of what made the weights
     for number in range(n_rounds + exact):
         is_timed = args.warm_up <= number < n_rounds
         totals = dict.fromkeys(peers.SIDES, 0.0)
         for name, side in sides.items():
             side.watch.is_on = number >= n_rounds if exact else is_timed
             start = side.watch.now()
-            side.begin()
+            with side.watch.section('start of a round'):
+                side.begin()
             totals[name] += side.watch.now() - start
         for _ in range(len(sides['ours'].loader)):
             _turn(sides, totals, 'step')
