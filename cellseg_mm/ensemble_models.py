@@ -6,6 +6,7 @@ Invariant: nothing about the result depends on the number of processes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -66,6 +67,7 @@ def ensemble_models(
     Raises:
         CellSegError: See ``FoldEnsembleHook``.
     """
+    cfg = copy.deepcopy(cfg)  # often a member's own config, which must stay as it was trained
     _prepare(cfg, images, Path(out_dir), amp=amp)
     if fusion.tta:
         settings = dataset_settings(cfg, 'test_dataloader')

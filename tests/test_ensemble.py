@@ -243,6 +243,15 @@ def test_a_tested_fold_with_views_is_what_the_ensemble_of_one_predicts(tiny: Tin
         assert ours.scores.tolist() == pytest.approx(theirs.scores.tolist())
 
 
+def test_all_folds_with_views_are_merged(tiny: TinyFolds) -> None:
+    out = tiny.root / 'all_with_views'
+    said = run_tool(tiny, *tiny.configs, '--tta', 'hflip', '--out', out)
+    assert 'test-time augmentation hflip' in said
+    found = load_predictions(out / 'test.predictions.npz')
+    assert found.provenance['tta'] == 'hflip'
+    assert all(s.extra['n_votes'].max() > 1 for s in found.sets)
+
+
 def test_settings_file(tmp_path: Path) -> None:
     path = tmp_path / 'inference.json'
     with pytest.raises(ConfigError, match=r'make them with: python tools/find_best.py'):
