@@ -63,8 +63,8 @@ class ProvenanceHook(Hook):
     """Write fold, data and code identity into every checkpoint, and check them when one is loaded.
 
     Args:
-        allow_other_folds: Accept a checkpoint of other folds when resuming or scoring a fold's
-            validation split. Scores are then not out of fold.
+        allow_other_folds: Accept a checkpoint of other folds when fine-tuning, resuming or scoring
+            a fold's validation split. Scores are then not out of fold.
 
     Raises:
         FoldError: The loaded checkpoint was trained with other folds, or on another fold.
@@ -121,10 +121,11 @@ class ProvenanceHook(Hook):
         dataset = base_dataset(loop.dataloader.dataset) if loop is not None else None
         if not trained or dataset is None or dataset.split not in ('train', 'val'):
             return
-        is_fine_tuning = dataset.split == 'train' and not runner._resume
-        if is_fine_tuning or self.allow_other_folds:
+        if self.allow_other_folds:
             return
-        refuse_other_folds(trained, dataset)
+        is_fine_tuning = dataset.split == 'train' and not runner._resume
+        check = refuse_seen_start if is_fine_tuning else refuse_other_folds
+        check(trained, dataset)
 
 
 def refuse_other_class_count(model: nn.Module, class_names: Sequence[str]) -> None:
@@ -166,6 +167,27 @@ def refuse_other_folds(trained: dict, dataset: CellDataset) -> None:
             f'checkpoint: trained for fold {trained["fold"]} without folds {excluded}, the config '
             f'is fold {dataset.fold} without {list(dataset.exclude_folds)}; it has seen images '
             'that this config holds out; use the config of its own fold'
+        )
+
+
+def refuse_seen_start(trained: dict, dataset: CellDataset) -> None:
+    """Raise FoldError if weights to begin with have seen images that this training holds out.
+
+    Their scores would not be out of fold, and no later checkpoint would tell. Weights of other data
+    are welcome.
+    """
+    held_out = {dataset.fold, *dataset.exclude_folds}
+    clean: set = set()
+    if trained.get('fold_hash') == dataset.fold_hash:
+        clean = {trained.get('fold'), *(trained.get('excluded_folds') or ())}
+    elif trained.get('data_hash') != dataset.data_hash:
+        return
+    if seen := sorted(held_out - clean):
+        raise FoldError(
+            f'load_from: the checkpoint was trained for fold {trained.get("fold")} of folds '
+            f'{trained.get("fold_hash") or "unknown"} and has seen images of fold '
+            f'{", ".join(map(str, seen))} of {dataset.folds_file}, which this training holds out; '
+            'begin with weights of other data or of the same fold, or with load_from=None'
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ pytest.importorskip('mmdet')
 from mmdet.registry import MODELS  # noqa: E402
 from mmengine.config import Config  # noqa: E402
 from mmengine.hooks import Hook  # noqa: E402
-from mmengine.runner import Runner  # noqa: E402
+from mmengine.runner import IterBasedTrainLoop, Runner  # noqa: E402
 
 from cellseg_mm import tta  # noqa: E402
 from cellseg_mm.dataset import CellDataset  # noqa: E402
@@ -26,7 +27,7 @@ from cellseg_mm.errors import CheckpointError, ConfigError, FoldError, Predictio
 from cellseg_mm.fold_ensemble import FoldEnsembleHook, FoldEnsembleModel  # noqa: E402
 from cellseg_mm.folds import Folds, save_folds  # noqa: E402
 from cellseg_mm.fusion import from_spec, fuse, post_from_spec  # noqa: E402
-from cellseg_mm.hooks import refuse_other_folds  # noqa: E402
+from cellseg_mm.hooks import ProvenanceHook, refuse_other_folds  # noqa: E402
 from cellseg_mm.instances import InstanceSet  # noqa: E402
 from cellseg_mm.member_models import Loaded, MemberModels, Source, load_members  # noqa: E402
 from cellseg_mm.members import Member  # noqa: E402
@@ -383,6 +384,37 @@ def test_checkpoint_is_scored_on_excluded_folds_but_never_resumed_there(tiny: Ti
     for other in (dataset('val', 1), dataset('train', 2, (1,)), dataset('train', 0)):
         with pytest.raises(FoldError, match='holds out'):
             refuse_other_folds(trained, other)
+
+
+@pytest.mark.parametrize(
+    ('trained', 'seen'),
+    [
+        pytest.param({'fold': 0}, None, id='same fold'),
+        pytest.param({'fold': 2, 'excluded_folds': [0]}, None, id='left it out too'),
+        pytest.param({'fold': 1}, '0', id='another fold'),
+        pytest.param({'fold': None}, '0', id='a soup of folds'),
+        pytest.param({'fold': 0, 'fold_hash': 'other'}, '0', id='other folds of the same data'),
+        pytest.param({'fold': None, 'fold_hash': ''}, '0', id='all images'),
+        pytest.param({'fold': 1, 'fold_hash': 'x', 'data_hash': 'x'}, None, id='other data'),
+    ],
+)
+def test_fine_tuning_never_begins_with_weights_that_saw_what_is_held_out(
+    tiny: TinyFolds, trained: dict, seen: str | None
+) -> None:
+    dataset = CellDataset(
+        data_root=str(tiny.data_root), metainfo={'classes': CLASSES}, pipeline=[], fold=0
+    )
+    loop = IterBasedTrainLoop.__new__(IterBasedTrainLoop)
+    loop.dataloader = SimpleNamespace(dataset=dataset)
+    runner = SimpleNamespace(_train_loop=loop, _test_loop=None, _val_loop=None, _resume=False)
+    known = {'fold_hash': tiny.folds.hash, 'data_hash': dataset.data_hash, **trained}
+    checkpoint = {'meta': {'cellseg': known}}
+    ProvenanceHook(allow_other_folds=True).after_load_checkpoint(runner, checkpoint)
+    if seen is None:
+        ProvenanceHook().after_load_checkpoint(runner, checkpoint)
+    else:
+        with pytest.raises(FoldError, match=rf'has seen images of fold {seen} of .*load_from=None'):
+            ProvenanceHook().after_load_checkpoint(runner, checkpoint)
 
 
 @pytest.mark.parametrize('batch_size', [1, 2])
