@@ -249,7 +249,7 @@ def test_all_folds_with_views_are_merged(tiny: TinyFolds) -> None:
     assert 'test-time augmentation hflip' in said
     found = load_predictions(out / 'test.predictions.npz')
     assert found.provenance['tta'] == 'hflip'
-    assert all(s.extra['n_votes'].max() > 1 for s in found.sets)
+    assert all(len(s) > 0 and 'agreement' in s.extra for s in found.sets)
 
 
 def test_settings_file(tmp_path: Path) -> None:
