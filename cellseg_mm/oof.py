@@ -15,7 +15,7 @@ from cellseg_mm.errors import FoldError, PredictionError
 from cellseg_mm.folds import Folds
 from cellseg_mm.instances import InstanceSet
 from cellseg_mm.labels import Case, find_cases, read_gt
-from cellseg_mm.predictions import Predictions, load_predictions, save_predictions
+from cellseg_mm.predictions import Predictions, augmented_name, load_predictions, save_predictions
 from cellseg_mm.progress import track
 from cellseg_mm.provenance import code_commit, versions
 from cellseg_mm.scoring import ScoreParams, Scores, score
@@ -173,8 +173,10 @@ def describe(pool: Pool, scores: Scores, data_root: Path | str) -> str:
     interval = f' (95 % interval {low:.4f} to {high:.4f}, {drawn})' if scores.intervals else ''
     held_out = ', '.join(map(str, pool.folds))
     partial = '' if len(pool.folds) == pool.n_folds else ' ONLY'
+    views = sorted({str(origin['tta']) for origin in pool.provenance.values() if origin.get('tta')})
+    augmented = f' with test-time augmentation {"; ".join(views)}' if views else ''
     return (
-        f'out-of-fold mask AP50 {value:.4f}{interval}\n'
+        f'out-of-fold mask AP50{augmented} {value:.4f}{interval}\n'
         f'data {data_root}, {len(pool.pred_sets)} images of folds {held_out}{partial} '
         f'(of {pool.n_folds}, folds {pool.fold_hash}), at most {scores.cap} detections per class '
         f'and image, commit {code_commit() or "unknown"}'
@@ -217,16 +219,25 @@ def pool_origin(pool: Pool) -> dict:
     }
 
 
-def validation_files(configs: Sequence[str], work_dirs: Sequence[Path]) -> list[Path]:
+def validation_files(
+    configs: Sequence[str], work_dirs: Sequence[Path], *, tta: str = ''
+) -> list[Path]:
     """Return where each fold's tested predictions are.
+
+    Args:
+        configs: One config per fold.
+        work_dirs: Their work folders.
+        tta: The test-time augmentation they were tested with, as on the command line; '' for none.
 
     Raises:
         PredictionError: Some are missing; names the commands that make them.
     """
+    name = f'val.{augmented_name(tta)}' if tta else 'val'
     return _existing(
-        [work_dir / 'val.predictions.npz' for work_dir in work_dirs],
+        [work_dir / f'{name}.predictions.npz' for work_dir in work_dirs],
         [
             f'python tools/test.py {config} --work-dir {work_dir}'
+            + (f' --tta {tta}' if tta else '')
             for config, work_dir in zip(configs, work_dirs, strict=True)
         ],
     )

@@ -30,6 +30,7 @@ from cellseg_mm import fusion, rle
 from cellseg_mm.detections import to_instance_set, to_pred_instances
 from cellseg_mm.errors import ConfigError
 from cellseg_mm.instances import InstanceSet
+from cellseg_mm.predictions import augmented_name
 
 DEFAULT_RULE = 'soft_mask'
 PROBS = ('mask_probs', 'mask_boxes')
@@ -263,7 +264,7 @@ def file_name(text: str) -> str:
     """
     if len(from_spec(text)) == 1:
         raise ConfigError(f'tta {text!r}: makes one view; expected more, for example flips')
-    return re.sub(r'[^A-Za-z0-9]+', '-', text).strip('-')
+    return augmented_name(text)
 
 
 @TRANSFORMS.register_module()

@@ -113,6 +113,8 @@ def test_intervals_draw_the_folds_groups(world: World, tmp_path: Path) -> None:
     scores = oof.score_pool(made, params)
     assert (scores.interval_unit, scores.n_interval_units) == ('groups', 5)
     assert '5 groups)' in oof.describe(made, scores, world.data_root)
+    views = replace(made, provenance={k: {**v, 'tta': 'd4'} for k, v in made.provenance.items()})
+    assert 'AP50 with test-time augmentation d4 0.' in oof.describe(views, scores, world.data_root)
     wanted = score(made.gt_sets, made.pred_sets, CLASSES, params, groups=grouped.groups)
     assert scores.intervals == wanted.intervals
     alone = oof.score_pool(pool(world, paths), params)
@@ -205,6 +207,12 @@ def test_data_that_changed_after_the_test_are_refused(world: World, tmp_path: Pa
 def test_missing_files_name_the_commands(tmp_path: Path) -> None:
     with pytest.raises(PredictionError, match=r'2 of 2 .*tools/test.py c0.py --work-dir .*w0'):
         oof.validation_files(['c0.py', 'c1.py'], [tmp_path / 'w0', tmp_path / 'w1'])
+    spec = 'd4,scales=0.8'
+    with pytest.raises(PredictionError, match=f'--tta {spec}'):
+        oof.validation_files(['c0.py'], [tmp_path], tta=spec)
+    augmented = tmp_path / 'val.d4-scales-0-8.predictions.npz'
+    augmented.touch()
+    assert oof.validation_files(['c0.py'], [tmp_path], tta=spec) == [augmented]
     with pytest.raises(PredictionError, match=r'test_dataloader.dataset.fold=2'):
         oof.held_out_files(['c0.py'], [tmp_path / 'w0'], 2)
 

@@ -1,6 +1,7 @@
 """Score all folds on the images that each of them never saw.
 
     python tools/score_oof.py configs/*.py
+    python tools/score_oof.py configs/*.py --tta flips                      # folds tested so
     python tools/score_oof.py configs/*.py --held-out 4 --fusion nms soft_mask   # fusion's gain
 
 With --held-out, the members must have been trained without that fold (docs/fusion.md says how).
@@ -23,6 +24,7 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('configs', nargs='+', help='one config per fold')
     parser.add_argument('--work-root', help='folder of the work folders (default: work_dirs)')
     parser.add_argument('--out', help='folder for the results (default: ensemble beside the folds)')
+    parser.add_argument('--tta', default='', help='score what tools/test.py --tta of this left')
     parser.add_argument('--held-out', type=int, help='measure what fusion brings on this fold')
     parser.add_argument(
         '--fusion', nargs='+', default=['nms', 'soft_mask'], help='rules to measure'
@@ -36,7 +38,7 @@ def main() -> None:
     args = parse_args()
     from mmengine.config import Config
 
-    from cellseg_mm import ensemble, files, folds, oof
+    from cellseg_mm import ensemble, files, folds, oof, predictions
     from cellseg_mm.cross_validation import ensemble_dir
     from cellseg_mm.fusion_gain import fusion_gain
     from cellseg_mm.training import dataset_settings, folds_path
@@ -58,15 +60,16 @@ def main() -> None:
         files.write_json(path, dataclasses.asdict(gain))
         print(f'{gain.table()}\nwritten: {path}')
         return
-    paths = oof.validation_files(args.configs, work_dirs)
+    paths = oof.validation_files(args.configs, work_dirs, tta=args.tta)
     in_force = folds.load_folds(folds_path(data))
     pool = oof.pool_predictions(paths, in_force, data.data_root, folds_path=folds_path(data))
     scores = oof.score_pool(pool)
-    oof.save_pool(out / 'oof.predictions.npz', pool)
+    stem = f'oof.{predictions.augmented_name(args.tta)}' if args.tta else 'oof'
+    oof.save_pool(out / f'{stem}.predictions.npz', pool)
     record = {**scores.to_dict(), 'provenance': oof.pool_origin(pool)}
-    files.write_json(out / 'oof.scores.json', record)
+    files.write_json(out / f'{stem}.scores.json', record)
     print(f'{scores.table()}\n\n{oof.describe(pool, scores, data.data_root)}')
-    print(f'written: {out / "oof.scores.json"}, {out / "oof.predictions.npz"}')
+    print(f'written: {out / f"{stem}.scores.json"}, {out / f"{stem}.predictions.npz"}')
 
 
 if __name__ == '__main__':
