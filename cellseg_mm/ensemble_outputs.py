@@ -67,7 +67,7 @@ def write_outputs(
         ImageError: An image cannot be read.
     """
     by_name = {s.name: s for s in load_predictions(predictions_path).sets}
-    notes = []
+    notes, n_files = [], 0
     for i, case in enumerate(track(images.cases, description='export')):
         words = set(outputs.formats) | ({OVERLAY} if i < outputs.n_overlays else set())
         shown = by_name[case.name]
@@ -75,7 +75,7 @@ def write_outputs(
         folder = Path(out_dir) / 'exports' / case.name
         note = _write_image(case.image_path, folder, shown, sorted(words), images, outputs)
         notes += [f'{case.name}: {note}'] if note else []
-    n_files = len(images.cases) * len(outputs.formats) + min(outputs.n_overlays, len(by_name))
+        n_files += len(words)
     where = f'exports: {n_files} files in {Path(out_dir) / "exports"} (scores >= '
     return '\n'.join([*notes, f'{where}{outputs.score_thr:g})'])
 
