@@ -111,6 +111,9 @@ def test_resuming_with_other_settings_is_refused(
     }
     with pytest.raises(ConfigError, match=rf'began with other values of {named}'):
         training.train(load_config(Namespace(**words)), resume='auto')
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match=r'mixed precision .* found device cpu'):
+            training.train(load_config(Namespace(**words)), amp=True)
     with pytest.raises(CheckpointError, match='no such checkpoint'):
         training.train(load_config(Namespace(**words)), resume=str(work_dir / 'iter_9.pth'))
     assert (work_dir / training.FINISHED).is_file()  # nothing was touched
