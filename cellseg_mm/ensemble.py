@@ -185,7 +185,8 @@ def ensemble_files(
     Raises:
         PredictionError: A file cannot be read, lacks images, or is of other classes or images.
         FoldError: A member has seen, or may have seen, images that would be scored.
-        ConfigError: The rule needs models, or masks cannot be cut at another threshold.
+        ConfigError: The rule needs models, masks cannot be cut at another threshold, or a file was
+            made with another augmentation than ``fusion.tta``.
     """
     rule, post = fusion.merging, fusion.post_process
     if rule.needs_models:
@@ -193,7 +194,7 @@ def ensemble_files(
             f'fusion {rule.name}: works on models, not on prediction files; leave --predictions '
             'out, or choose another rule'
         )
-    members, sets_of = load_files(paths, images)
+    members, sets_of = load_files(paths, images, tta=fusion.tta)
     by_name = [{s.name: s for s in sets} for sets in sets_of]
     chosen = _clean(members, images, leave_out_seen=leave_out_seen)
     fused, counts, report = [], {}, FuseReport()
@@ -216,17 +217,24 @@ def ensemble_files(
 
 
 def load_files(
-    paths: Sequence[Path | str], images: Images
+    paths: Sequence[Path | str], images: Images, *, tta: str | None = None
 ) -> tuple[list[Member], list[tuple[InstanceSet, ...]]]:
     """Read members' prediction files.
+
+    Args:
+        paths: The files, in any order.
+        images: What must be in them.
+        tta: Test-time augmentation that they must have been made with; None does not ask. COCO
+            results do not say.
 
     Returns:
         Members in the order of their content, and each one's sets in the order of the images.
 
     Raises:
         PredictionError: A file cannot be read, is given twice, lacks images, or has other classes.
+        ConfigError: A file was made with another augmentation.
     """
-    loaded = [_load_file(Path(path), images) for path in paths]
+    loaded = [_load_file(Path(path), images, tta) for path in paths]
     order = in_order([member for member, _ in loaded])
     members = [loaded[i][0] for i in order]
     check_classes(members, images.class_names)
@@ -246,11 +254,20 @@ def clean_sets(
     return members, sets_of
 
 
-def _load_file(path: Path, images: Images) -> tuple[Member, tuple[InstanceSet, ...]]:
+def _load_file(
+    path: Path, images: Images, tta: str | None
+) -> tuple[Member, tuple[InstanceSet, ...]]:
     """Read one member's file; sets in the order of ``images.cases``."""
     if path.suffix.lower() == '.npz':
         predictions = load_predictions(path)
         sets, provenance = _matched(path, predictions, images), predictions.provenance
+        if tta is not None and provenance.get('tta') != tta:
+            made = f'augmentation {provenance["tta"]}' if provenance.get('tta') else 'none'
+            raise ConfigError(
+                f'{path}: the settings ask for test-time augmentation {tta}, the file was made '
+                f'with {made}; no model is run on files; predict again with --tta {tta}, or choose '
+                'settings without it'
+            )
     else:
         refs = image_refs(images.cases)
         if images.split == 'test':  # others predict images of the map that are not here

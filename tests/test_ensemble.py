@@ -199,6 +199,21 @@ def test_fused_masks_are_cut_where_the_settings_cut_masks(images: Images, tmp_pa
         assert areas['soft_mask:mask_thr=0.3', thr] == 80
 
 
+def test_files_must_have_the_augmentation_that_the_settings_name(
+    images: Images, tmp_path: Path
+) -> None:
+    """No model is run on files: a result that says it was augmented must have been."""
+    plain = npz(tmp_path / 'plain.npz', squares(images, 0, 0.9))
+    views = npz(tmp_path / 'views.npz', squares(images, 1, 0.9), tta='flips')
+    fusion = Fusion(tta='flips')
+    with pytest.raises(ConfigError, match=r'plain.npz: .*augmentation flips, .*made with none'):
+        ensemble_files([plain, views], images, fusion, tmp_path)
+    with pytest.raises(ConfigError, match=r'augmentation d4, .*made with augmentation flips'):
+        ensemble_files([views], images, replace(fusion, tta='d4'), tmp_path)
+    merged = ensemble_files([views], images, fusion, tmp_path)
+    assert load_predictions(merged.predictions_path).provenance['tta'] == 'flips'
+
+
 def test_files_of_unknown_origin_are_not_scored(tiny: TinyFolds, tmp_path: Path) -> None:
     folds_path = tiny.data_root / 'folds.json'
     val = find_images(tiny.data_root, 'val', CLASSES, folds_path=folds_path, fold=1)
