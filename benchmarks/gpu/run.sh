@@ -69,9 +69,11 @@ bench() {  # bench NAME SCRIPT WORDS...: 150 s at most, and go on when one fails
   local name=$1 script=$2
   shift 2
   say "$name"
-  timeout 150 "$PYTHON" "benchmarks/$script.py" --data "$CELLSEG_DATA" "$@" 2>&1 |
-    grep -v -e 'OneDL' -e 'annotations into' -e 'Done (t' -e '^creating' -e '^index created' |
-    tee "$OUT/$name.md" || say "$name failed or was stopped"
+  # through a file: a killed benchmark's workers would hold a pipe open, and the call would hang
+  timeout 150 "$PYTHON" "benchmarks/$script.py" --data "$CELLSEG_DATA" "$@" \
+    > "$OUT/$name.log" 2>&1 || say "$name failed or was stopped, see $name.log"
+  grep -v -e 'OneDL' -e 'annotations into' -e 'Done (t' -e '^creating' -e '^index created' \
+    "$OUT/$name.log" | tee "$OUT/$name.md" || true
 }
 
 take_in
