@@ -36,7 +36,7 @@ class Side:
     """One side's loader, model and optimizer, ready to step."""
 
     def __init__(self, name: str, cfg: Config, args: argparse.Namespace, folder: Path) -> None:
-        self.name, self.args = name, args
+        self.name, self.args, self.n_steps = name, args, 0
         self.watch = peers.Stopwatch(args.device)
         self.batches = iter(_loader(name, cfg, args, folder))
         self.model = peers.build_model(name, cfg, args, exact_boxes=args.amp == 'bf16').train()
@@ -63,6 +63,8 @@ class Side:
                 batch = next(self.batches)
             with section('transfer'):
                 data = peers.prepared(self.model, batch, self.args, training=True)
+            torch.manual_seed(self.n_steps)  # both sides sample the same RoIs
+            self.n_steps += 1
             with peers.autocast(self.args):
                 loss, _ = self.model.parse_losses(self.model(**data, mode='loss'))
             with section('backward'):
