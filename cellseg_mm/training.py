@@ -19,7 +19,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from cellseg_mm import checkpoints, files, prepare, tta
-from cellseg_mm.errors import CheckpointError, ConfigError
+from cellseg_mm.errors import CheckpointError, ConfigError, FoldError
 from cellseg_mm.folds import load_folds
 
 
@@ -132,10 +132,16 @@ def ensure_folds(cfg: Config) -> None:
 
     Raises:
         DataError: The data have errors.
+        FoldError: There is no such file, and none could be made under its name.
     """
     settings = dataset_settings(cfg)
     data_root = Path(settings.data_root)
     path = folds_path(settings)
+    if not path.is_file() and path.name != 'folds.json':
+        raise FoldError(
+            f'{path}: no such file; expected folds; prepare_data.py writes them as folds.json '
+            'into the folder of --out; correct CELLSEG_FOLDS (or folds_file), or rename the file'
+        )
     if is_main_process() and not path.is_file():
         print_log(f'{path}: not there yet; verifying {data_root} and making folds', 'current')
         manifest = data_root / 'manifest.csv'

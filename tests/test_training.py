@@ -143,6 +143,21 @@ def test_data_set_leaves_out_what_its_folds_record(sample_data: Path, tmp_path: 
     assert sizes['test'] == 1
 
 
+def test_folds_of_another_name_are_not_made(
+    sample_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mmengine.config import Config
+
+    from cellseg_mm import training
+    from cellseg_mm.errors import FoldError
+
+    monkeypatch.setenv('CELLSEG_DATA', str(sample_data))
+    monkeypatch.setenv('CELLSEG_FOLDS', str(tmp_path / 'three.json'))
+    with pytest.raises(FoldError, match=r'three\.json: no such file'):
+        training.ensure_folds(Config.fromfile(ROOT / 'configs/sample/fold0.py'))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_checkpoint_says_where_it_comes_from(sample_data: Path, trained: Path) -> None:
     from cellseg_mm.folds import load_folds
 
