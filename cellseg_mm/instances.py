@@ -8,15 +8,13 @@ inside the functions that read and write COCO files.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_mm import rle
-from cellseg_mm.errors import PredictionError
 
 Index = slice | NDArray[np.bool_] | NDArray[np.intp] | Sequence[int]
 
