@@ -26,7 +26,9 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     what.add_argument(
         '--predictions', nargs='+', help='merge these files (npz, COCO JSON or zip); run no model'
     )
-    parser.add_argument('--fusion', help='rule, for example soft_mask:iou_thr=0.4 (default: soft_mask)')
+    parser.add_argument(
+        '--fusion', help='rule, for example soft_mask:iou_thr=0.4 (default: soft_mask)'
+    )
     parser.add_argument('--post', help='afterwards, for example disjoint,min_area_px=20')
     parser.add_argument('--settings', help='inference.json of tools/find_best.py')
     parser.add_argument(
