@@ -6,6 +6,7 @@ import datetime
 import json
 import math
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from mmdet.registry import METRICS  # noqa: E402
 from mmengine.evaluator import BaseMetric, Evaluator  # noqa: E402
 from mmengine.logging import MMLogger  # noqa: E402
 from mmengine.model import BaseModel  # noqa: E402
+from mmengine.registry import DefaultScope  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
 from torch import distributed as dist  # noqa: E402
 
@@ -37,6 +39,12 @@ pytestmark = pytest.mark.mm
 NAMES = ('a', 'b', 'c')
 HW = (23, 31)
 N_IMAGES = 3  # odd: two ranks must pad
+
+
+@pytest.fixture(autouse=True)
+def _mmdet_scope() -> Iterator[None]:
+    with DefaultScope.overwrite_default_scope('mmdet'):  # whatever ran before
+        yield
 
 
 def case_of(root: Path, i: int) -> Case:
