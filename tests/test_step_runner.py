@@ -71,7 +71,8 @@ def test_devices_are_shared_one_chain_each(tmp_path: Path) -> None:
 
 
 RUNNER = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where pytest runs behind a shell
 from pathlib import Path
 from tests.test_step_runner import Command, run
 root = Path(sys.argv[1])
