@@ -231,7 +231,7 @@ def check_equal(ours: Scores, coco: dict[str, float], dense: dict[str, float]) -
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--data-root', type=Path, default=Path('/work/shared/data/hw3_train155'))
+    parser.add_argument('--data-root', type=Path, default=Path('data'))
     parser.add_argument('--images', type=int, default=209)
     parser.add_argument('--cells', type=int, default=31_000)
     parser.add_argument('--rounds', type=int, default=3)
