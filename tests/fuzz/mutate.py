@@ -105,7 +105,7 @@ def json_values(content: bytes, rng: Rng) -> bytes:
 
 def _changed(value: object, rng: Rng) -> object:
     if not isinstance(value, (dict, list)) or not value or rng.random() < 0.1:
-        return ODD_VALUES[int(rng.integers(len(ODD_VALUES)))]
+        return copy.deepcopy(ODD_VALUES[int(rng.integers(len(ODD_VALUES)))])  # changed later
     keys = list(value) if isinstance(value, dict) else list(range(len(value)))
     key = keys[int(rng.integers(len(keys)))]
     chance = rng.random()

@@ -15,7 +15,7 @@ from cellseg_mm.errors import CellSegError, FoldError, PredictionError
 from cellseg_mm.folds import load_folds
 from cellseg_mm.predictions import load_predictions
 from tests.fuzz import run
-from tests.fuzz.mutate import tiff_tags, zip_members
+from tests.fuzz.mutate import ODD_VALUES, json_values, tiff_tags, zip_members
 from tests.fuzz.readers import READERS, Reader, good_folds, good_predictions, good_tiffs
 
 N_CASES = {'tiff': 150, 'idmap': 150, 'folds': 150, 'predictions': 120, 'checkpoint': 60}
@@ -100,6 +100,15 @@ def test_more_folds_than_cases_cost_nothing(tmp_path: Path, n_folds: int) -> Non
     path.write_text(json.dumps(content))
     with pytest.raises(FoldError, match=rf'n_folds is {n_folds}, but there are 5 cases'):
         load_folds(path)
+
+
+def test_a_damaged_json_depends_on_its_own_draws_only() -> None:
+    before = json.dumps(ODD_VALUES)
+    text = json.dumps({'a': [1, {'b': [2, 3]}], 'c': {'d': 'e'}}).encode()
+    damaged = text
+    for seed in range(3000):
+        damaged = json_values(damaged if seed % 20 else text, np.random.default_rng(seed))
+    assert json.dumps(ODD_VALUES) == before
 
 
 def test_tags_are_changed_where_tags_are(tmp_path: Path) -> None:
