@@ -11,6 +11,7 @@ variable ``CELLSEG_OPS`` (mmcv, torchvision or torch) forces one.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import io
 import logging
@@ -192,7 +193,27 @@ def _forget_ops_placeholder() -> None:
         del sys.modules['mmdet.utils.large_image']
 
 
-class _OneDLSilencer(MetaPathFinder):
+class _WatchedImport(MetaPathFinder):
+    """Runs one module's code in a way of its own."""
+
+    module_name: str
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != self.module_name:
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader.exec_module = functools.partial(self.execute, spec.loader.exec_module)
+        return spec
+
+    def execute(self, original: Callable[[ModuleType], None], module: ModuleType) -> None:
+        """Run the module's code, which is what ``original`` does."""
+        raise NotImplementedError
+
+
+class _OneDLSilencer(_WatchedImport):
     """Keeps one line of MMDetection's off standard output.
 
     Without the optional package ``onedl`` an ``import mmdet.datasets`` prints "Could not import
@@ -200,31 +221,19 @@ class _OneDLSilencer(MetaPathFinder):
     prints, and above the ``#!`` line of a job script. Last seen with onedl-mmdetection 3.5.1.
     """
 
+    module_name = 'mmdet.datasets'
     LINE = 'Could not import OneDL. Skipping OneDL datasets.\n'
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if name != 'mmdet.datasets':
-            return None
-        spec = PathFinder.find_spec(name, path, target)
-        if spec is None or spec.loader is None:
-            return None
-        execute = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            said = io.StringIO()
-            try:
-                with contextlib.redirect_stdout(said):
-                    execute(module)
-            finally:
-                sys.stdout.write(said.getvalue().replace(self.LINE, ''))
-
-        spec.loader.exec_module = exec_module
-        return spec
+    def execute(self, original: Callable[[ModuleType], None], module: ModuleType) -> None:
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(said):
+                original(module)
+        finally:
+            sys.stdout.write(said.getvalue().replace(self.LINE, ''))
 
 
-class _TorchvisionGuard(MetaPathFinder):
+class _TorchvisionGuard(_WatchedImport):
     """Turns the crash of a torchvision made for another torch into an ImportError.
 
     ``import torchvision`` then raises RuntimeError ("operator torchvision::nms does not exist").
@@ -233,23 +242,12 @@ class _TorchvisionGuard(MetaPathFinder):
     torch 2.13+cpu and torchvision 0.28 from the package index.
     """
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if name != 'torchvision':
-            return None
-        spec = PathFinder.find_spec(name, path, target)
-        if spec is None or spec.loader is None:
-            return None
-        execute = spec.loader.exec_module
+    module_name = 'torchvision'
 
-        def exec_module(module: ModuleType) -> None:
-            try:
-                execute(module)
-            except ImportError:
-                raise
-            except Exception as error:
-                raise ImportError(f'torchvision does not fit this torch: {error}') from error
-
-        spec.loader.exec_module = exec_module
-        return spec
+    def execute(self, original: Callable[[ModuleType], None], module: ModuleType) -> None:
+        try:
+            original(module)
+        except ImportError:
+            raise
+        except Exception as error:
+            raise ImportError(f'torchvision does not fit this torch: {error}') from error
