@@ -210,8 +210,8 @@ def _augment_test(cfg: Config, tta_spec: str) -> None:
     spec = tta.from_spec(tta_spec)
     settings = dataset_settings(cfg, 'test_dataloader')
     settings.pipeline = spec.tta_pipeline(settings.pipeline)
-    known = cfg.test_evaluator.get('provenance') or {}
-    cfg.test_evaluator.provenance = {**known, 'tta': tta_spec}
+    metric = _metric_of(cfg)
+    metric.provenance = {**(metric.get('provenance') or {}), 'tta': tta_spec}
     cfg.custom_hooks = [
         *(cfg.get('custom_hooks') or []),
         {'type': 'PrepareTTAHook', 'tta_cfg': spec.tta_model()},

@@ -352,6 +352,8 @@ def test_settings_that_laptops_need(sample_data: Path, monkeypatch: pytest.Monke
     # A second metric makes the evaluator a list.
     cfg.test_evaluator = [{'type': 'CocoMetric'}, cfg.test_evaluator]
     assert training._metric_of(cfg).type == 'CellMetric'
+    training._augment_test(cfg, 'hflip')
+    assert training._metric_of(cfg).provenance == {'tta': 'hflip'}
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)
     assert launch.explain(caught.value).startswith('the device ran out of memory (')
