@@ -53,6 +53,18 @@ def sample_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture
+def sample_config(sample_data: Path, monkeypatch: pytest.MonkeyPatch):
+    """Fold 0 of the sample recipe on ``sample_data``, in MMDetection's scope."""
+    from mmengine.config import Config
+    from mmengine.registry import DefaultScope
+
+    monkeypatch.setenv('CELLSEG_DATA', str(sample_data))
+    monkeypatch.delenv('CELLSEG_FOLDS', raising=False)
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        yield Config.fromfile(ROOT / 'configs/sample/fold0.py')
+
+
 LEFT_OUT = pytest.StashKey[int]()
 
 

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import DefaultScope
 
 import cellseg_mm.components
 from cellseg_mm import check, check_settings, files, provenance
@@ -32,11 +31,8 @@ assert cellseg_mm.components
 
 
 @pytest.fixture
-def config(sample_data: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    monkeypatch.setenv('CELLSEG_DATA', str(sample_data))
-    monkeypatch.delenv('CELLSEG_FOLDS', raising=False)
-    with DefaultScope.overwrite_default_scope('mmdet'):
-        yield Config.fromfile(ROOT / 'configs/sample/fold0.py')
+def config(sample_config: Config) -> Config:
+    return sample_config
 
 
 @pytest.fixture(scope='module')

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 
 import cellseg_mm.components
 from cellseg_mm.dataset import SeededInfiniteSampler
-from tests.conftest import MICRO, ROOT
+from tests.conftest import MICRO
 from tests.faults.jobs import checkpoint_digest
 from tests.faults.kill import run_to_end
 
@@ -25,14 +24,10 @@ assert cellseg_mm.components
 
 
 @pytest.fixture
-def config(sample_data: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    monkeypatch.setenv('CELLSEG_DATA', str(sample_data))
-    monkeypatch.delenv('CELLSEG_FOLDS', raising=False)
-    with DefaultScope.overwrite_default_scope('mmdet'):
-        cfg = Config.fromfile(ROOT / 'configs/sample/fold0.py')
-        cfg.train_dataloader.update(batch_size=1, num_workers=0, persistent_workers=False)
-        cfg.train_dataloader.dataset.dataset.pipeline[3].crop_size = (64, 48)
-        yield cfg
+def config(sample_config: Config) -> Config:
+    sample_config.train_dataloader.update(batch_size=1, num_workers=0, persistent_workers=False)
+    sample_config.train_dataloader.dataset.dataset.pipeline[3].crop_size = (64, 48)
+    return sample_config
 
 
 def samples(cfg: Config, n: int, seed: int = 3, **changes: object) -> list[tuple[str, np.ndarray]]:
