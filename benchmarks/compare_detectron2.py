@@ -24,10 +24,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 import cellseg_mm  # noqa: F401 (makes mmdet importable)
-from cellseg_mm.labels import read_image
-from cellseg_mm.weight_conversion import build_model_config
-from cellseg_mm.weight_names import BACKBONES
-from cellseg_mm.weights import convert_file
+from cellseg_mm.data.labels import read_image
+from cellseg_mm.weights.conversion import build_model_config
+from cellseg_mm.weights.names import BACKBONES
+from cellseg_mm.weights.published import convert_file
 
 MODEL = 'mask_rcnn_R_50_FPN_100ep_LSJ'
 Row = tuple[str, float, float, str]

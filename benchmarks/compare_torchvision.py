@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import cellseg_mm  # noqa: F401 (makes mmdet importable)
-from cellseg_mm.weight_conversion import build_model_config
-from cellseg_mm.weight_names import COCO_IDS
-from cellseg_mm.weights import convert_file
+from cellseg_mm.weights.conversion import build_model_config
+from cellseg_mm.weights.names import COCO_IDS
+from cellseg_mm.weights.published import convert_file
 
 RESNET50 = (3, 4, 6, 3)
 

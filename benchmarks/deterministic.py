@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cellseg_mm.provenance import code_commit, machine
+from cellseg_mm.core.provenance import code_commit, machine
 from tests.conftest import MICRO
 from tests.faults.kill import import_all, start
 
@@ -38,8 +38,8 @@ def main() -> None:
     parser.add_argument('--repeats', type=int, default=3)
     parser.add_argument('--iters', type=int, default=10)
     args = parser.parse_args()
-    from cellseg_mm import prepare
-    from cellseg_mm.sample import make_sample
+    from cellseg_mm.data.drawing.sample import make_sample
+    from cellseg_mm.data.preparing import prepare
 
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)

@@ -30,10 +30,11 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 from scipy import ndimage
 
-from cellseg_mm import fusion, provenance
-from cellseg_mm.cases import find_cases
-from cellseg_mm.instances import InstanceSet
-from cellseg_mm.labels import read_gt
+from cellseg_mm.core import provenance
+from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.data.cases import find_cases
+from cellseg_mm.data.labels import read_gt
+from cellseg_mm.fusion import fuse as fusion
 
 SIDE = 28
 MAX_PEER_BYTES = 6 << 30

@@ -27,8 +27,8 @@ import cv2
 import numpy as np
 import tifffile
 
-from cellseg_mm.files import write_json
-from cellseg_mm.provenance import code_commit, machine, versions
+from cellseg_mm.core.files import write_json
+from cellseg_mm.core.provenance import code_commit, machine, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_GB = 8.0
@@ -152,10 +152,10 @@ def write_test(data: Path) -> None:
 
 def make_predictions(data: Path, work_root: Path) -> None:
     """Write both folds' validation predictions: the truth, moved and thinned."""
-    from cellseg_mm.folds import load_folds
-    from cellseg_mm.instances import InstanceSet
-    from cellseg_mm.labels import find_cases, read_gt
-    from cellseg_mm.predictions import Predictions, save_predictions
+    from cellseg_mm.core.instances import InstanceSet
+    from cellseg_mm.data.folds import load_folds
+    from cellseg_mm.data.labels import find_cases, read_gt
+    from cellseg_mm.results.predictions import Predictions, save_predictions
 
     folds = load_folds(data / 'folds.json')
     cases = {case.name: case for case in find_cases(data, 'train', N_CLASSES)}
@@ -187,9 +187,9 @@ def make_predictions(data: Path, work_root: Path) -> None:
 
 def score_files(data: Path, work_root: Path) -> None:
     """Score the pool of both folds, as the report does."""
-    from cellseg_mm.folds import load_folds
-    from cellseg_mm.oof import pool_predictions
-    from cellseg_mm.scoring import score
+    from cellseg_mm.data.folds import load_folds
+    from cellseg_mm.ensemble.oof import pool_predictions
+    from cellseg_mm.scores.score import score
 
     paths = sorted((work_root / 'sample').glob('fold*/val.predictions.npz'))
     pool = pool_predictions(paths, load_folds(data / 'folds.json'), data)

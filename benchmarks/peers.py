@@ -40,11 +40,11 @@ from mmengine.runner import Runner
 from torch import nn
 
 import cellseg_mm.components  # noqa: F401
-from cellseg_mm import provenance
-from cellseg_mm.checkpoints import load_checkpoint_file
-from cellseg_mm.labels import Case, find_cases, read_gt
-from cellseg_mm.member_models import fill_strictly
+from cellseg_mm.core import provenance
+from cellseg_mm.data.labels import Case, find_cases, read_gt
+from cellseg_mm.detectors.member_models import fill_strictly
 from cellseg_mm.runtime import ops_backend
+from cellseg_mm.weights.checkpoints import load_checkpoint_file
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDES = ('stock', 'ours')

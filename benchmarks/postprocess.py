@@ -35,9 +35,9 @@ from mmengine.config import ConfigDict
 from mmengine.structures import InstanceData
 from torch import Tensor
 
-from cellseg_mm import provenance
-from cellseg_mm.labels import read_id_map
-from cellseg_mm.mask_head import CellMaskHead
+from cellseg_mm.core import provenance
+from cellseg_mm.data.labels import read_id_map
+from cellseg_mm.model.mask_head import CellMaskHead
 
 HEAD = {'num_convs': 0, 'in_channels': 4, 'conv_out_channels': 4, 'num_classes': 4}
 TEST_CFG = ConfigDict(mask_thr_binary=0.5)

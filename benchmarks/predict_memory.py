@@ -18,10 +18,10 @@ import cv2
 import numpy as np
 import tifffile
 
-from cellseg_mm import predict
-from cellseg_mm.instances import InstanceSet
-from cellseg_mm.predictions import load_predictions
-from cellseg_mm.provenance import code_commit, machine
+from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.core.provenance import code_commit, machine
+from cellseg_mm.predict import predict
+from cellseg_mm.results.predictions import load_predictions
 
 TILE = 256
 STEP = 80  # one cell per STEP x STEP px, jittered

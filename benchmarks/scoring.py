@@ -29,8 +29,8 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from cellseg_mm.instances import InstanceSet
-from cellseg_mm.scoring import ScoreParams, Scores, score
+from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.scores.score import ScoreParams, Scores, score
 
 CLASS_NAMES = ('epithelial', 'lymphocyte', 'neutrophil', 'macrophage')
 

@@ -32,7 +32,7 @@ from mmdet.registry import METRICS
 from mmengine.config import Config
 from torch import nn
 
-from cellseg_mm import mask_head
+from cellseg_mm.model import mask_head
 
 SECTIONS = (
     'data', 'transfer', 'backbone and neck', 'RPN', 'RoI heads', 'mask pasting', 'RLE',

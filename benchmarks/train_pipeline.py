@@ -42,8 +42,8 @@ from mmengine.dataset import Compose
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 
-import cellseg_mm.transforms  # noqa: F401  (registers the loading transforms)
-from cellseg_mm.labels import Case, find_cases, read_gt
+import cellseg_mm.pipeline.geometry  # noqa: F401  (registers the loading transforms)
+from cellseg_mm.data.labels import Case, find_cases, read_gt
 from cellseg_mm.runtime import ops_backend
 
 SIDE = 1024

@@ -22,7 +22,7 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
-from cellseg_mm.errors import ConfigError
+from cellseg_mm.core.errors import ConfigError
 
 EXTENSION = 'mmcv._ext'
 VARIABLE = 'CELLSEG_OPS'
@@ -148,7 +148,7 @@ def torchvision_problem() -> str | None:
 
 
 def ops_of(backend: str) -> dict[str, Callable]:
-    from cellseg_mm import torch_ops
+    from cellseg_mm.model import roi_align as torch_ops
 
     ops: dict[str, Callable] = {
         'nms': torch_ops.nms,

@@ -2,7 +2,7 @@
 
     python docs/fusion_figure.py [OUT.svg]
 
-The masks are ellipses set down here; everything else is computed by ``cellseg_mm.fusion``.
+The masks are ellipses set down here; everything else is computed by ``cellseg_mm.fusion.fuse``.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from cellseg_mm import files, fusion, rle
-from cellseg_mm.fusion_clusters import mask_pairs, one_per_member
-from cellseg_mm.fusion_pool import pool_members
-from cellseg_mm.instances import InstanceSet
+from cellseg_mm.core import files, rle
+from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.fusion import fuse as fusion
+from cellseg_mm.fusion.clusters import mask_pairs, one_per_member
+from cellseg_mm.fusion.pool import pool_members
 
 HW = (150, 220)
 GAP = 24

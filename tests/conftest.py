@@ -43,8 +43,8 @@ def free_port() -> int:
 @pytest.fixture(scope='session')
 def sample_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A generated data set of six training and two test images with two folds."""
-    from cellseg_mm import prepare
-    from cellseg_mm.sample import make_sample
+    from cellseg_mm.data.drawing.sample import make_sample
+    from cellseg_mm.data.preparing import prepare
 
     root = tmp_path_factory.mktemp('sample') / 'data'
     make_sample(root, n_train=6, n_test=2, seed=3)

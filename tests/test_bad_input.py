@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import tifffile
 
-from cellseg_mm import labels
-from cellseg_mm.errors import CellSegError, DataError, IdMapError, ImageError, LabelMapError
-from cellseg_mm.labels import Case
+from cellseg_mm.core.errors import CellSegError, DataError, IdMapError, ImageError, LabelMapError
+from cellseg_mm.data import labels
+from cellseg_mm.data.labels import Case
 
 HW = (17, 11)
 IMAGE = np.random.default_rng(0).integers(0, 256, (*HW, 3)).astype(np.uint8)
@@ -197,7 +197,7 @@ def test_bomb_costs_no_memory(tmp_path: Path) -> None:
     )
     code = (
         'import resource, sys\n'
-        'from cellseg_mm import labels, tiff\n'
+        'from cellseg_mm.data import labels, tiff\n'
         'import tifffile, imagecodecs\n'
         'used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()\n'
         'resource.setrlimit(resource.RLIMIT_AS, (used + 10**8, -1))\n'
@@ -220,7 +220,7 @@ def test_unreadable_file(tmp_path: Path) -> None:
     (tmp_path / 'i.tif').chmod(0)
     code = (
         'import os\n'
-        'from cellseg_mm import labels\n'
+        'from cellseg_mm.data import labels\n'
         'if os.geteuid() == 0:\n'
         '    os.setuid(65534)\n'  # the path is relative, so the folders above do not matter
         'try:\n'

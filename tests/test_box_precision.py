@@ -17,7 +17,7 @@ from mmdet.structures import DetDataSample  # noqa: E402
 from mmengine.config import Config, ConfigDict  # noqa: E402
 from mmengine.registry import DefaultScope, init_default_scope  # noqa: E402
 
-from cellseg_mm.box_precision import Fp32RoIExtractor, Fp32RPNHead  # noqa: E402
+from cellseg_mm.model.box_precision import Fp32RoIExtractor, Fp32RPNHead  # noqa: E402
 from cellseg_mm.runtime import ops_backend  # noqa: E402
 from tests.tiny_folds import CONFIG, random_model  # noqa: E402
 

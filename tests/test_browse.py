@@ -25,12 +25,13 @@ from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 from mmengine.visualization import Visualizer
 
-from cellseg_mm import browse, components  # noqa: F401  (registers)
-from cellseg_mm.errors import ConfigError
-from cellseg_mm.folds import Folds, save_folds
-from cellseg_mm.label_map_masks import LabelMapMasks
-from cellseg_mm.labels import find_cases, read_gt
-from cellseg_mm.visualization import ValidationPictureHook
+from cellseg_mm import components  # noqa: F401  (registers)
+from cellseg_mm.checks import browse
+from cellseg_mm.core.errors import ConfigError
+from cellseg_mm.data.folds import Folds, save_folds
+from cellseg_mm.data.labels import find_cases, read_gt
+from cellseg_mm.pipeline.label_map_masks import LabelMapMasks
+from cellseg_mm.training.pictures import ValidationPictureHook
 
 pytestmark = pytest.mark.mm
 

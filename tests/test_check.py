@@ -15,15 +15,17 @@ import torch
 from mmengine.config import Config
 
 import cellseg_mm.components
-from cellseg_mm import check, check_settings, files, provenance
-from cellseg_mm.anchor_fit import AnchorFit, AnchorLevel, best_ious
-from cellseg_mm.check_lines import Line, summary
-from cellseg_mm.check_settings import Truth
-from cellseg_mm.dataset import data_fingerprint
-from cellseg_mm.folds import Folds, load_folds, save_folds
-from cellseg_mm.instances import InstanceSet
-from cellseg_mm.labels import find_cases, read_gt
-from cellseg_mm.predictions import Predictions, save_predictions
+from cellseg_mm.checks import run as check
+from cellseg_mm.checks import settings as check_settings
+from cellseg_mm.checks.anchors import AnchorFit, AnchorLevel, best_ious
+from cellseg_mm.checks.lines import Line, summary
+from cellseg_mm.checks.settings import Truth
+from cellseg_mm.core import files, provenance
+from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.data.folds import Folds, load_folds, save_folds
+from cellseg_mm.data.labels import find_cases, read_gt
+from cellseg_mm.pipeline.dataset import data_fingerprint
+from cellseg_mm.results.predictions import Predictions, save_predictions
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.mm

@@ -23,9 +23,9 @@ from mmengine.runner import Runner  # noqa: E402
 from mmengine.runner.checkpoint import CheckpointLoader, _load_checkpoint  # noqa: E402
 from torch.utils.data import Dataset  # noqa: E402
 
-from cellseg_mm import checkpoints  # noqa: E402
-from cellseg_mm.checkpoints import load_checkpoint_file  # noqa: E402
-from cellseg_mm.errors import CheckpointError  # noqa: E402
+from cellseg_mm.core.errors import CheckpointError  # noqa: E402
+from cellseg_mm.weights import checkpoints  # noqa: E402
+from cellseg_mm.weights.checkpoints import load_checkpoint_file  # noqa: E402
 
 pytestmark = pytest.mark.mm
 

@@ -18,11 +18,12 @@ pytest.importorskip('mmdet')
 
 from mmengine.config import Config  # noqa: E402
 
-from cellseg_mm import cross_validation as cv  # noqa: E402
-from cellseg_mm import files, training  # noqa: E402
-from cellseg_mm.errors import ConfigError  # noqa: E402
-from cellseg_mm.instances import InstanceSet  # noqa: E402
-from cellseg_mm.predictions import Predictions, save_predictions  # noqa: E402
+from cellseg_mm.core import files  # noqa: E402
+from cellseg_mm.core.errors import ConfigError  # noqa: E402
+from cellseg_mm.core.instances import InstanceSet  # noqa: E402
+from cellseg_mm.results.predictions import Predictions, save_predictions  # noqa: E402
+from cellseg_mm.training import cross_validation as cv  # noqa: E402
+from cellseg_mm.training import train as training  # noqa: E402
 
 pytestmark = pytest.mark.mm
 ROOT = Path(__file__).resolve().parents[1]
@@ -251,7 +252,7 @@ def test_wrong_requests_are_refused(configs: tuple, options: tuple, says: str) -
 def test_recipe_is_the_same_as_read_and_as_adapted(monkeypatch: pytest.MonkeyPatch) -> None:
     from argparse import Namespace
 
-    from cellseg_mm.launch import load_config
+    from cellseg_mm.training.load_config import load_config
 
     monkeypatch.setenv('LOCAL_RANK', '0')
     options = {'train_dataloader.pin_memory': True, 'train_cfg.max_iters': 4}

@@ -23,13 +23,14 @@ from mmdet.structures.mask import BitmapMasks  # noqa: E402
 from mmengine.config import Config  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
 
-from cellseg_mm import rle, torch_ops  # noqa: E402
-from cellseg_mm.detections import to_instance_set  # noqa: E402
-from cellseg_mm.fold_ensemble import FoldEnsembleHook  # noqa: E402
-from cellseg_mm.instances import InstanceSet  # noqa: E402
-from cellseg_mm.label_map_masks import LabelMapMasks  # noqa: E402
-from cellseg_mm.mask_head import paste_runs  # noqa: E402
-from cellseg_mm.predictions import load_predictions  # noqa: E402
+from cellseg_mm.core import rle  # noqa: E402
+from cellseg_mm.model import roi_align as torch_ops  # noqa: E402
+from cellseg_mm.model.detections import to_instance_set  # noqa: E402
+from cellseg_mm.detectors.fold_ensemble import FoldEnsembleHook  # noqa: E402
+from cellseg_mm.core.instances import InstanceSet  # noqa: E402
+from cellseg_mm.pipeline.label_map_masks import LabelMapMasks  # noqa: E402
+from cellseg_mm.model.mask_head import paste_runs  # noqa: E402
+from cellseg_mm.results.predictions import load_predictions  # noqa: E402
 from cellseg_mm.runtime import ops_of, torchvision_problem  # noqa: E402
 from tests.tiny_folds import TinyFolds, make_tiny_folds, random_model  # noqa: E402
 

@@ -21,9 +21,9 @@ from mmdet.structures.mask import encode_mask_results  # noqa: E402
 from mmdet.visualization import DetLocalVisualizer  # noqa: E402
 from mmengine.structures import InstanceData  # noqa: E402
 
-from cellseg_mm import detections  # noqa: E402
-from cellseg_mm.errors import ConfigError, PredictionError  # noqa: E402
-from cellseg_mm.instances import InstanceSet  # noqa: E402
+from cellseg_mm.core.errors import ConfigError, PredictionError  # noqa: E402
+from cellseg_mm.core.instances import InstanceSet  # noqa: E402
+from cellseg_mm.model import detections  # noqa: E402
 
 pytestmark = pytest.mark.mm
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cellseg_mm.disjoint_sweep import make_scene
-from cellseg_mm.fusion import PostProcess, postprocess
-from cellseg_mm.instances import InstanceSet
-from cellseg_mm.scoring import ScoreParams, score
+from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.fusion.fuse import PostProcess, postprocess
+from cellseg_mm.scores.score import ScoreParams, score
+from cellseg_mm.selection.disjoint_sweep import make_scene
 
 HW = (47, 61)
 CLASSES = ('a', 'b', 'c')
@@ -57,7 +57,7 @@ def near(rng: np.random.Generator, gt: InstanceSet, extra: InstanceSet) -> Insta
         class_ids=np.where(rng.random(len(picked)) < 0.8, gt.class_ids[picked], 2),
         scores=(rng.integers(0, 11, size=len(picked)) / 10).astype(np.float32),
     )
-    from cellseg_mm.instances import concatenate
+    from cellseg_mm.core.instances import concatenate
 
     return concatenate([shifted, extra])
 

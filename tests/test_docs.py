@@ -77,7 +77,7 @@ def test_sentences_of_troubleshooting_are_those_of_the_program() -> None:
     rows = re.findall(r'^\| `(.+?)` \|', table.split('\n## ')[0], re.MULTILINE)
     assert len(rows) >= 10
     # The program's text with its pieces joined and what they fill in left out
-    source = '\n'.join(p.read_text(encoding='utf-8') for p in (ROOT / 'cellseg_mm').glob('*.py'))
+    source = '\n'.join(p.read_text(encoding='utf-8') for p in (ROOT / 'cellseg_mm').rglob('*.py'))
     said = re.sub(r"'\s*\n\s*f?'", '', source)
     said = re.sub(r'\{[^{}]*\}', '...', said)
     for row in rows:

@@ -19,15 +19,15 @@ pytest.importorskip('mmdet')
 
 from mmengine.config import Config  # noqa: E402
 
-from cellseg_mm import ensemble  # noqa: E402
-from cellseg_mm.ensemble import Fusion, Images, ensemble_files, find_images  # noqa: E402
-from cellseg_mm.ensemble_models import pair_sources  # noqa: E402
-from cellseg_mm.errors import CheckpointError, ConfigError, FoldError, PredictionError  # noqa: E402
-from cellseg_mm.fusion import from_spec, fuse, post_from_spec  # noqa: E402
-from cellseg_mm.instances import InstanceSet  # noqa: E402
-from cellseg_mm.labels import read_id_map  # noqa: E402
-from cellseg_mm.predictions import Predictions, load_predictions, save_predictions  # noqa: E402
-from cellseg_mm.submission import write_submission  # noqa: E402
+from cellseg_mm.core.errors import CheckpointError, ConfigError, FoldError, PredictionError  # noqa: E402
+from cellseg_mm.core.instances import InstanceSet  # noqa: E402
+from cellseg_mm.data.labels import read_id_map  # noqa: E402
+from cellseg_mm.detectors.run_ensemble import pair_sources  # noqa: E402
+from cellseg_mm.ensemble import fuse_files as ensemble  # noqa: E402
+from cellseg_mm.ensemble.fuse_files import Fusion, Images, ensemble_files, find_images  # noqa: E402
+from cellseg_mm.fusion.fuse import from_spec, fuse, post_from_spec  # noqa: E402
+from cellseg_mm.results.predictions import Predictions, load_predictions, save_predictions  # noqa: E402
+from cellseg_mm.results.submission import write_submission  # noqa: E402
 from tests.conftest import free_port  # noqa: E402
 from tests.tiny_folds import ROOT, TinyFolds, environment, make_tiny_folds  # noqa: E402
 
@@ -229,7 +229,7 @@ def test_files_of_unknown_origin_are_not_scored(tiny: TinyFolds, tmp_path: Path)
 
 
 def test_a_tested_fold_with_views_is_what_the_ensemble_of_one_predicts(tiny: TinyFolds) -> None:
-    from cellseg_mm.find_best import _tta_names
+    from cellseg_mm.selection.find_best import _tta_names
 
     one = tiny.root / 'one_with_views'
     words = ['--cfg-options', 'test_dataloader.dataset.split=test']

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import tifffile
 
-from cellseg_mm.ensemble import find_images
-from cellseg_mm.ensemble_outputs import Outputs, write_outputs
-from cellseg_mm.errors import ConfigError
-from cellseg_mm.instances import InstanceSet
-from cellseg_mm.predict import FORMATS
-from cellseg_mm.predictions import Predictions, save_predictions
-from cellseg_mm.sample import CLASS_NAMES, make_sample
+from cellseg_mm.core.errors import ConfigError
+from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.data.drawing.sample import CLASS_NAMES, make_sample
+from cellseg_mm.ensemble.fuse_files import find_images
+from cellseg_mm.predict.predict import FORMATS
+from cellseg_mm.results.ensemble_outputs import Outputs, write_outputs
+from cellseg_mm.results.predictions import Predictions, save_predictions
 
 COLOURS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 9, 9))
 

@@ -18,9 +18,9 @@ import tifffile
 from pycocotools import mask as coco_mask
 from skimage.measure import regionprops
 
-from cellseg_mm import export, measure, polygons
-from cellseg_mm.errors import ConfigError
-from cellseg_mm.instances import InstanceSet
+from cellseg_mm.core.errors import ConfigError
+from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.results import export, measure, polygons
 
 NAMES = ('epithelial', 'lymphocyte/T', 'neutrophil', 'macrophage')
 COLOURS = [(0, 114, 178), (213, 94, 0), (240, 228, 66), (0, 158, 115)]
@@ -436,7 +436,8 @@ def test_describe_tells_what_was_left_out(tmp_path: Path) -> None:
 
 def test_core_is_free_of_torch() -> None:
     code = (
-        'import sys, cellseg_mm.export, cellseg_mm.overlay, cellseg_mm.measure; '
+        'import sys, cellseg_mm.results.export, cellseg_mm.results.overlay; '
+        'import cellseg_mm.results.measure; '
         'sys.exit(any(m in sys.modules for m in ("torch", "mmengine", "mmcv", "mmdet")))'
     )
     result = subprocess.run([sys.executable, '-c', code], env={**os.environ}, check=False)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cellseg_mm import files
+from cellseg_mm.core import files
 
 
 def test_flushed_handle_may_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

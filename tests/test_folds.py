@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from sklearn.model_selection import StratifiedGroupKFold
 
-from cellseg_mm.errors import FoldError
-from cellseg_mm.folds import (
+from cellseg_mm.core.errors import FoldError
+from cellseg_mm.data.folds import (
     ORIGINAL_SEED,
     Folds,
     load_folds,

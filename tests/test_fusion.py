@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 from ensemble_boxes import ensemble_boxes_nms
 
-from cellseg_mm import fusion, fusion_masks, fusion_rules, rle
-from cellseg_mm.errors import ConfigError, PredictionError
-from cellseg_mm.fusion import PostProcess, from_spec, fuse, fuse_with_report, postprocess
-from cellseg_mm.fusion_clusters import Clusters, box_pairs, mask_pairs, weighted_boxes
-from cellseg_mm.fusion_pool import Pool
-from cellseg_mm.fusion_post import Dropped
-from cellseg_mm.instances import InstanceSet
+from cellseg_mm.core import rle
+from cellseg_mm.core.errors import ConfigError, PredictionError
+from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.fusion import fuse as fusion
+from cellseg_mm.fusion import masks as fusion_masks
+from cellseg_mm.fusion import rules as fusion_rules
+from cellseg_mm.fusion.clusters import Clusters, box_pairs, mask_pairs, weighted_boxes
+from cellseg_mm.fusion.fuse import PostProcess, from_spec, fuse, fuse_with_report, postprocess
+from cellseg_mm.fusion.pool import Pool
+from cellseg_mm.fusion.post import Dropped
 from tests import reference_fusion as reference
 
 HW = (19, 14)  # not square, so that a swap of rows and columns shows
@@ -534,7 +537,7 @@ def test_mask_pairs_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     runs = rle.runs_from_crops(list(rng.random((9, 12, 13)) < 0.5), np.zeros((9, 2), int), (12, 13))
     whole = mask_pairs(runs, np.zeros(9, int))
-    monkeypatch.setattr('cellseg_mm.fusion_clusters.MAX_RUN_PAIRS', 7)
+    monkeypatch.setattr('cellseg_mm.fusion.clusters.MAX_RUN_PAIRS', 7)
     parts = mask_pairs(runs, np.zeros(9, int))
     assert len(whole.iou) == 36
     for key in ('first', 'second', 'iou'):
@@ -597,7 +600,7 @@ def test_paste_keeps_a_pixel_at_the_threshold() -> None:
 @pytest.mark.parametrize('thr', [0.5, 0.1])
 def test_paste_equals_the_mask_heads(thr: float, seed: int) -> None:
     torch = pytest.importorskip('torch')
-    mask_head = pytest.importorskip('cellseg_mm.mask_head')
+    mask_head = pytest.importorskip('cellseg_mm.model.mask_head')
     rng = np.random.default_rng(seed)
     probs, boxes = rng.random((60, 28, 28)).astype(np.float16), random_frames(rng, 60)
     hw = (2 * HW[0], 3 * HW[1])
@@ -895,6 +898,8 @@ def test_the_picture_in_the_docs_is_current(tmp_path: Path) -> None:
 
 
 def test_core_has_no_torch() -> None:
-    code = 'import sys, cellseg_mm.fusion; print("torch" in sys.modules, "numba" in sys.modules)'
+    code = (
+        'import sys, cellseg_mm.fusion.fuse; print("torch" in sys.modules, "numba" in sys.modules)'
+    )
     found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert found.stdout.split() == ['False', 'False']

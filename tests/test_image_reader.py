@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import tifffile
 
-from cellseg_mm import image_reader, labels
-from cellseg_mm.errors import ConfigError, ImageError
-from cellseg_mm.image_reader import open_image
+from cellseg_mm.core.errors import ConfigError, ImageError
+from cellseg_mm.data import image_reader, labels
+from cellseg_mm.data.image_reader import open_image
 
 HW = (75, 91)  # no multiple of a tile, a strip, or 8
 REGIONS = [(0, 0, 75, 91), (0, 0, 1, 1), (74, 90, 75, 91), (13, 30, 50, 70), (31, 0, 33, 91)]

@@ -14,9 +14,10 @@ import tifffile
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from cellseg_mm import importers
-from cellseg_mm.errors import CellSegError, ImageError, LabelMapError
-from cellseg_mm.import_formats import (
+from cellseg_mm.core.errors import CellSegError, ImageError, LabelMapError
+from cellseg_mm.data.importing import import_data as importers
+from cellseg_mm.data.importing.import_data import import_data, paint_cells
+from cellseg_mm.data.importing.sources import (
     Cell,
     ImportParams,
     coco_cell,
@@ -24,8 +25,7 @@ from cellseg_mm.import_formats import (
     read_aperio_xml,
     read_picture,
 )
-from cellseg_mm.importers import import_data, paint_cells
-from cellseg_mm.labels import find_cases, read_gt, read_image
+from cellseg_mm.data.labels import find_cases, read_gt, read_image
 
 ROOT = Path(__file__).parents[1]
 HW = (17, 23)  # odd and not square, so that a transposition cannot pass

@@ -19,9 +19,9 @@ from mmdet.structures.mask import BitmapMasks, mask_target  # noqa: E402
 from mmengine.config import Config  # noqa: E402
 from mmengine.structures import InstanceData  # noqa: E402
 
-from cellseg_mm.label_map_masks import LabelMapMasks  # noqa: E402
-from cellseg_mm.layer_view import LayerView, find_runs, paint_runs  # noqa: E402
-from cellseg_mm.mask_targets import roi_shares  # noqa: E402
+from cellseg_mm.pipeline.label_map_masks import LabelMapMasks  # noqa: E402
+from cellseg_mm.pipeline.layer_view import LayerView, find_runs, paint_runs  # noqa: E402
+from cellseg_mm.pipeline.mask_targets import roi_shares  # noqa: E402
 
 pytestmark = pytest.mark.mm
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import tifffile
 
-from cellseg_mm import labels
-from cellseg_mm.cases import scan_cases
-from cellseg_mm.errors import DataError
-from cellseg_mm.labels import Case
+from cellseg_mm.core.errors import DataError
+from cellseg_mm.data import labels
+from cellseg_mm.data.cases import scan_cases
+from cellseg_mm.data.labels import Case
 
 HW = (17, 11)  # not square and odd, so that transpositions fail
 

@@ -19,9 +19,9 @@ from mmengine.config import ConfigDict  # noqa: E402
 from mmengine.structures import InstanceData  # noqa: E402
 from pycocotools import mask as coco_mask  # noqa: E402
 
-from cellseg_mm import mask_head  # noqa: E402
-from cellseg_mm.errors import ConfigError  # noqa: E402
-from cellseg_mm.mask_head import CellMaskHead, encode_masks, paste_runs  # noqa: E402
+from cellseg_mm.core.errors import ConfigError  # noqa: E402
+from cellseg_mm.model import mask_head  # noqa: E402
+from cellseg_mm.model.mask_head import CellMaskHead, encode_masks, paste_runs  # noqa: E402
 
 pytestmark = pytest.mark.mm
 
@@ -103,7 +103,7 @@ def decoded(masks: list[dict]) -> np.ndarray:
 
 
 def our_masks(probs: torch.Tensor, boxes: torch.Tensor, hw: tuple[int, int], thr: float, **options):
-    from cellseg_mm import rle
+    from cellseg_mm.core import rle
 
     runs = paste_runs(probs, boxes, hw, threshold=thr, **options)
     return decoded(rle.coco_dicts(rle.encode_runs(runs), hw))

@@ -26,13 +26,13 @@ from mmengine.registry import DefaultScope  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
 from torch import distributed as dist  # noqa: E402
 
-from cellseg_mm import rle  # noqa: E402
-from cellseg_mm.errors import ConfigError, PredictionError  # noqa: E402
-from cellseg_mm.instances import InstanceSet  # noqa: E402
-from cellseg_mm.labels import Case, read_gt  # noqa: E402
-from cellseg_mm.metric import CellMetric, flat_metrics  # noqa: E402
-from cellseg_mm.predictions import load_predictions  # noqa: E402
-from cellseg_mm.scoring import ScoreParams, score  # noqa: E402
+from cellseg_mm.core import rle  # noqa: E402
+from cellseg_mm.core.errors import ConfigError, PredictionError  # noqa: E402
+from cellseg_mm.core.instances import InstanceSet  # noqa: E402
+from cellseg_mm.data.labels import Case, read_gt  # noqa: E402
+from cellseg_mm.results.predictions import load_predictions  # noqa: E402
+from cellseg_mm.scores.score import ScoreParams, score  # noqa: E402
+from cellseg_mm.training.metric import CellMetric, flat_metrics  # noqa: E402
 
 pytestmark = pytest.mark.mm
 

@@ -8,17 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cellseg_mm import oof
-from cellseg_mm.ensemble import find_images
-from cellseg_mm.errors import FoldError, PredictionError
-from cellseg_mm.folds import Folds, save_folds
-from cellseg_mm.fusion import from_spec, fuse
-from cellseg_mm.fusion_gain import fusion_gain
-from cellseg_mm.instances import InstanceSet
-from cellseg_mm.labels import find_cases, read_gt
-from cellseg_mm.predictions import Predictions, load_predictions, save_predictions
-from cellseg_mm.sample import make_sample
-from cellseg_mm.scoring import ScoreParams, score
+from cellseg_mm.core.errors import FoldError, PredictionError
+from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.data.drawing.sample import make_sample
+from cellseg_mm.data.folds import Folds, save_folds
+from cellseg_mm.data.labels import find_cases, read_gt
+from cellseg_mm.ensemble import oof
+from cellseg_mm.ensemble.fuse_files import find_images
+from cellseg_mm.ensemble.fusion_gain import fusion_gain
+from cellseg_mm.fusion.fuse import from_spec, fuse
+from cellseg_mm.results.predictions import Predictions, load_predictions, save_predictions
+from cellseg_mm.scores.score import ScoreParams, score
 
 CLASSES = ('epithelial', 'lymphocyte', 'neutrophil', 'macrophage')
 

@@ -22,7 +22,7 @@ class Toy(nn.Module):
 def constructor(keys: dict, kind: str = 'cell', **paramwise):
     from mmengine.optim import DefaultOptimWrapperConstructor
 
-    from cellseg_mm.optim import CellOptimWrapperConstructor
+    from cellseg_mm.training.optim import CellOptimWrapperConstructor
 
     cls = {'cell': CellOptimWrapperConstructor, 'stock': DefaultOptimWrapperConstructor}[kind]
     settings = {
@@ -70,7 +70,7 @@ def test_golden_table() -> None:
 
 
 def test_groups_are_merged_and_shown() -> None:
-    from cellseg_mm.optim import group_table
+    from cellseg_mm.training.optim import group_table
 
     optimizer = constructor(KEYS)(Toy()).optimizer
     assert [g['pattern'] for g in optimizer.param_groups] == [
@@ -83,14 +83,14 @@ def test_groups_are_merged_and_shown() -> None:
 
 @pytest.mark.parametrize('key', ['backbon3', 'roi_head'])
 def test_key_that_matches_nothing_is_refused(key: str) -> None:
-    from cellseg_mm.errors import ConfigError
+    from cellseg_mm.core.errors import ConfigError
 
     with pytest.raises(ConfigError, match=key):
         constructor({**KEYS, key: {'lr_mult': 0.5}})(Toy())
 
 
 def test_key_that_is_always_overruled_is_refused() -> None:
-    from cellseg_mm.errors import ConfigError
+    from cellseg_mm.core.errors import ConfigError
 
     with pytest.raises(ConfigError, match="'nec'"):
         constructor({'nec': {'lr_mult': 0.5}, 'neck': {'lr_mult': 0.1}})(Toy())

@@ -11,8 +11,8 @@ import pytest
 import tifffile
 from scipy import ndimage
 
-from cellseg_mm import overlay
-from cellseg_mm.instances import InstanceSet
+from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.results import overlay
 
 NAMES = ('epithelial', 'lymphocyte')
 COLOURS = [(0, 114, 178), (213, 94, 0)]

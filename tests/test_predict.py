@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import tifffile
 
-from cellseg_mm import files, predict
-from cellseg_mm.errors import CellSegError, ConfigError
-from cellseg_mm.instances import InstanceSet
-from cellseg_mm.predict import Item, PredictParams, find_items
-from cellseg_mm.predictions import load_predictions
+from cellseg_mm.core import files
+from cellseg_mm.core.errors import CellSegError, ConfigError
+from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.predict import predict
+from cellseg_mm.predict.predict import Item, PredictParams, find_items
+from cellseg_mm.results.predictions import load_predictions
 from tests.test_tiling import content, paint_cells
 
 NAMES = ('epithelial', 'lymphocyte', 'neutrophil', 'macrophage')
@@ -409,8 +410,8 @@ def test_less_memory_per_batch() -> None:
     torch = pytest.importorskip('torch')
     from mmdet.structures import DetDataSample
 
-    from cellseg_mm.detections import to_pred_instances
-    from cellseg_mm.detector import ModelDetector
+    from cellseg_mm.detectors.detector import ModelDetector
+    from cellseg_mm.model.detections import to_pred_instances
 
     class Hungry(torch.nn.Module):
         most = 2
@@ -446,9 +447,9 @@ def test_a_model_sees_pictures_as_its_pipeline_reads_files(tmp_path: Path) -> No
     from mmengine.dataset import Compose, pseudo_collate
     from mmengine.registry import DefaultScope
 
-    from cellseg_mm.detections import to_instance_set
-    from cellseg_mm.detector import build_detector
-    from cellseg_mm.member_models import Source, load_member
+    from cellseg_mm.detectors.detector import build_detector
+    from cellseg_mm.detectors.member_models import Source, load_member
+    from cellseg_mm.model.detections import to_instance_set
 
     cfg = Config.fromfile('configs/sample/fold0.py')
     torch.manual_seed(0)

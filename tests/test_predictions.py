@@ -16,12 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from cellseg_mm import coco_results, predictions
-from cellseg_mm.coco_results import looks_like_xyxy, parse_records
-from cellseg_mm.errors import PredictionError
-from cellseg_mm.instances import InstanceSet
-from cellseg_mm.labels import IdEntry
-from cellseg_mm.predictions import (
+from cellseg_mm.core.errors import PredictionError
+from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.data.labels import IdEntry
+from cellseg_mm.results import coco_results, predictions
+from cellseg_mm.results.coco_results import looks_like_xyxy, parse_records
+from cellseg_mm.results.predictions import (
     Predictions,
     from_coco_results,
     image_refs,
@@ -503,7 +503,7 @@ def test_any_records_are_parsed_or_named(records: list) -> None:
 
 def test_core_has_no_torch() -> None:
     code = (
-        'import sys, cellseg_mm.predictions, cellseg_mm.submission; '
+        'import sys, cellseg_mm.results.predictions, cellseg_mm.results.submission; '
         "sys.exit('torch' in sys.modules or 'mmengine' in sys.modules)"
     )
     assert subprocess.run([sys.executable, '-c', code], check=False).returncode == 0

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import tifffile
 
-from cellseg_mm import prepare
-from cellseg_mm.case_checks import CaseFacts, check_case, near_duplicates
-from cellseg_mm.errors import CellSegError, ConfigError, DataError
-from cellseg_mm.folds import excluded_by, load_folds
-from cellseg_mm.labels import find_cases
-from cellseg_mm.prepare import GroupRule, PrepareParams
+from cellseg_mm.core.errors import CellSegError, ConfigError, DataError
+from cellseg_mm.data.folds import excluded_by, load_folds
+from cellseg_mm.data.labels import find_cases
+from cellseg_mm.data.preparing import prepare
+from cellseg_mm.data.preparing.case_checks import CaseFacts, check_case, near_duplicates
+from cellseg_mm.data.preparing.prepare import GroupRule, PrepareParams
 
 HW = (40, 61)
 CLASSES = ('round', 'long')
@@ -611,6 +611,6 @@ def test_tool_prints_and_exits(data: Path) -> None:
 
 
 def test_core_imports_no_torch() -> None:
-    code = 'import sys, cellseg_mm.prepare, cellseg_mm.labels; print("torch" in sys.modules)'
+    code = 'import sys, cellseg_mm.data.preparing.prepare; print("torch" in sys.modules)'
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert done.stdout == 'False\n'

@@ -16,7 +16,8 @@ from mmdet.structures import DetDataSample  # noqa: E402
 from mmengine.config import Config  # noqa: E402
 from mmengine.registry import DefaultScope  # noqa: E402
 
-from cellseg_mm import components, proposal_caps  # noqa: E402, F401
+from cellseg_mm import components  # noqa: E402, F401
+from cellseg_mm.model import caps as proposal_caps  # noqa: E402
 from tests.conftest import ROOT  # noqa: E402
 
 pytestmark = pytest.mark.mm

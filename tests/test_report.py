@@ -17,18 +17,15 @@ import cellseg_mm  # noqa: F401  (makes mmdet importable where mmcv has no compi
 
 pytest.importorskip('mmengine')
 
-from cellseg_mm import report
-from cellseg_mm.errors import ConfigError, FoldError
-from cellseg_mm.files import write_json
-from cellseg_mm.folds import Folds, load_folds, save_folds
-from cellseg_mm.instances import InstanceSet
-from cellseg_mm.labels import find_cases, read_gt
-from cellseg_mm.matching import compare
-from cellseg_mm.mistakes import ERROR_NAMES, errors_of
-from cellseg_mm.oof import pool_predictions
-from cellseg_mm.predictions import Predictions, save_predictions
-from cellseg_mm.report_charts import Axes, Series, chart, number, ticks
-from cellseg_mm.report_findings import (
+from cellseg_mm.core.errors import ConfigError, FoldError
+from cellseg_mm.core.files import write_json
+from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.data.folds import Folds, load_folds, save_folds
+from cellseg_mm.data.labels import find_cases, read_gt
+from cellseg_mm.ensemble.oof import pool_predictions
+from cellseg_mm.report import report
+from cellseg_mm.report.charts import Axes, Series, chart, number, ticks
+from cellseg_mm.report.findings import (
     OTHER_CLASS,
     UNLABELLED,
     UNSEEN,
@@ -36,10 +33,13 @@ from cellseg_mm.report_findings import (
     match_in_class,
     member_doubts,
 )
-from cellseg_mm.report_logs import read_training_log, step_of_checkpoint
-from cellseg_mm.report_parts import contrast, readable, script_json
-from cellseg_mm.report_pictures import outline_path
-from cellseg_mm.scoring import ScoreParams, score
+from cellseg_mm.report.logs import read_training_log, step_of_checkpoint
+from cellseg_mm.report.parts import contrast, readable, script_json
+from cellseg_mm.report.pictures import outline_path
+from cellseg_mm.results.predictions import Predictions, save_predictions
+from cellseg_mm.scores.matching import compare
+from cellseg_mm.scores.mistakes import ERROR_NAMES, errors_of
+from cellseg_mm.scores.score import ScoreParams, score
 from tests.chromium import Chromium, find_chromium
 
 pytestmark = pytest.mark.mm
@@ -562,7 +562,7 @@ def test_logged_validation_steps_are_kept_and_bad_lines_counted(tmp_path: Path) 
 def test_learning_rate_of_each_group(tmp_path: Path) -> None:
     from torch import nn
 
-    from cellseg_mm.optim import group_table
+    from cellseg_mm.training.optim import group_table
 
     write_log(tmp_path, '20260101_000000', [train_row(5, lr=0.05), train_row(10, lr=0.1)])
     weights = [nn.Parameter(nn.Linear(1, 1).weight)]

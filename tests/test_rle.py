@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from cellseg_mm import rle
-from cellseg_mm.errors import PredictionError
+from cellseg_mm.core import rle
+from cellseg_mm.core.errors import PredictionError
 
 
 def random_masks(seed: int, n: int, hw: tuple[int, int]) -> np.ndarray:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cellseg_mm import runtime
-from cellseg_mm.errors import ConfigError
+from cellseg_mm.core.errors import ConfigError
 
 torch = pytest.importorskip('torch')
 pytest.importorskip('mmdet')

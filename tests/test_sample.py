@@ -14,10 +14,10 @@ import pytest
 import tifffile
 from scipy import ndimage
 
-from cellseg_mm import sample
-from cellseg_mm.errors import CellSegError
-from cellseg_mm.labels import find_cases, read_gt
-from cellseg_mm.sample import make_sample, write_case, write_image
+from cellseg_mm.core.errors import CellSegError
+from cellseg_mm.data.drawing import sample
+from cellseg_mm.data.drawing.sample import make_sample, write_case, write_image
+from cellseg_mm.data.labels import find_cases, read_gt
 
 ROOT = Path(__file__).parents[1]
 
@@ -148,7 +148,7 @@ def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path: Path) -> None:
 
 
 def test_bytes_do_not_depend_on_threads(tmp_path: Path) -> None:
-    code = 'from cellseg_mm.sample import make_sample; import sys; '
+    code = 'from cellseg_mm.data.drawing.sample import make_sample; import sys; '
     code += 'make_sample(sys.argv[1], n_train=1, n_test=1, seed=1)'
     made = []
     for threads in ('1', '2'):

@@ -15,11 +15,11 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from cellseg_mm.average_precision import RECALL_POINTS, needed_tp, rank_class, weighted_ap
-from cellseg_mm.errors import ConfigError, PredictionError
-from cellseg_mm.instances import InstanceSet
-from cellseg_mm.matching import compare, greedy_matches
-from cellseg_mm.scoring import (
+from cellseg_mm.core.errors import ConfigError, PredictionError
+from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.scores.average_precision import RECALL_POINTS, needed_tp, rank_class, weighted_ap
+from cellseg_mm.scores.matching import compare, greedy_matches
+from cellseg_mm.scores.score import (
     ScoreParams,
     Scores,
     resampled_weights,
@@ -618,7 +618,7 @@ def test_scores_are_frozen() -> None:
 
 def test_scoring_needs_no_torch() -> None:
     code = (
-        'import sys; import cellseg_mm.scoring; '
+        'import sys; import cellseg_mm.scores.score; '
         "print([m for m in ('torch', 'mmengine', 'mmcv', 'mmdet') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)

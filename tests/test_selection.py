@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cellseg_mm import selection
-from cellseg_mm.errors import ConfigError
-from cellseg_mm.files import write_json
-from cellseg_mm.instances import InstanceSet
+from cellseg_mm.core.errors import ConfigError
+from cellseg_mm.core.files import write_json
+from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.fusion import settings as selection
 
 CLASSES = ('round', 'long')
 

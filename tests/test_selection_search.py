@@ -10,16 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cellseg_mm import selection, selection_search
-from cellseg_mm.errors import PredictionError
-from cellseg_mm.find_best import Inputs, find_best, read_samples
-from cellseg_mm.folds import load_folds, make_folds, save_folds
-from cellseg_mm.instances import InstanceSet, concatenate
-from cellseg_mm.labels import find_cases, read_gt
-from cellseg_mm.predictions import Predictions, load_predictions, save_predictions
-from cellseg_mm.sample import CLASS_NAMES, make_sample
-from cellseg_mm.scoring import ScoreParams, score
-from cellseg_mm.selection import DEFAULT_FUSION
+from cellseg_mm.core.errors import PredictionError
+from cellseg_mm.core.instances import InstanceSet, concatenate
+from cellseg_mm.data.drawing.sample import CLASS_NAMES, make_sample
+from cellseg_mm.data.folds import load_folds, make_folds, save_folds
+from cellseg_mm.data.labels import find_cases, read_gt
+from cellseg_mm.fusion import settings as selection
+from cellseg_mm.fusion.settings import DEFAULT_FUSION
+from cellseg_mm.results.predictions import Predictions, load_predictions, save_predictions
+from cellseg_mm.scores.score import ScoreParams, score
+from cellseg_mm.selection import search as selection_search
+from cellseg_mm.selection.find_best import Inputs, find_best, read_samples
 from tests.test_disjoint_sweep import CLASSES, HW, near, random_set
 
 PLAIN = (None, DEFAULT_FUSION)

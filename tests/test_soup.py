@@ -15,11 +15,11 @@ pytest.importorskip('mmdet')
 from mmengine.config import Config  # noqa: E402
 from torch import nn  # noqa: E402
 
-from cellseg_mm import soup  # noqa: E402
-from cellseg_mm.errors import CheckpointError, ConfigError, FoldError  # noqa: E402
-from cellseg_mm.member_models import Source, load_member  # noqa: E402
-from cellseg_mm.members import Member, clean_members  # noqa: E402
-from cellseg_mm.soup import Ingredient  # noqa: E402
+from cellseg_mm.core.errors import CheckpointError, ConfigError, FoldError  # noqa: E402
+from cellseg_mm.detectors import soup  # noqa: E402
+from cellseg_mm.detectors.member_models import Source, load_member  # noqa: E402
+from cellseg_mm.detectors.soup import Ingredient  # noqa: E402
+from cellseg_mm.ensemble.members import Member, clean_members  # noqa: E402
 from tests.tiny_folds import TinyFolds, make_tiny_folds, save_checkpoint  # noqa: E402
 
 pytestmark = pytest.mark.mm

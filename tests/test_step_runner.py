@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from cellseg_mm.errors import CellSegError
-from cellseg_mm.step_runner import StepRunner, locked, progress_of
+from cellseg_mm.core.errors import CellSegError
+from cellseg_mm.training.step_runner import StepRunner, locked, progress_of
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from cellseg_mm.errors import PredictionError
-from cellseg_mm.instances import InstanceSet
-from cellseg_mm.labels import IdEntry
-from cellseg_mm.submission import (
+from cellseg_mm.core.errors import PredictionError
+from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.data.labels import IdEntry
+from cellseg_mm.results.submission import (
     Finding,
     diff_sets,
     diff_submissions,

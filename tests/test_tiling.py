@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from cellseg_mm import rle
-from cellseg_mm.errors import ConfigError
-from cellseg_mm.instances import InstanceSet, concatenate
-from cellseg_mm.tiling import (
+from cellseg_mm.core import rle
+from cellseg_mm.core.errors import ConfigError
+from cellseg_mm.core.instances import InstanceSet, concatenate
+from cellseg_mm.predict.tiling import (
     StitchParams,
     StitchReport,
     Tile,

@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip('torch')
 
-from cellseg_mm import torch_ops  # noqa: E402
+from cellseg_mm.model import roi_align as torch_ops  # noqa: E402
 
 pytestmark = pytest.mark.mm
 

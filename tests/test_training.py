@@ -95,9 +95,9 @@ def test_resuming_with_other_settings_is_refused(
 ) -> None:
     from argparse import Namespace
 
-    from cellseg_mm import training
-    from cellseg_mm.errors import CheckpointError, ConfigError
-    from cellseg_mm.launch import load_config
+    from cellseg_mm.core.errors import CheckpointError, ConfigError
+    from cellseg_mm.training import train as training
+    from cellseg_mm.training.load_config import load_config
 
     monkeypatch.setenv('CELLSEG_DATA', str(sample_data))
     monkeypatch.setenv('LOCAL_RANK', '0')
@@ -120,9 +120,9 @@ def test_resuming_with_other_settings_is_refused(
 
 
 def test_data_set_leaves_out_what_its_folds_record(sample_data: Path, tmp_path: Path) -> None:
-    from cellseg_mm import prepare
-    from cellseg_mm.dataset import CellDataset
-    from cellseg_mm.sample import CLASS_NAMES
+    from cellseg_mm.data.drawing.sample import CLASS_NAMES
+    from cellseg_mm.data.preparing import prepare
+    from cellseg_mm.pipeline.dataset import CellDataset
 
     data = shutil.copytree(sample_data, tmp_path / 'data')
     bad = sorted((data / 'train').iterdir())[0]
@@ -148,8 +148,8 @@ def test_folds_of_another_name_are_not_made(
 ) -> None:
     from mmengine.config import Config
 
-    from cellseg_mm import training
-    from cellseg_mm.errors import FoldError
+    from cellseg_mm.core.errors import FoldError
+    from cellseg_mm.training import train as training
 
     monkeypatch.setenv('CELLSEG_DATA', str(sample_data))
     monkeypatch.setenv('CELLSEG_FOLDS', str(tmp_path / 'three.json'))
@@ -159,7 +159,7 @@ def test_folds_of_another_name_are_not_made(
 
 
 def test_checkpoint_says_where_it_comes_from(sample_data: Path, trained: Path) -> None:
-    from cellseg_mm.folds import load_folds
+    from cellseg_mm.data.folds import load_folds
 
     meta = torch.load(trained / 'iter_4.pth', weights_only=False)['meta']['cellseg']
     assert meta['fold'] == 0
@@ -172,8 +172,8 @@ def test_checkpoint_says_where_it_comes_from(sample_data: Path, trained: Path) -
 def test_scoring_finds_the_best_and_writes_instances(
     sample_data: Path, trained: Path, tmp_path: Path
 ) -> None:
-    from cellseg_mm.folds import load_folds
-    from cellseg_mm.predictions import load_predictions
+    from cellseg_mm.data.folds import load_folds
+    from cellseg_mm.results.predictions import load_predictions
 
     command = ['tools/test.py', 'configs/sample/fold0.py', '--work-dir', trained, '--out', tmp_path]
     run([*command, *options()], sample_data)
@@ -201,7 +201,7 @@ def test_checkpoint_of_another_fold_is_refused(
 def test_checkpoint_of_other_folds_is_refused(
     sample_data: Path, trained: Path, tmp_path: Path
 ) -> None:
-    from cellseg_mm.folds import load_folds, save_folds
+    from cellseg_mm.data.folds import load_folds, save_folds
 
     folds = load_folds(sample_data / 'folds.json')
     swapped = type(folds)(folds.names_by_fold[::-1], folds.groups, folds.method, folds.seed)
@@ -264,10 +264,10 @@ def test_heads_of_another_number_of_classes_are_refused(
     from mmengine.config import Config
     from mmengine.registry import DefaultScope
 
-    from cellseg_mm.dataset import CellDataset
-    from cellseg_mm.errors import ConfigError
-    from cellseg_mm.hooks import ProvenanceHook
-    from cellseg_mm.launch import adapt_to_machine
+    from cellseg_mm.core.errors import ConfigError
+    from cellseg_mm.pipeline.dataset import CellDataset
+    from cellseg_mm.training.hooks import ProvenanceHook
+    from cellseg_mm.training.load_config import adapt_to_machine
 
     monkeypatch.setenv('CELLSEG_DATA', str(sample_data))
     cfg = Config.fromfile(ROOT / 'configs/sample/fold0.py')
@@ -301,7 +301,7 @@ def test_only_the_main_process_looks_for_its_checkpoints(
 
     from mmengine.config import Config
 
-    from cellseg_mm import training
+    from cellseg_mm.training import train as training
 
     monkeypatch.setenv('CELLSEG_DATA', str(sample_data))
     cfg = Config.fromfile(ROOT / 'configs/sample/fold0.py')
@@ -309,9 +309,7 @@ def test_only_the_main_process_looks_for_its_checkpoints(
     monkeypatch.setattr(training, 'is_main_process', lambda: False)
     monkeypatch.setattr(training, '_runner', lambda _: SimpleNamespace(train=lambda: None))
     told = tmp_path / 'best_x.pth'
-    monkeypatch.setattr(
-        training, 'broadcast_object_list', lambda box: box.__setitem__(0, told), raising=False
-    )
+    monkeypatch.setattr(training, 'broadcast_object_list', lambda box: box.__setitem__(0, told))
     assert training.train(cfg) == told
     assert not (tmp_path / training.FINISHED).exists()
 
@@ -323,17 +321,15 @@ def test_processes_join_before_anything_is_written(
     """Where there is CUDA too: before, each process takes itself for the main one."""
     from mmengine.config import Config
 
-    from cellseg_mm import launch
+    from cellseg_mm.training import load_config as launch
 
     monkeypatch.setenv('CELLSEG_DATA', str(sample_data))
     cfg = Config.fromfile(ROOT / 'configs/sample/fold0.py')
     cfg.launcher = launcher
     found: list[str] = []
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    monkeypatch.setattr(launch, 'set_multi_processing', lambda **_: None, raising=False)
-    monkeypatch.setattr(
-        launch, 'init_dist', lambda name, backend: found.extend([name, backend]), raising=False
-    )
+    monkeypatch.setattr(launch, 'set_multi_processing', lambda **_: None)
+    monkeypatch.setattr(launch, 'init_dist', lambda name, backend: found.extend([name, backend]))
     launch.adapt_to_machine(cfg)
     assert found == joins
 
@@ -341,7 +337,8 @@ def test_processes_join_before_anything_is_written(
 def test_settings_that_laptops_need(sample_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mmengine.config import Config
 
-    from cellseg_mm import launch, training
+    from cellseg_mm.training import load_config as launch
+    from cellseg_mm.training import train as training
 
     monkeypatch.setenv('CELLSEG_DATA', str(sample_data))
     cfg = Config.fromfile(ROOT / 'configs/sample/fold0.py')
@@ -360,7 +357,7 @@ def test_settings_that_laptops_need(sample_data: Path, monkeypatch: pytest.Monke
 
 
 def test_code_commit_without_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from cellseg_mm import provenance
+    from cellseg_mm.core import provenance
 
     monkeypatch.setenv('PATH', str(tmp_path))
     assert provenance.code_commit.__wrapped__() == ''

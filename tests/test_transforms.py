@@ -24,9 +24,9 @@ from mmengine.dataset import Compose  # noqa: E402
 from mmengine.registry import init_default_scope  # noqa: E402
 from mmengine.structures import InstanceData  # noqa: E402
 
-from cellseg_mm.errors import ConfigError, LabelMapError  # noqa: E402
-from cellseg_mm.label_map_masks import LabelMapMasks  # noqa: E402
-from cellseg_mm.transforms import (  # noqa: E402
+from cellseg_mm.core.errors import ConfigError, LabelMapError  # noqa: E402
+from cellseg_mm.pipeline.label_map_masks import LabelMapMasks  # noqa: E402
+from cellseg_mm.pipeline.geometry import (  # noqa: E402
     STAINS_RGB,
     BlurNoise,
     ClassAwareCrop,

@@ -12,11 +12,20 @@ from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import DefaultScope
 from torch import nn
 
-from cellseg_mm import rle
-from cellseg_mm.detections import to_instance_set, to_pred_instances
-from cellseg_mm.errors import ConfigError
-from cellseg_mm.instances import InstanceSet
-from cellseg_mm.tta import D4, FLIPS, IDENTITY, CellTTAModel, TtaSpec, View, from_spec, map_back
+from cellseg_mm.core import rle
+from cellseg_mm.core.errors import ConfigError
+from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.model.detections import to_instance_set, to_pred_instances
+from cellseg_mm.model.tta import (
+    D4,
+    FLIPS,
+    IDENTITY,
+    CellTTAModel,
+    TtaSpec,
+    View,
+    from_spec,
+    map_back,
+)
 
 pytestmark = pytest.mark.mm
 
@@ -114,7 +123,7 @@ def test_instances_come_back_exactly(view: View, image_hw: tuple[int, int]) -> N
 def test_pasting_probabilities_commutes_with_turning(view: View) -> None:
     """Half a pixel wrong anywhere would show: masks pasted in the view equal masks pasted here."""
     torch = pytest.importorskip('torch')
-    from cellseg_mm.mask_head import encode_masks
+    from cellseg_mm.model.mask_head import encode_masks
 
     rng = np.random.default_rng(1)
     # Halves and quarters of pixels, whose arithmetic is exact, and smooth masks

@@ -21,13 +21,13 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 
 import cellseg_mm  # noqa: F401
-from cellseg_mm import weights
-from cellseg_mm.errors import CheckpointError, ConfigError
-from cellseg_mm.safe_pickle import read_pickle
-from cellseg_mm.weight_conversion import build_model_config, convert
-from cellseg_mm.weight_names import COCO_IDS, NEW_HEADS
-from cellseg_mm.weights import check_name_hash, convert_file, locate
-from cellseg_mm.weights_report import WeightsReportHook, check_preprocessing, report_loading
+from cellseg_mm.core.errors import CheckpointError, ConfigError
+from cellseg_mm.weights import published as weights
+from cellseg_mm.weights.conversion import build_model_config, convert
+from cellseg_mm.weights.names import COCO_IDS, NEW_HEADS
+from cellseg_mm.weights.published import check_name_hash, convert_file, locate
+from cellseg_mm.weights.report_hook import WeightsReportHook, check_preprocessing, report_loading
+from cellseg_mm.weights.safe_pickle import read_pickle
 from tests import random_detectron2
 
 CLASSWISE = {

@@ -13,9 +13,9 @@ from mmengine.registry import init_default_scope
 from torch import nn
 
 import cellseg_mm.components
-from cellseg_mm.folds import Folds, save_folds
-from cellseg_mm.labels import find_cases
-from cellseg_mm.sample import make_sample
+from cellseg_mm.data.drawing.sample import make_sample
+from cellseg_mm.data.folds import Folds, save_folds
+from cellseg_mm.data.labels import find_cases
 
 ROOT = Path(__file__).resolve().parents[1]
 N_FOLDS = 3

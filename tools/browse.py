@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cellseg_mm.launch import add_config_arguments, load_config, run_tool
+from cellseg_mm.training.load_config import add_config_arguments, load_config, run_tool
 
 
 def main() -> None:
@@ -27,7 +27,8 @@ def main() -> None:
 
     from mmengine.registry import init_default_scope
 
-    from cellseg_mm import browse, overlay
+    from cellseg_mm.checks import browse
+    from cellseg_mm.results import overlay
 
     cfg = load_config(args)
     init_default_scope(cfg.get('default_scope', 'mmdet'))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from cellseg_mm.launch import run_tool
+from cellseg_mm.training.load_config import run_tool
 
 
 def main() -> int:
@@ -22,8 +22,8 @@ def main() -> int:
     from mmengine.logging import MMLogger
 
     import cellseg_mm.components  # noqa: F401 - registers what configs name
-    from cellseg_mm.check import run_checks
-    from cellseg_mm.check_lines import summary
+    from cellseg_mm.checks.lines import summary
+    from cellseg_mm.checks.run import run_checks
 
     MMLogger.get_instance('check', log_level='WARNING')  # findings are printed, not logged
     lines = []

@@ -13,9 +13,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from cellseg_mm.errors import CellSegError
-from cellseg_mm.labels import read_id_map
-from cellseg_mm.submission import N_CLASSES, diff_submissions, format_diff, lint_submission
+from cellseg_mm.core.errors import CellSegError
+from cellseg_mm.data.labels import read_id_map
+from cellseg_mm.results.submission import N_CLASSES, diff_submissions, format_diff, lint_submission
 
 
 def parse_args(words: list[str] | None = None) -> argparse.Namespace:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cellseg_mm.launch import run_tool
+from cellseg_mm.training.load_config import run_tool
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -45,7 +45,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Convert one file."""
     args = parse_args()
-    from cellseg_mm.weights import convert_file, locate
+    from cellseg_mm.weights.published import convert_file, locate
 
     conversion = convert_file(
         locate(args.file),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-from cellseg_mm.launch import run_tool
+from cellseg_mm.training.load_config import run_tool
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
     )
     args = parser.parse_args()
 
-    from cellseg_mm import cross_validation as cv
+    from cellseg_mm.training import cross_validation as cv
 
     if args.slurm:
         text = cv.slurm_script(

@@ -13,7 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from cellseg_mm.launch import run_tool
+from cellseg_mm.training.load_config import run_tool
 
 ROOT = Path(__file__).resolve().parents[1]
 LEARNED_AP50 = 0.5
@@ -26,9 +26,9 @@ def main() -> int:
     parser.add_argument('--again', action='store_true', help='delete earlier results first')
     args = parser.parse_args()
 
-    from cellseg_mm import cross_validation as cv
-    from cellseg_mm import prepare
-    from cellseg_mm.sample import make_sample
+    from cellseg_mm.data.drawing.sample import make_sample
+    from cellseg_mm.data.preparing import prepare
+    from cellseg_mm.training import cross_validation as cv
 
     if args.again and args.out.exists():
         shutil.rmtree(args.out)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cellseg_mm.launch import add_config_arguments, load_config, run_tool
+from cellseg_mm.training.load_config import add_config_arguments, load_config, run_tool
 
 
 def parse_args(words: list[str] | None = None) -> argparse.Namespace:
@@ -65,9 +65,9 @@ def main() -> None:
     args = parse_args()
     from mmengine.dist import is_main_process
 
-    from cellseg_mm import ensemble
-    from cellseg_mm.cross_validation import ensemble_dir
-    from cellseg_mm.training import dataset_settings, folds_path
+    from cellseg_mm.ensemble import fuse_files as ensemble
+    from cellseg_mm.training.cross_validation import ensemble_dir
+    from cellseg_mm.training.train import dataset_settings, folds_path
 
     work_dirs = ensemble.work_dirs_of(args.configs, args.work_root)
     args.work_dir = out = Path(args.out or ensemble_dir(work_dirs))
@@ -95,7 +95,7 @@ def main() -> None:
             args.predictions, images, fusion, out, leave_out_seen=args.leave_out_seen
         )
     else:
-        from cellseg_mm.ensemble_models import ensemble_models, pair_sources
+        from cellseg_mm.detectors.run_ensemble import ensemble_models, pair_sources
 
         checkpoints = args.checkpoints or ensemble.find_checkpoints(work_dirs)
         merged = ensemble_models(
@@ -115,7 +115,7 @@ def main() -> None:
 
 
 def _write_outputs(args: argparse.Namespace, cfg, merged, images, out: Path) -> str:
-    from cellseg_mm.ensemble_outputs import Outputs, write_outputs
+    from cellseg_mm.results.ensemble_outputs import Outputs, write_outputs
 
     outputs = Outputs(
         formats=tuple(args.export),

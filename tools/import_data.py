@@ -10,10 +10,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from cellseg_mm.errors import CellSegError
-from cellseg_mm.import_formats import FINDERS, ImportParams
-from cellseg_mm.importers import import_data
-from cellseg_mm.tiff import DEFAULT_MAX_PIXELS
+from cellseg_mm.core.errors import CellSegError
+from cellseg_mm.data.importing.import_data import import_data
+from cellseg_mm.data.importing.sources import FINDERS, ImportParams
+from cellseg_mm.data.tiff import DEFAULT_MAX_PIXELS
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -9,8 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from cellseg_mm.errors import CellSegError
-from cellseg_mm.sample import make_sample
+from cellseg_mm.core.errors import CellSegError
+from cellseg_mm.data.drawing.sample import make_sample
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cellseg_mm.launch import add_config_arguments, load_config, run_tool
+from cellseg_mm.training.load_config import add_config_arguments, load_config, run_tool
 
 
 def parse_args(words: list[str] | None = None) -> argparse.Namespace:
@@ -71,8 +71,8 @@ def _take(words: list[str], fits) -> list[str]:
 def main() -> int:
     """Load, predict, and say where the results are."""
     args = parse_args()
-    from cellseg_mm import predict
-    from cellseg_mm.detector import from_command_line
+    from cellseg_mm.detectors.detector import from_command_line
+    from cellseg_mm.predict import predict
 
     args.work_dir = args.work_dir or str(args.out)
     configs = {}

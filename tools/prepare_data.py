@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from cellseg_mm import prepare
-from cellseg_mm.errors import CellSegError
-from cellseg_mm.folds import ORIGINAL_SEED, Method
-from cellseg_mm.tiff import DEFAULT_MAX_PIXELS
+from cellseg_mm.core.errors import CellSegError
+from cellseg_mm.data.folds import ORIGINAL_SEED, Method
+from cellseg_mm.data.preparing import prepare
+from cellseg_mm.data.tiff import DEFAULT_MAX_PIXELS
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

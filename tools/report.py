@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cellseg_mm.errors import ConfigError
-from cellseg_mm.launch import run_tool
+from cellseg_mm.core.errors import ConfigError
+from cellseg_mm.training.load_config import run_tool
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     if bool(args.configs) == bool(args.work_dir):
         raise ConfigError('report: expected either configs or --work-dir; give one of them')
 
-    from cellseg_mm import report
+    from cellseg_mm.report import report
 
     if args.work_dir:
         inputs = report.from_work_dir(args.work_dir)

@@ -13,7 +13,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from cellseg_mm.launch import run_tool
+from cellseg_mm.training.load_config import run_tool
 
 
 def parse_args(words: list[str] | None = None) -> argparse.Namespace:
@@ -38,10 +38,14 @@ def main() -> None:
     args = parse_args()
     from mmengine.config import Config
 
-    from cellseg_mm import ensemble, files, folds, oof, predictions
-    from cellseg_mm.cross_validation import ensemble_dir
-    from cellseg_mm.fusion_gain import fusion_gain
-    from cellseg_mm.training import dataset_settings, folds_path
+    from cellseg_mm.core import files
+    from cellseg_mm.data import folds
+    from cellseg_mm.ensemble import fuse_files as ensemble
+    from cellseg_mm.ensemble import oof
+    from cellseg_mm.ensemble.fusion_gain import fusion_gain
+    from cellseg_mm.results import predictions
+    from cellseg_mm.training.cross_validation import ensemble_dir
+    from cellseg_mm.training.train import dataset_settings, folds_path
 
     work_dirs = ensemble.work_dirs_of(args.configs, args.work_root)
     out = Path(args.out or ensemble_dir(work_dirs))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cellseg_mm.launch import add_config_arguments, load_config, run_tool
+from cellseg_mm.training.load_config import add_config_arguments, load_config, run_tool
 
 
 def parse_args(words: list[str] | None = None) -> argparse.Namespace:
@@ -36,9 +36,10 @@ def main() -> None:
     args = parse_args()
     import torch
 
-    from cellseg_mm import ensemble, soup
-    from cellseg_mm.cross_validation import ensemble_dir
-    from cellseg_mm.training import dataset_settings
+    from cellseg_mm.detectors import soup
+    from cellseg_mm.ensemble import fuse_files as ensemble
+    from cellseg_mm.training.cross_validation import ensemble_dir
+    from cellseg_mm.training.train import dataset_settings
 
     work_dirs = ensemble.work_dirs_of(args.configs, args.work_root)
     args.config = args.configs[0]

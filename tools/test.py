@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 
-from cellseg_mm.launch import add_config_arguments, load_config, run_tool
+from cellseg_mm.training.load_config import add_config_arguments, load_config, run_tool
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
     add_config_arguments(parser)
     args = parser.parse_args()
 
-    from cellseg_mm.training import score_checkpoint
+    from cellseg_mm.training.train import score_checkpoint
 
     cfg = load_config(args)
     score_checkpoint(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from cellseg_mm.launch import add_config_arguments, load_config, run_tool, same_run
+from cellseg_mm.training.load_config import add_config_arguments, load_config, run_tool, same_run
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     add_config_arguments(parser)
     args = parser.parse_args()
 
-    from cellseg_mm.training import train
+    from cellseg_mm.training.train import train
 
     checkpoint = train(
         load_config(args),

@@ -20,7 +20,7 @@ import imagecodecs
 import numpy as np
 import tifffile
 
-from cellseg_mm.labels import read_image
+from cellseg_mm.data.labels import read_image
 
 ROOT = Path(__file__).resolve().parents[2]
 EFFORT = 3  # of JPEG XL: higher gains 5 % and takes six times as long

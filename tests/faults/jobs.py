@@ -183,8 +183,8 @@ JOBS = {
 
 def prepare_data(bench: Path) -> None:
     """Make the sample data, unless they are there."""
-    from cellseg_mm import prepare
-    from cellseg_mm.sample import make_sample
+    from cellseg_mm.data.drawing.sample import make_sample
+    from cellseg_mm.data.preparing import prepare
 
     if (bench / 'data/folds.json').is_file():
         return
@@ -211,9 +211,9 @@ def _make_members(bench: Path) -> None:
     """Jitter the ground truth of the test images; the sample has none on disk, so draw cells."""
     import numpy as np
 
-    from cellseg_mm.instances import InstanceSet
-    from cellseg_mm.labels import find_cases
-    from cellseg_mm.predictions import Predictions, save_predictions
+    from cellseg_mm.core.instances import InstanceSet
+    from cellseg_mm.data.labels import find_cases
+    from cellseg_mm.results.predictions import Predictions, save_predictions
 
     if (bench / 'member1.npz').is_file():
         return

@@ -64,8 +64,8 @@ def import_all() -> None:
     import torch
 
     import cellseg_mm.components
-    import cellseg_mm.training
-    from cellseg_mm import provenance
+    import cellseg_mm.training.train
+    from cellseg_mm.core import provenance
 
     torch.set_num_threads(1)
     cv2.setNumThreads(0)

@@ -20,12 +20,15 @@ from mmengine.registry import LOOPS, DefaultScope
 from torch.utils.data import DataLoader, get_worker_info
 
 import cellseg_mm.components
-from cellseg_mm import checkpoints, files, launch, predictions, worker_watch
-from cellseg_mm.dataset import CellDataset
-from cellseg_mm.errors import CellSegError, DataError, ImageError
-from cellseg_mm.folds import Folds, load_folds, save_folds
-from cellseg_mm.instances import InstanceSet
-from cellseg_mm.labels import find_cases
+from cellseg_mm.core import files, worker_watch
+from cellseg_mm.core.errors import CellSegError, DataError, ImageError
+from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.data.folds import Folds, load_folds, save_folds
+from cellseg_mm.data.labels import find_cases
+from cellseg_mm.pipeline.dataset import CellDataset
+from cellseg_mm.results import predictions
+from cellseg_mm.training import load_config as launch
+from cellseg_mm.weights import checkpoints
 from tests.conftest import ROOT
 from tests.faults import kill
 from tests.faults.jobs import files_digest, prepare_data

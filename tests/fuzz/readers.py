@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 import tifffile
 
-from cellseg_mm import cases, checkpoints, folds, labels, predictions
-from cellseg_mm.errors import CellSegError
-from cellseg_mm.instances import InstanceSet
+from cellseg_mm.core.errors import CellSegError
+from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.data import cases, folds, labels
+from cellseg_mm.results import predictions
+from cellseg_mm.weights import checkpoints
 from tests.fuzz.mutate import (
     Mutator,
     any_bytes,

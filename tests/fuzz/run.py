@@ -30,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cellseg_mm.errors import CellSegError
+from cellseg_mm.core.errors import CellSegError
 from tests.fuzz.readers import READERS, Reader
 
 SECONDS = 10  # of CPU: the machine may be busy

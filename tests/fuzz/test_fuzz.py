@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cellseg_mm.errors import CellSegError, FoldError, PredictionError
-from cellseg_mm.folds import load_folds
-from cellseg_mm.predictions import load_predictions
+from cellseg_mm.core.errors import CellSegError, FoldError, PredictionError
+from cellseg_mm.data.folds import load_folds
+from cellseg_mm.results.predictions import load_predictions
 from tests.fuzz import run
 from tests.fuzz.mutate import ODD_VALUES, json_values, tiff_tags, zip_members
 from tests.fuzz.readers import READERS, Reader, good_folds, good_predictions, good_tiffs

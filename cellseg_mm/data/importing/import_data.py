@@ -1,0 +1,264 @@
+"""Turns other annotation formats into this project's folders of TIFFs.
+
+In: MoNuSAC's own distribution, COCO JSON, one label map per image, one picture per cell.
+Out: ``<out>/train/<name>/image.tif`` with ``class1.tif`` ..., and ``manifest.csv``.
+Invariant: a case is written whole or not at all, and whatever could not be kept (an overlap inside
+a class, a skipped class, a broken outline) is counted in the report.
+
+A label map holds one id per pixel, so cells of one class that overlap cannot both keep contested
+pixels: these go to the smaller cell (the earlier one if they are equal), because the larger one
+would otherwise swallow it. Cells of different classes keep all their pixels.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellseg_mm.core.errors import CellSegError
+from cellseg_mm.core.files import write_text
+from cellseg_mm.data.importing.sources import FINDERS, Cell, Classes, Format, ImportParams, Job
+from cellseg_mm.core.progress import track
+from cellseg_mm.data.drawing.sample import write_case
+
+MAX_NAME_LENGTH = 150
+
+
+@dataclass(frozen=True, slots=True)
+class ImportReport:
+    """What an import did.
+
+    Attributes:
+        class_names: Name of class 1, 2, ...
+        rows: One row per written case, the keys are the manifest's columns.
+        notes: Sentences about what was left out or lost.
+        problems: Sentences about cases that were not written.
+        manifest_path: The table of all cases.
+    """
+
+    class_names: tuple[str, ...]
+    rows: tuple[Mapping[str, str], ...]
+    notes: tuple[str, ...]
+    problems: tuple[str, ...]
+    manifest_path: Path
+
+    def text(self) -> str:
+        """Return the report for people."""
+        parts = [
+            f'{sum(int(row[f"c{k}"]) for row in self.rows)} {name}'
+            for k, name in enumerate(self.class_names, start=1)
+        ]
+        lost = sum(int(row['lost_px']) for row in self.rows)
+        lines = [f'{len(self.rows)} cases written: {", ".join(parts)}; {lost} px lost to overlaps']
+        lines += [f'note: {note}' for note in self.notes]
+        lines += [f'problem: {problem}' for problem in self.problems]
+        return '\n'.join(lines)
+
+
+def import_data(
+    source_format: Format, source: Path | str, out_dir: Path | str, params: ImportParams
+) -> ImportReport:
+    """Import every case that can be read, and report all that cannot.
+
+    Args:
+        source_format: ``monusac``: folders of patients with ``.tif`` or ``.svs`` and ``.xml``.
+            ``coco``: a JSON file. ``label-map``: images with ``<name>_masks``, ``<name>_cp_masks``
+            or ``masks/<name>``. ``mask-folders``: ``<name>/images/*`` and ``<name>/masks/*``.
+        source: Folder or file.
+        out_dir: Data folder to write into; existing cases stay, see ``ImportParams.replace``.
+        params: Options.
+
+    Raises:
+        CellSegError: The source as a whole cannot be read, has no case, or the options do not fit.
+        OSError: ``out_dir`` cannot be written.
+    """
+    source, out_dir = Path(source), Path(out_dir)
+    if source_format not in FINDERS:
+        raise CellSegError(f'format {source_format!r} is unknown; choose one of {sorted(FINDERS)}')
+    jobs, classes = FINDERS[source_format](source, params)
+    if not jobs:
+        raise CellSegError(f'{source}: nothing to import as {source_format}; check the path')
+    manifest_path = out_dir / 'manifest.csv'
+    columns = _columns(len(classes.names))
+    table = _read_manifest(manifest_path, columns)
+    rows: list[dict[str, str]] = []
+    notes: list[str] = []
+    problems: list[str] = []
+    taken: dict[str, Path] = {}
+    try:
+        for job in track(jobs, description='import', total=len(jobs)):
+            try:
+                name = _claim_name(job, taken)
+                row = _import_case(job, name, out_dir / 'train', classes, params, notes)
+            except CellSegError as problem:
+                problems.append(str(problem))
+                continue
+            except MemoryError:
+                problems.append(f'{job.source}: does not fit into memory; cut it into tiles')
+                continue
+            rows.append(row)
+            table[name] = row
+    finally:  # cases that are there must be in the table, even after an interruption
+        if rows:
+            _write_manifest(manifest_path, columns, table)
+    return ImportReport(classes.names, tuple(rows), tuple(notes), tuple(problems), manifest_path)
+
+
+# ---- cases ----
+
+
+def _claim_name(job: Job, taken: dict[str, Path]) -> str:
+    """Return a file name that is safe everywhere and not yet used."""
+    name = re.sub(r'[\x00-\x1f\x7f<>:"/\\|?*\s]+', '_', job.name).lstrip('.').rstrip('. ')
+    if not name or len(name.encode()) > MAX_NAME_LENGTH:
+        raise CellSegError(
+            f'{job.source}: the name {job.name[:80]!r} cannot name a folder; expected 1 to '
+            f'{MAX_NAME_LENGTH} bytes; rename it'
+        )
+    other = taken.get(name.casefold())
+    if other is not None:
+        raise CellSegError(
+            f'{job.source}: its case would be named {name}, like that of {other}; names must '
+            f'differ, also without case; rename one'
+        )
+    taken[name.casefold()] = job.source
+    return name
+
+
+def _import_case(
+    job: Job,
+    name: str,
+    train_dir: Path,
+    classes: Classes,
+    params: ImportParams,
+    notes: list[str],
+) -> dict[str, str]:
+    case_dir = train_dir / name
+    if case_dir.exists() and not params.replace:
+        raise CellSegError(
+            f'{case_dir}: is already there; choose another folder or ask to replace cases'
+        )
+    annotated = job.read()
+    label_maps, lost_px = paint_cells(annotated.cells, annotated.image.shape[:2])
+    image = annotated.image[..., ::-1] if params.swap_red_blue else annotated.image
+    _write_whole(case_dir, image, label_maps)
+    counts = Counter({k: len(np.unique(m[m > 0])) for k, m in label_maps.items()})
+    notes.extend(f'{job.source}: {note}' for note in annotated.notes)
+    notes.extend(_loss_notes(job, annotated.cells, counts, lost_px, classes))
+    height, width = annotated.image.shape[:2]
+    row = {'uuid': name, 'height': height, 'width': width}
+    row |= {f'c{k}': counts[k] for k in range(1, len(classes.names) + 1)}
+    row |= {'patient': job.patient, 'source': job.source.name, 'lost_px': sum(lost_px.values())}
+    return {key: str(value) for key, value in row.items()}
+
+
+def _loss_notes(
+    job: Job,
+    cells: Sequence[Cell],
+    counts: Mapping[int, int],
+    lost_px: Mapping[int, int],
+    classes: Classes,
+) -> list[str]:
+    n_cells = Counter(cell.class_number for cell in cells)
+    notes = []
+    for k in sorted(n_cells):
+        n_gone = n_cells[k] - counts[k]
+        if lost_px[k] or n_gone:
+            notes.append(
+                f'{job.source}: {lost_px[k]} px of {classes.names[k - 1]} cells overlap and went '
+                f'to the smaller cell; {n_gone} of {n_cells[k]} cells have no pixel left'
+            )
+    if not cells:
+        notes.append(f'{job.source}: has no cell')
+    return notes
+
+
+def paint_cells(
+    cells: Sequence[Cell], image_hw: Sequence[int]
+) -> tuple[dict[int, NDArray[np.int32]], Counter[int]]:
+    """Paint cells into one label map per class.
+
+    A pixel that cells of one class contest goes to the one with the smaller mask, and of equal
+    masks to the earlier one. Ids are unique across classes, rise with the class and then with the
+    order of ``cells``; a cell without a pixel left leaves a gap.
+
+    Args:
+        cells: Cells whose crops lie inside the image.
+        image_hw: Height and width in px.
+
+    Returns:
+        Class number -> (H, W) int32 label map; and class number -> pixels lost to overlaps.
+    """
+    label_maps: dict[int, NDArray[np.int32]] = {}
+    lost_px: Counter[int] = Counter()
+    areas = [int(cell.mask.sum()) for cell in cells]
+    order = sorted(range(len(cells)), key=lambda i: (cells[i].class_number, i))
+    id_of = {index: number for number, index in enumerate(order, start=1)}
+    for index in sorted(order, key=lambda i: (areas[i], i), reverse=True):
+        cell = cells[index]
+        label_map = label_maps.setdefault(
+            cell.class_number, np.zeros((image_hw[0], image_hw[1]), dtype=np.int32)
+        )
+        height, width = cell.mask.shape
+        window = label_map[cell.top : cell.top + height, cell.left : cell.left + width]
+        window[cell.mask] = id_of[index]
+        lost_px[cell.class_number] += areas[index]
+    for class_number, label_map in label_maps.items():
+        lost_px[class_number] -= int((label_map > 0).sum())
+    return dict(sorted(label_maps.items())), lost_px
+
+
+def _write_whole(
+    case_dir: Path, image: NDArray[np.uint8], label_maps: Mapping[int, NDArray[np.int32]]
+) -> None:
+    """Write a case folder under another name first, so that it is never seen half written."""
+    case_dir.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix='.tmp-import-', dir=case_dir.parent))
+    try:
+        write_case(scratch / 'new', image, label_maps)
+        if case_dir.exists():
+            case_dir.replace(scratch / 'old')
+        try:
+            (scratch / 'new').replace(case_dir)
+        except OSError:
+            if (scratch / 'old').exists():
+                (scratch / 'old').replace(case_dir)
+            raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _columns(n_classes: int) -> list[str]:
+    counts = [f'c{k}' for k in range(1, n_classes + 1)]
+    return ['uuid', 'height', 'width', *counts, 'patient', 'source', 'lost_px']
+
+
+def _read_manifest(path: Path, columns: list[str]) -> dict[str, dict[str, str]]:
+    """Return the rows of an existing table by case name."""
+    if not path.exists():
+        return {}
+    reader = csv.DictReader(io.StringIO(path.read_text(encoding='utf-8')))
+    if reader.fieldnames != columns:
+        raise CellSegError(
+            f'{path}: has the columns {reader.fieldnames}, expected {columns}; import into '
+            f'another folder, or with the same classes as before'
+        )
+    return {row['uuid']: row for row in reader}
+
+
+def _write_manifest(path: Path, columns: list[str], table: Mapping[str, dict[str, str]]) -> None:
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, columns, lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(table[name] for name in sorted(table))
+    write_text(path, stream.getvalue())

@@ -1,0 +1,264 @@
+"""Reading one TIFF page strictly: either all of its pixels, or one sentence about what is wrong.
+
+In: a path. Out: a :class:`Raster` with the values as stored.
+Invariant: size, layout and completeness are judged on the header before anything is decoded, so a
+damaged or hostile file costs neither memory nor silently invented pixels.
+"""
+
+from __future__ import annotations
+
+import math
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import imagecodecs
+import numpy as np
+import tifffile
+from numpy.typing import NDArray
+
+from cellseg_mm.core.errors import CellSegError
+
+DEFAULT_MAX_PIXELS = 100_000_000  # 10000 x 10000; three bytes each make 300 MB
+MAX_SAMPLES = 8
+FIX = 'export it again, or list its case in exclude.txt'
+
+# LZW and deflate go through libtiff. imagecodecs' own LZW decoder (2026.3.6) takes any code after a
+# clear code, reads outside its table and can end the process; libtiff checks it, is fuzzed by its
+# authors, and is twice as fast on the real images.
+BY_LIBTIFF = (5, 8, 32946)
+
+_MAGIC = {
+    b'\x89PNG': 'a PNG file',
+    b'\xff\xd8\xff': 'a JPEG file',
+    b'PK\x03\x04': 'a ZIP file',
+    b'\x1f\x8b': 'a gzip file',
+    b'GIF8': 'a GIF file',
+    b'BM': 'a BMP file',
+    b'%PDF': 'a PDF file',
+    b'version https://git-lfs': 'a Git LFS pointer; run git lfs pull',
+    b'\x93NUMPY': 'a NumPy file',
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a page says about itself.
+
+    Attributes:
+        hw: Height and width in px.
+        n_samples: Values per pixel.
+        bits: Bits per value.
+        photometric: TIFF's number for the meaning of the values (0 white is zero, 1 black is zero,
+            2 RGB, 3 palette, 5 CMYK, 6 YCbCr).
+        compression: TIFF's number for the compression (1 none, 5 LZW, 7 JPEG, 8 deflate).
+        orientation: TIFF's number for how the picture lies (1 as stored).
+    """
+
+    hw: tuple[int, int]
+    n_samples: int
+    bits: int
+    photometric: int
+    compression: int
+    orientation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Raster:
+    """One decoded page.
+
+    Attributes:
+        values: (H, W, S) of the stored dtype.
+        header: See :class:`Header`.
+        palette: (3, 2 ** bits) uint16 for palette images, else (3, 0).
+    """
+
+    values: NDArray
+    header: Header
+    palette: NDArray[np.uint16]
+
+
+def read_header(
+    path: Path, *, max_pixels: int = DEFAULT_MAX_PIXELS, error: type[CellSegError] = CellSegError
+) -> Header:
+    """Read and check a TIFF's header only.
+
+    Args:
+        path: The file.
+        max_pixels: Most pixels (height times width) that are accepted.
+        error: The class to raise.
+
+    Raises:
+        CellSegError: As ``error``; see :func:`read_raster`, apart from damaged pixel data.
+    """
+    with _page(path, max_pixels, error) as (_, header):
+        return header
+
+
+def read_raster(
+    path: Path, *, max_pixels: int = DEFAULT_MAX_PIXELS, error: type[CellSegError] = CellSegError
+) -> Raster:
+    """Read the only page of a TIFF: any compression, striped or tiled, either planar layout.
+
+    Args:
+        path: The file.
+        max_pixels: Most pixels (height times width) that are accepted.
+        error: The class to raise.
+
+    Raises:
+        CellSegError: As ``error``: the file is missing, unreadable, empty, no TIFF, truncated, has
+            several pages or planes, is larger than ``max_pixels``, or cannot be decoded.
+    """
+    with _page(path, max_pixels, error) as (page, header):
+        if page.dtype is None:
+            raise error(f'{path}: the pixels have no known type; expected a TIFF image; {FIX}.')
+        stored = _decode(path, page)
+        values = stored[0, 0] if stored.shape[0] == 1 else np.moveaxis(stored[:, 0, :, :, 0], 0, -1)
+        palette = np.zeros((3, 0), dtype=np.uint16)
+        if header.photometric == 3 and page.colormap is not None:
+            palette = np.asarray(page.colormap, dtype=np.uint16)
+        return Raster(values, header, palette)
+
+
+def _decode(path: Path, page: tifffile.TiffPage) -> NDArray:
+    """Return a page's values, (planes, 1, H, W, S)."""
+    if page.compression in BY_LIBTIFF:
+        # Given an array, imagecodecs refuses a file of which libtiff reads another size or type.
+        stored = np.empty(page.shape, dtype=page.dtype)
+        imagecodecs.tiff_decode(path.read_bytes(), index=0, out=stored)
+        return stored.reshape(page.shaped)
+    # One thread: readers already run in one process per core.
+    return page.asarray(squeeze=False, maxworkers=1)
+
+
+@contextmanager
+def _page(
+    path: Path, max_pixels: int, error: type[CellSegError]
+) -> Iterator[tuple[tifffile.TiffPage, Header]]:
+    size = check_file(path, error)
+    try:
+        with tifffile.TiffFile(path) as tif:
+            if not len(tif.pages):
+                raise error(f'{path}: the TIFF has no image in it; expected one; {FIX}.')
+            page = tif.pages[0]
+            _check_page(path, page, max_pixels, error)
+            if len(tif.pages) > 1:
+                raise error(
+                    f'{path}: the TIFF has {len(tif.pages)} pages; expected one image per file; '
+                    'save the right page alone.'
+                )
+            _check_complete(path, page, size, error)
+            yield page, header_of(page)
+    except CellSegError:
+        raise
+    except Exception as problem:
+        # tifffile and the codecs meet damaged bytes with whatever they trip over: ValueError,
+        # struct.error, KeyError, TypeError, ZeroDivisionError, MemoryError, codec errors.
+        reason = ' '.join(str(problem).split())[:120] or type(problem).__name__
+        raise error(
+            f'{path}: the file is damaged or of an unknown kind ({reason}); '
+            f'expected a readable TIFF; {FIX}.'
+        ) from problem
+
+
+def check_file(path: Path, error: type[CellSegError]) -> int:
+    """Return the size in bytes of what must be a readable TIFF.
+
+    Raises:
+        CellSegError: As ``error``: it is missing, a folder, a pipe, empty or no TIFF.
+    """
+    try:
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise error(f'{path}: this is a folder; expected a TIFF file; move it away.')
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+            raise error(f'{path}: this is not a regular file; expected a TIFF file; {FIX}.')
+        with path.open('rb') as stream:
+            head = stream.read(32)
+    except OSError as problem:
+        raise error(
+            f'{path}: cannot be opened ({problem.strerror}); expected a readable TIFF file; '
+            'check the path, the link and the permissions.'
+        ) from problem
+    if not head:
+        raise error(f'{path}: the file is empty (0 bytes); expected a TIFF image; {FIX}.')
+    if head[:4] not in (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+'):
+        kind = next((name for magic, name in _MAGIC.items() if head.startswith(magic)), '')
+        if not kind and all(32 <= byte < 127 or byte in b'\t\r\n' for byte in head):
+            kind = 'a text file'
+        found = f'this is {kind}' if kind else f'the file begins with {head[:4].hex(" ")}'
+        raise error(f'{path}: {found}, not a TIFF; expected a TIFF image; convert it to TIFF.')
+    return status.st_size
+
+
+def _check_page(
+    path: Path, page: tifffile.TiffPage, max_pixels: int, error: type[CellSegError]
+) -> None:
+    height, width = int(page.imagelength), int(page.imagewidth)
+    if height < 1 or width < 1:
+        raise error(f'{path}: the image is {height} x {width} px; expected at least one px; {FIX}.')
+    if height * width > max_pixels:
+        raise error(
+            f'{path}: the header promises {height} x {width} px; at most {max_pixels} px are '
+            'accepted; cut the image, or raise max_pixels if it is honest.'
+        )
+    if page.imagedepth != 1:
+        raise error(
+            f'{path}: the image has {page.imagedepth} planes in depth; expected a flat image; '
+            'save one plane.'
+        )
+    if not 1 <= page.samplesperpixel <= MAX_SAMPLES:
+        raise error(
+            f'{path}: there are {page.samplesperpixel} values per pixel; expected 1 to 4; {FIX}.'
+        )
+    # A tile or strip is decoded whole, however little of it lies in the image.
+    if page.is_tiled and page.tilelength * page.tilewidth > max(max_pixels, 1 << 24):
+        raise error(
+            f'{path}: its tiles are {page.tilelength} x {page.tilewidth} px; at most {max_pixels} '
+            f'px are accepted; {FIX}.'
+        )
+
+
+def _check_complete(
+    path: Path, page: tifffile.TiffPage, size: int, error: type[CellSegError]
+) -> None:
+    """Refuse files whose pixel data is not all there; tifffile would fill in zeros."""
+    pieces = list(zip(page.dataoffsets, page.databytecounts, strict=False))
+    n_expected = math.prod(page.chunked)
+    n_found = sum(offset > 0 and count > 0 for offset, count in pieces[:n_expected])
+    if n_found < n_expected:
+        raise error(
+            f'{path}: {n_found} of {n_expected} strips or tiles have data; expected all; {FIX}.'
+        )
+    end = max(offset + count for offset, count in pieces)
+    if end > size:
+        raise error(
+            f'{path}: the file is truncated: it has {size} bytes, its header promises {end}; '
+            f'expected the whole file; copy it again, or list its case in exclude.txt.'
+        )
+
+
+def header_of(page: tifffile.TiffPage) -> Header:
+    """Return what a page says about itself."""
+    orientation = page.tags.get(274)
+    return Header(
+        hw=(int(page.imagelength), int(page.imagewidth)),
+        n_samples=int(page.samplesperpixel),
+        bits=int(page.bitspersample),
+        photometric=int(page.photometric),
+        compression=int(page.compression),
+        orientation=int(orientation.value) if orientation is not None else 1,
+    )
+
+
+def size_text(hw: tuple[int, int]) -> str:
+    """Return a size for a message."""
+    return f'{hw[0]} x {hw[1]} px'
+
+
+def swapped_text(first_hw: tuple[int, int], second_hw: tuple[int, int]) -> str:
+    """Return a hint for a message where one size is the other's transposed; else nothing."""
+    is_swapped = tuple(first_hw) == tuple(second_hw)[::-1]
+    return ' (height and width are swapped)' if is_swapped else ''

@@ -1,0 +1,274 @@
+"""Out-of-fold predictions: each training image, predicted by the one member that never saw it.
+
+In: the prediction files of the folds' validation splits, the folds file, the data. Out: one pool of
+predictions and ground truth, in the order of the names. Invariant: an image is in the pool once, by
+the fold that held it out, and all files name the same folds; anything else is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from cellseg_mm.core.errors import FoldError, PredictionError
+from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.core.progress import track
+from cellseg_mm.core.provenance import code_commit, versions
+from cellseg_mm.data.folds import Folds
+from cellseg_mm.data.labels import Case, find_cases, read_gt
+from cellseg_mm.results.predictions import (
+    Predictions,
+    augmented_name,
+    load_predictions,
+    save_predictions,
+)
+from cellseg_mm.scores.score import ScoreParams, Scores, score
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Out-of-fold predictions beside the truth.
+
+    Attributes:
+        pred_sets: One per image, sorted by name.
+        gt_sets: The ground truth of the same images, same order.
+        fold_of: Fold that held the image out, same order.
+        class_names: Names of the classes.
+        fold_hash: Hash of the folds that all members share.
+        n_folds: Number of folds there are; the pool may hold fewer.
+        provenance: The files' provenance, by fold.
+        groups: Group (patient, slide) by image name, where one is known.
+    """
+
+    pred_sets: tuple[InstanceSet, ...]
+    gt_sets: tuple[InstanceSet, ...]
+    fold_of: tuple[int, ...]
+    class_names: tuple[str, ...]
+    fold_hash: str
+    n_folds: int
+    provenance: dict[int, dict]
+    groups: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def folds(self) -> tuple[int, ...]:
+        """The folds in the pool, rising."""
+        return tuple(sorted(set(self.fold_of)))
+
+
+def pool_predictions(
+    paths: Sequence[Path | str], folds: Folds, data_root: Path | str, *, folds_path: Path | str = ''
+) -> Pool:
+    """Join the validation predictions of several folds.
+
+    Args:
+        paths: One prediction file per fold, any order.
+        folds: The folds now in force.
+        data_root: Data folder, for the ground truth.
+        folds_path: Where ``folds`` came from, for messages.
+
+    Raises:
+        FoldError: A file belongs to other folds, two files to one fold, or a file does not hold
+            exactly its fold's validation images, or an image is not in the data folder.
+        PredictionError: A file cannot be read, the files name different classes, or the data have
+            changed since.
+    """
+    if not paths:
+        raise PredictionError(
+            'out of fold: no prediction files given; test at least one fold first'
+        )
+    by_fold: dict[int, Predictions] = {}
+    for path in paths:
+        predictions = load_predictions(path)
+        fold = _checked_fold(Path(path), predictions, folds, folds_path)
+        if fold in by_fold:
+            raise FoldError(f'{path}: fold {fold} is given twice; give each fold once')
+        by_fold[fold] = predictions
+    names = {tuple(p.provenance.get('class_names') or ()) for p in by_fold.values()}
+    if len(names) > 1 or () in names:
+        raise PredictionError(
+            f'out of fold: the folds name different classes, or none, {sorted(names)}; expected '
+            'the same in each file; test the folds with one config'
+        )
+    rows = sorted((s.name, fold, s) for fold, p in by_fold.items() for s in p.sets)
+    class_names = names.pop()
+    found = find_cases(data_root, 'train', len(class_names), exclude_names=folds.excluded)
+    cases = {case.name: case for case in found}
+    for name, fold, predicted in rows:
+        _check_case(cases.get(name), predicted, fold, data_root)
+    gt = [read_gt(cases[name]) for name, _, _ in track(rows, description='ground truth')]
+    return Pool(
+        pred_sets=tuple(row[2] for row in rows),
+        gt_sets=tuple(gt),
+        fold_of=tuple(row[1] for row in rows),
+        class_names=class_names,
+        fold_hash=folds.hash,
+        n_folds=folds.n_folds,
+        provenance={fold: dict(p.provenance) for fold, p in sorted(by_fold.items())},
+        groups=dict(folds.groups),
+    )
+
+
+def score_pool(pool: Pool, params: ScoreParams | None = None) -> Scores:
+    """Score a pool; intervals resample groups of images where the folds know any."""
+    return score(pool.gt_sets, pool.pred_sets, pool.class_names, params, groups=pool.groups)
+
+
+def _check_case(
+    case: Case | None, predicted: InstanceSet, fold: int, data_root: Path | str
+) -> None:
+    """Refuse data that are not those the fold was tested on: scores pair images by their ids."""
+    if case is None:
+        raise FoldError(
+            f'{data_root}: image {predicted.name} of fold {fold} is not there, or is excluded; '
+            'the data must be those that the folds were made of; restore it or make folds again'
+        )
+    if (case.image_id, case.image_hw) != (predicted.image_id, predicted.image_hw):
+        raise PredictionError(
+            f'image {predicted.name} of fold {fold}: predicted with id {predicted.image_id} and '
+            f'size {predicted.image_hw}, {data_root} has {case.image_id} and {case.image_hw}; the '
+            'data have changed since; test the fold again'
+        )
+
+
+def _checked_fold(
+    path: Path, predictions: Predictions, folds: Folds, folds_path: Path | str
+) -> int:
+    provenance = predictions.provenance
+    fold, fold_hash = provenance.get('fold'), provenance.get('fold_hash')
+    if not isinstance(fold, int) or isinstance(fold, bool) or not 0 <= fold < folds.n_folds:
+        raise FoldError(
+            f'{path}: names fold {fold!r}; expected the predictions of a validation split, '
+            f'fold 0 to {folds.n_folds - 1}; make them with tools/test.py'
+        )
+    if fold_hash != folds.hash:
+        raise FoldError(
+            f'{path}: made with folds {fold_hash}, {folds_path or "the folds file"} has '
+            f'{folds.hash}; the member may have trained on these images; restore the folds file '
+            'or train again'
+        )
+    _check_trained(path, provenance.get('trained'), fold, folds.hash)
+    has, wanted = {s.name for s in predictions.sets}, set(folds.val_names(fold))
+    if has != wanted:
+        raise FoldError(
+            f'{path}: fold {fold} has {len(wanted)} validation images, the file has {len(has)} '
+            f'({len(wanted - has)} missing, {len(has - wanted)} of other folds); test it again'
+        )
+    return fold
+
+
+def _check_trained(path: Path, trained: object, fold: int, fold_hash: str) -> None:
+    """Refuse a file whose checkpoint is not known to have held the fold out."""
+    if not isinstance(trained, dict):  # made elsewhere: the file's own word has to do
+        return
+    clean = (trained.get('fold'), *(trained.get('excluded_folds') or ()))
+    if trained.get('fold_hash') != fold_hash or fold not in clean:
+        raise FoldError(
+            f'{path}: its checkpoint was trained for fold {trained.get("fold")} of folds '
+            f'{trained.get("fold_hash") or "unknown"}, the images are those of fold {fold} of '
+            f'folds {fold_hash}; it may have seen them; test the checkpoint of fold {fold}'
+        )
+
+
+def describe(pool: Pool, scores: Scores, data_root: Path | str) -> str:
+    """Return the headline and what it rests on, for a terminal."""
+    value = scores.headline()['segm_AP50']
+    low, high = scores.intervals.get('segm_AP50', (float('nan'), float('nan')))
+    drawn = f'{scores.n_interval_units} {scores.interval_unit}'
+    interval = f' (95 % interval {low:.4f} to {high:.4f}, {drawn})' if scores.intervals else ''
+    held_out = ', '.join(map(str, pool.folds))
+    partial = '' if len(pool.folds) == pool.n_folds else ' ONLY'
+    views = sorted({str(origin['tta']) for origin in pool.provenance.values() if origin.get('tta')})
+    augmented = f' with test-time augmentation {"; ".join(views)}' if views else ''
+    return (
+        f'out-of-fold mask AP50{augmented} {value:.4f}{interval}\n'
+        f'data {data_root}, {len(pool.pred_sets)} images of folds {held_out}{partial} '
+        f'(of {pool.n_folds}, folds {pool.fold_hash}), at most {scores.cap} detections per class '
+        f'and image, commit {code_commit() or "unknown"}'
+    )
+
+
+def save_pool(path: Path | str, pool: Pool) -> None:
+    """Write the pooled predictions as one prediction file; see docs/formats.md."""
+    members = {
+        str(fold): {
+            key: provenance.get(key) for key in ('checkpoint', 'checkpoint_hash', 'code_commit')
+        }
+        for fold, provenance in pool.provenance.items()
+    }
+    keys = [set(s.extra) for s in pool.pred_sets if len(s)]
+    kept = set.intersection(*keys) if keys else set()
+    sets = [
+        replace(s, extra={k: v for k, v in s.extra.items() if k in kept}) for s in pool.pred_sets
+    ]
+    provenance = {
+        **pool_origin(pool),
+        'fold_of': {s.name: fold for s, fold in zip(pool.pred_sets, pool.fold_of, strict=True)},
+        'members': members,
+    }
+    save_predictions(path, Predictions(sets, provenance))
+
+
+def pool_origin(pool: Pool) -> dict:
+    """Return where a pool's predictions and scores come from, as JSON values without paths."""
+    hashes = {str(p.get('data_hash') or '') for p in pool.provenance.values()}
+    return {
+        'split': 'oof',
+        'fold': None,
+        'folds': list(pool.folds),
+        'fold_hash': pool.fold_hash,
+        'data_hash': hashes.pop() if len(hashes) == 1 else '',
+        'class_names': list(pool.class_names),
+        'code_commit': code_commit(),
+        'versions': versions(),
+    }
+
+
+def validation_files(
+    configs: Sequence[str], work_dirs: Sequence[Path], *, tta: str = ''
+) -> list[Path]:
+    """Return where each fold's tested predictions are.
+
+    Args:
+        configs: One config per fold.
+        work_dirs: Their work folders.
+        tta: The test-time augmentation they were tested with, as on the command line; '' for none.
+
+    Raises:
+        PredictionError: Some are missing; names the commands that make them.
+    """
+    name = f'val.{augmented_name(tta)}' if tta else 'val'
+    return _existing(
+        [work_dir / f'{name}.predictions.npz' for work_dir in work_dirs],
+        [
+            f'python tools/test.py {config} --work-dir {work_dir}'
+            + (f' --tta {tta}' if tta else '')
+            for config, work_dir in zip(configs, work_dirs, strict=True)
+        ],
+    )
+
+
+def held_out_files(configs: Sequence[str], work_dirs: Sequence[Path], fold: int) -> list[Path]:
+    """Return where each member's predictions of a held-out fold are.
+
+    Raises:
+        PredictionError: Some are missing; names the commands that make them.
+    """
+    return _existing(
+        [work_dir / f'on_fold{fold}' / 'val.predictions.npz' for work_dir in work_dirs],
+        [
+            f'python tools/test.py {config} --work-dir {work_dir} --out {work_dir}/on_fold{fold} '
+            f'--cfg-options test_dataloader.dataset.fold={fold}'
+            for config, work_dir in zip(configs, work_dirs, strict=True)
+        ],
+    )
+
+
+def _existing(paths: list[Path], commands: Sequence[str]) -> list[Path]:
+    missing = [i for i, path in enumerate(paths) if not path.is_file()]
+    if missing:
+        raise PredictionError(
+            f'{paths[missing[0]]}: {len(missing)} of {len(paths)} prediction files are missing; '
+            f'make them with: {"; ".join(commands[i] for i in missing)}'
+        )
+    return paths

@@ -1,0 +1,268 @@
+"""Between MMDetection's data samples and our instances, and what its caps cost.
+
+In: a ``DetDataSample`` after ``predict``, or the dict that metrics get. Out: an InstanceSet, or the
+way back. Invariant: RLE masks pass through as they are; only MMDetection's Boolean tensors
+cost pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import TypeVar
+
+import numpy as np
+import torch
+from mmdet.structures import DetDataSample
+from mmengine.model import is_model_wrapper
+from mmengine.structures import InstanceData
+from numpy.typing import NDArray
+from torch import nn
+
+from cellseg_mm.core import rle
+from cellseg_mm.core.errors import ConfigError, PredictionError
+from cellseg_mm.core.instances import InstanceSet
+
+Sample = TypeVar('Sample', DetDataSample, dict)
+
+# What CellMaskHead adds on request, and what fusion adds.
+EXTRA_KEYS = ('mask_probs', 'mask_boxes', 'n_votes', 'agreement', 'mask_uncertainty', 'uncut_area')
+
+
+def to_instance_set(data_sample: DetDataSample | Mapping) -> InstanceSet:
+    """Read the predictions of one image out of a data sample.
+
+    Args:
+        data_sample: With ``img_id``, ``ori_shape``, ``name`` (or ``img_path``, see
+            :func:`case_name`) and ``pred_instances``: ``bboxes``, ``scores``, ``labels``, ``masks``
+            (COCO dicts or an (N, H, W) Boolean tensor) and perhaps ``mask_probs``, ``mask_boxes``.
+
+    Returns:
+        The instances in the detector's order, px of the original image.
+
+    Raises:
+        PredictionError: There are no masks, or they are of another size than the image.
+    """
+    name, image_hw = case_name(data_sample), _image_hw(data_sample)
+    pred = data_sample['pred_instances'] if _is_dict(data_sample) else data_sample.pred_instances
+    if 'masks' not in pred:
+        raise PredictionError(
+            f'{name}: the detector predicted boxes only; instances need masks; '
+            'use a model with a mask head.'
+        )
+    boxes = _array(pred['bboxes']).reshape(-1, 4)
+    # A batch without any detection skips the mask head and so has no extras.
+    extra = {key: _array(pred[key]) for key in EXTRA_KEYS if key in pred and len(boxes)}
+    return InstanceSet(
+        name,
+        _meta(data_sample, 'img_id'),
+        image_hw,
+        class_ids=_array(pred['labels']),
+        scores=_array(pred['scores']),
+        boxes_xyxy=boxes,
+        rles=tuple(_rles(name, pred['masks'], image_hw)),
+        extra=extra,
+    )
+
+
+def to_pred_instances(instances: InstanceSet, device: torch.device | str = 'cpu') -> InstanceData:
+    """Return ``pred_instances`` as CellMaskHead makes them: ``masks`` is a list of COCO dicts."""
+
+    def tensor(values: NDArray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(device)
+
+    return InstanceData(
+        bboxes=tensor(instances.boxes_xyxy),
+        scores=tensor(instances.scores),
+        labels=tensor(instances.class_ids),
+        masks=rle.coco_dicts(instances.rles, instances.image_hw),
+        **{key: tensor(values) for key, values in instances.extra.items()},
+    )
+
+
+def to_stock_masks(data_sample: Sample) -> Sample:
+    """Return a copy whose masks are MMDetection's (N, H, W) Boolean tensor.
+
+    For ``DetLocalVisualizer`` and ``DumpDetResults``, which cannot read RLE. Costs N H W bytes.
+
+    Raises:
+        PredictionError: See :func:`to_instance_set`.
+    """
+    masks = torch.from_numpy(to_instance_set(data_sample).masks())
+    if _is_dict(data_sample):
+        return {**data_sample, 'pred_instances': {**data_sample['pred_instances'], 'masks': masks}}
+    copy = data_sample.new()
+    copy.pred_instances = data_sample.pred_instances.new()
+    copy.pred_instances.masks = masks
+    return copy
+
+
+def case_name(data_sample: DetDataSample | Mapping) -> str:
+    """Return ``name``; without it the file's name, or the folder's of ``<name>/image.tif``."""
+    name = _meta(data_sample, 'name', None)
+    if name is not None:
+        return str(name)
+    path = PurePath(_meta(data_sample, 'img_path'))
+    return path.parent.name if path.stem.lower() == 'image' and path.parent.name else path.stem
+
+
+def _is_dict(data_sample: DetDataSample | Mapping) -> bool:
+    return isinstance(data_sample, Mapping)
+
+
+def _meta(data_sample: DetDataSample | Mapping, key: str, *default: object) -> object:
+    source = data_sample if _is_dict(data_sample) else data_sample.metainfo
+    if key not in source and not default:
+        raise PredictionError(
+            f'data sample: has no {key!r}; it must be kept from the data set to here; '
+            f"add {key!r} to meta_keys of the pipeline's PackDetInputs."
+        )
+    return source.get(key, *default)
+
+
+def _image_hw(data_sample: DetDataSample | Mapping) -> tuple[int, int]:
+    height, width = _meta(data_sample, 'ori_shape')[:2]
+    return int(height), int(width)
+
+
+def _array(values: object) -> NDArray:
+    values = getattr(values, 'tensor', values)  # HorizontalBoxes
+    if not isinstance(values, torch.Tensor):
+        return np.asarray(values)
+    # numpy has no bfloat16, which mixed precision leaves on a CPU.
+    values = values.float() if values.dtype == torch.bfloat16 else values
+    return values.detach().cpu().numpy()
+
+
+def _rles(name: str, masks: object, image_hw: tuple[int, int]) -> list[bytes]:
+    if not isinstance(masks, list | tuple):
+        return _rles_of_pixels(name, _array(masks), image_hw)
+    sizes = {tuple(mask['size']) for mask in masks} - {image_hw}
+    if sizes:
+        _raise_size(name, sizes.pop(), image_hw)
+    # CocoMetric turns counts into text, in place.
+    return [c.encode() if isinstance(c := mask['counts'], str) else c for mask in masks]
+
+
+def _rles_of_pixels(name: str, masks: NDArray, image_hw: tuple[int, int]) -> list[bytes]:
+    if masks.dtype != bool:
+        raise PredictionError(
+            f'{name}: masks have type {masks.dtype}; Boolean masks were expected; '
+            'set test_cfg.rcnn.mask_thr_binary to a number above 0.'
+        )
+    if len(masks) and masks.shape[1:] != image_hw:
+        _raise_size(name, masks.shape[1:], image_hw)
+    crops, offsets = [], np.zeros((len(masks), 2), dtype=np.int64)
+    for i, mask in enumerate(masks):
+        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        if not len(rows):
+            crops.append(np.zeros((0, 0), dtype=bool))
+            continue
+        offsets[i] = rows[0], columns[0]
+        crops.append(mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
+    return rle.encode_crops(crops, offsets, image_hw)
+
+
+def _raise_size(name: str, found_hw: tuple[int, ...], image_hw: tuple[int, int]) -> None:
+    raise PredictionError(
+        f'{name}: masks are of {found_hw[0]} x {found_hw[1]} px, the image of '
+        f'{image_hw[0]} x {image_hw[1]}; they must match; predict with rescale=True.'
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class CappedImage:
+    """An image whose list of instances was cut off.
+
+    Attributes:
+        name: Case name.
+        n_kept: Instances that were kept.
+        lowest_score: The least score among them; whatever was lost scored no more than this.
+    """
+
+    name: str
+    n_kept: int
+    lowest_score: float
+
+
+@dataclass(frozen=True, slots=True)
+class CapReport:
+    """Which images hit ``max_per_img``, and what it may have cost.
+
+    Attributes:
+        cap: ``test_cfg.rcnn.max_per_img``.
+        score_thr: ``test_cfg.rcnn.score_thr``; nothing below it is ever kept.
+        n_images: Images looked at.
+        capped: Those with as many instances as the cap allows; highest ``lowest_score`` first.
+    """
+
+    cap: int
+    score_thr: float
+    n_images: int
+    capped: tuple[CappedImage, ...]
+
+    def describe(self, n_shown: int = 10) -> str:
+        """Return sentences for a log or a terminal."""
+        if not self.capped:
+            return f'No image of {self.n_images} hit the cap of {self.cap} instances.'
+        lines = [
+            f'{len(self.capped)} of {self.n_images} images hit the cap of {self.cap} instances; '
+            f'anything lost scored between the threshold {self.score_thr:g} and the score shown. '
+            'Raise model.test_cfg.rcnn.max_per_img if you would keep such scores.'
+        ]
+        lines += [f'  {c.name}: kept down to {c.lowest_score:.4f}' for c in self.capped[:n_shown]]
+        if len(self.capped) > n_shown:
+            lines.append(f'  ... and {len(self.capped) - n_shown} more')
+        return '\n'.join(lines)
+
+
+def count_truncation(sets: Sequence[InstanceSet], cap: int, *, score_thr: float = 0.0) -> CapReport:
+    """Find the images that have as many instances as the detector may return.
+
+    Args:
+        sets: One set per image, before anything else removed instances.
+        cap: ``test_cfg.rcnn.max_per_img``; below 0 means no cap, as in MMDetection.
+        score_thr: ``test_cfg.rcnn.score_thr``.
+    """
+    capped = [CappedImage(s.name, len(s), float(s.scores.min())) for s in sets if 0 < cap <= len(s)]
+    capped.sort(key=lambda image: (-image.lowest_score, image.name))
+    return CapReport(cap, score_thr, len(sets), tuple(capped))
+
+
+@contextmanager
+def count_proposals(model: nn.Module) -> Iterator[list[int]]:
+    """Count the region proposals per image of everything the model predicts inside the block.
+
+    The counts come from the boxes that reach the first RoI extractor, so nothing is run twice.
+    A count equal to ``test_cfg.rpn.max_per_img`` means that the cap was hit.
+
+    Yields:
+        A list that grows by one count per image, in the order of the batches. A batch in which no
+        image has a proposal never reaches the extractor and adds nothing.
+
+    Raises:
+        ConfigError: The model has no RoI extractor.
+    """
+    inner = model.module if is_model_wrapper(model) else model
+    extractor = getattr(getattr(inner, 'roi_head', None), 'bbox_roi_extractor', None)
+    if isinstance(extractor, nn.ModuleList):  # cascade: the first stage sees the proposals
+        extractor = extractor[0]
+    if extractor is None:
+        raise ConfigError(
+            f'model: {type(inner).__name__} has no roi_head.bbox_roi_extractor; '
+            'proposals can be counted in two-stage detectors only.'
+        )
+    counts: list[int] = []
+
+    def note(_: nn.Module, args: tuple) -> None:
+        feats, rois = args[:2]
+        image_of = rois[:, 0].to(torch.int64).cpu()
+        counts.extend(torch.bincount(image_of, minlength=len(feats[0])).tolist())
+
+    handle = extractor.register_forward_pre_hook(note)
+    try:
+        yield counts
+    finally:
+        handle.remove()

@@ -1,0 +1,550 @@
+"""Predict any images: files, folders, whole slides; and write what other programs read.
+
+In: image paths and a detector (one model, or an ensemble). Out: per image ``<name>.npz`` with all
+instances, the formats asked for, and ``<name>.state.json``, which is written last.
+Invariant: an image whose state file fits its input and the settings is never predicted again, and
+a file that cannot be read costs its own result and nothing else.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import logging
+import re
+import unicodedata
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellseg_mm.core import files
+from cellseg_mm.core.errors import CellSegError, ConfigError, PredictionError
+from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.core.progress import track
+from cellseg_mm.core.provenance import code_commit, versions
+from cellseg_mm.data.image_reader import SUFFIXES, ImageReader, open_image
+from cellseg_mm.data.preparing.case_checks import DIM_SHARE
+from cellseg_mm.predict.tiling import StitchParams, StitchReport, Tile, plan_tiles, stitch
+from cellseg_mm.results import export, overlay
+from cellseg_mm.results.measure import CellFeatures, measure
+from cellseg_mm.results.predictions import Predictions, load_predictions, save_predictions
+
+logger = logging.getLogger(__name__)
+
+Picture = NDArray[np.uint8]
+
+# What a format's file is called after the image's name.
+FORMATS = {
+    'label-map': '.labels.tif',
+    'geojson': '.geojson',
+    'imagej': '.rois.zip',
+    'csv': '.cells.csv',
+    'coco': '.coco.json',
+    'overlay': '.overlay.png',
+}
+LIKELY_PROPOSAL = 0.9  # a region proposal that scores so much most likely shows a cell
+VERSION = 1  # of this module's results; raise it when the same settings give other files
+DOUBLE_SUFFIX = re.compile(r'\.ome\.tiff?$', re.IGNORECASE)
+LABEL_FILE = re.compile(r'class\d+\.tiff?$', re.IGNORECASE)
+
+
+class Detector(Protocol):
+    """What finds cells in pictures.
+
+    Attributes:
+        identity: JSON values that change whenever the same picture could give other instances.
+        provenance: Further JSON values for the result files.
+        batch_size: Pictures that it takes at once.
+        cap: Most instances that it returns for a picture; 0 if it has no limit.
+        proposal_cut: Highest score of region proposals that a cap may have cut since it was set to
+            0; see ``proposal_caps``.
+    """
+
+    identity: Mapping
+    provenance: Mapping
+    batch_size: int
+    cap: int
+    proposal_cut: float
+
+    def detect(self, pictures: Sequence[Picture], name: str) -> list[InstanceSet]:
+        """Return the instances of each picture, (h, w, 3) uint8 in the files' channel order."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PredictParams:
+    """How images are cut, and what is written.
+
+    Attributes:
+        out_dir: Gets all results.
+        class_names: Name of each class.
+        class_colours: RGB of each class.
+        formats: Words of ``FORMATS``.
+        score_thr: Cells below it are left out of every format; ``<name>.npz`` has all.
+        tile_px: Side of the tiles that larger images are cut into.
+        overlap_px: Least overlap of neighbouring tiles.
+        whole_px: Images with no side above this are not cut.
+        level: Level of image pyramids, 0 the largest.
+        red_blue_swapped: The files hold blue where red belongs.
+        n_workers: Threads that read ahead; 0 reads between predictions.
+        again: Predict images that are done, too.
+    """
+
+    out_dir: Path
+    class_names: tuple[str, ...]
+    class_colours: tuple[tuple[int, int, int], ...]
+    formats: tuple[str, ...] = ('overlay',)
+    score_thr: float = 0.5
+    tile_px: int = 1024
+    overlap_px: int = 128
+    whole_px: int = 2048
+    level: int = 0
+    red_blue_swapped: bool = False
+    n_workers: int = 1
+    again: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = [word for word in self.formats if word not in FORMATS]
+        if unknown:
+            raise ConfigError(
+                f'--format: found {", ".join(unknown)}; expected some of {", ".join(FORMATS)}'
+            )
+        if not 0 <= self.score_thr <= 1 or self.n_workers < 0:
+            raise ConfigError(
+                f'predict: score_thr {self.score_thr}, workers {self.n_workers}; expected a '
+                'threshold in 0..1 and 0 or more workers'
+            )
+        plan_tiles((1, 1), self.tile_px, self.overlap_px)
+
+    @property
+    def how_cut(self) -> dict:
+        """What decides about the instances."""
+        keys = ('tile_px', 'overlap_px', 'whole_px', 'level', 'red_blue_swapped')
+        return {'version': VERSION, **{key: getattr(self, key) for key in keys}}
+
+    @property
+    def how_written(self) -> dict:
+        """What decides about the formats."""
+        keys = ('score_thr', 'class_names', 'class_colours', 'red_blue_swapped')
+        return {'version': VERSION, **{key: getattr(self, key) for key in keys}}
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One image to predict.
+
+    Attributes:
+        path: The file.
+        name: What its results are called.
+    """
+
+    path: Path
+    name: str
+
+    @property
+    def image_id(self) -> int:
+        """A COCO image id that depends on the name alone."""
+        return int(hashlib.sha256(self.name.encode()).hexdigest()[:8], 16) >> 1
+
+    def fingerprint(self) -> dict:
+        """Return what changes when the file changes."""
+        status = self.path.stat()
+        return {'path': str(self.path), 'bytes': status.st_size, 'mtime_ns': status.st_mtime_ns}
+
+
+def find_items(inputs: Sequence[str], *, out_dir: Path | None = None) -> list[Item]:
+    """Find the images that files, folders and patterns stand for, sorted by name.
+
+    Folders are searched with everything below them, except hidden files, results in ``out_dir``,
+    and label maps (``class1.tif``). An ``image.tif`` is called by its folder.
+
+    Raises:
+        ConfigError: A folder or pattern has no image, or two images would get one name.
+    """
+    paths: list[Path] = []
+    for word in inputs:
+        path = Path(word)
+        if path.is_dir():
+            found = [p for p in sorted(path.rglob('*')) if _is_image(p, path, out_dir)]
+        elif glob.has_magic(word) and not path.exists():
+            found = sorted(Path(p) for p in glob.glob(word, recursive=True))  # noqa: PTH207
+            found = [p for p in found if p.is_file()]
+        else:
+            paths.append(path)  # one that is missing fails like one that is damaged
+            continue
+        if not found and out_dir is not None and path.resolve() == out_dir.resolve():
+            raise ConfigError(
+                f'{word}: is the folder of the results too, where nothing is taken for an image; '
+                'name another folder with --out'
+            )
+        if not found:
+            raise ConfigError(
+                f'{word}: there is no image; expected files ending in {", ".join(SUFFIXES)}; '
+                'check the path'
+            )
+        paths += found
+    return _named(list(dict.fromkeys(paths)))
+
+
+def _is_image(path: Path, root: Path, out_dir: Path | None) -> bool:
+    inner = path.relative_to(root).parts
+    if path.suffix.lower() not in SUFFIXES or any(part.startswith('.') for part in inner):
+        return False
+    if out_dir is not None and path.resolve().is_relative_to(out_dir.resolve()):
+        return False
+    return path.is_file() and not LABEL_FILE.fullmatch(path.name)
+
+
+def _named(paths: Sequence[Path]) -> list[Item]:
+    items: dict[str, Item] = {}
+    for path in paths:
+        stem = DOUBLE_SUFFIX.sub('', path.name)
+        stem = path.stem if stem == path.name else stem
+        name = path.absolute().parent.name if stem.lower() == 'image' else stem
+        # macOS and Windows take names that differ in case alone for the same file
+        other = items.setdefault(unicodedata.normalize('NFC', name).casefold(), Item(path, name))
+        if other.path != path:
+            raise ConfigError(
+                f'{path}: its results would be called {name}, like those of {other.path}; '
+                'expected different names, also without case; predict them into different folders '
+                'with --out'
+            )
+    return sorted(items.values(), key=lambda item: item.name)
+
+
+@dataclass(slots=True)
+class Summary:
+    """What happened; grows while the images are predicted.
+
+    Attributes:
+        predicted: Names of images that the detector looked at.
+        rewritten: Names of images whose instances were there, and only formats were written.
+        skipped: Names of images that were done.
+        failed: Message by name.
+        notes: Things that a person should know, by name.
+        n_cells: Instances of the predicted and rewritten images, of any score.
+        n_shown: Those of them that reach the formats' least score.
+        score_thr: The formats' least score.
+    """
+
+    predicted: list[str] = field(default_factory=list)
+    rewritten: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+    n_cells: int = 0
+    n_shown: int = 0
+    score_thr: float = 0.0
+
+    @property
+    def exit_code(self) -> int:
+        """1 when an image failed, else 0."""
+        return int(bool(self.failed))
+
+    def _cells(self) -> str:
+        if not self.score_thr:
+            return f'{self.n_cells} cells'
+        rest = self.n_cells - self.n_shown
+        return (
+            f'{self.n_shown} cells (and {rest} below the score {self.score_thr:g}, in the npz only)'
+        )
+
+    def describe(self) -> str:
+        """Return sentences for a terminal."""
+        parts = [f'{len(self.predicted)} images predicted, {self._cells()}']
+        if self.rewritten:
+            parts.append(f'{len(self.rewritten)} had their formats written anew')
+        if self.skipped:
+            parts.append(f'{len(self.skipped)} were done already')
+        lines = ['; '.join(parts) + '.']
+        lines += [f'  {name}: {note}' for name, note in self.notes.items()]
+        if self.failed:
+            lines.append(f'{len(self.failed)} failed:')
+            lines += [f'  {message}' for message in self.failed.values()]
+        return '\n'.join(lines)
+
+
+def predict(items: Sequence[Item], detector: Detector, params: PredictParams) -> Summary:
+    """Predict images and write their results.
+
+    Args:
+        items: From :func:`find_items`.
+        detector: What finds the cells.
+        params: See :class:`PredictParams`.
+
+    Returns:
+        What happened. Files are in ``params.out_dir``; see the module's text.
+    """
+    run = _Run(detector, params)
+    n_tiles = [run.count_tiles(item) for item in items]
+    steps = run.steps(items, n_tiles)
+    for _ in track(steps, description='predict (tiles)', total=sum(n_tiles)):
+        pass
+    return run.summary
+
+
+def is_cut(image_hw: tuple[int, int], params: PredictParams) -> bool:
+    """Tell whether an image is predicted in tiles."""
+    return max(image_hw) > params.whole_px
+
+
+def tiles_of(image_hw: tuple[int, int], params: PredictParams) -> list[Tile]:
+    """Return the tiles of an image; one if it is predicted whole."""
+    if is_cut(image_hw, params):
+        return plan_tiles(image_hw, params.tile_px, params.overlap_px)
+    return plan_tiles(image_hw, max(*image_hw, 1), 0)
+
+
+class _Run:
+    """One call of :func:`predict`."""
+
+    def __init__(self, detector: Detector, params: PredictParams) -> None:
+        self.detector, self.params = detector, params
+        self.summary = Summary(score_thr=params.score_thr)
+        settings = {**params.how_cut, 'detector': detector.identity}
+        self.settings_hash = files.text_hash(json.dumps(settings, sort_keys=True))
+        self.formats_hash = files.text_hash(json.dumps(params.how_written, sort_keys=True))
+
+    # ----------------------------------------------------------------------------- steps
+
+    def count_tiles(self, item: Item) -> int:
+        """Return how many tiles an image has, for the progress bar; 1 if it cannot be told."""
+        try:
+            if item.path.suffix.lower() not in SUFFIXES[:7] or self._is_done(item):
+                return 1
+            # whole_px=0: no pixels are read
+            with open_image(item.path, level=self.params.level, whole_px=0) as reader:
+                return len(tiles_of(reader.image_hw, self.params))
+        except Exception:  # whatever it is, the image's own turn reports it
+            return 1
+
+    def steps(self, items: Sequence[Item], n_tiles: Sequence[int]) -> Iterator[None]:
+        """Work through the images; one step per tile."""
+        for item, n in zip(items, n_tiles, strict=True):
+            n_done = 0
+            try:
+                for _ in self._one(item):
+                    n_done += 1
+                    yield
+            except CellSegError as problem:
+                self.summary.failed[item.name] = str(problem)
+            except Exception as problem:
+                # Whatever it is, the other images are not to blame; the log has the traceback.
+                logger.exception('%s: failed', item.path)
+                text = f'{item.path}: {type(problem).__name__}: {problem}'
+                self.summary.failed[item.name] = text
+            for _ in range(n - n_done):
+                yield
+
+    def _one(self, item: Item) -> Iterator[None]:
+        state = self._read_state(item)
+        known = self._fits(item, state) and not self.params.again
+        if known and not self._missing_formats(item, state):
+            self.summary.skipped.append(item.name)
+            return
+        instances = self._load(item) if known else None
+        was_loaded = instances is not None
+        if instances is None:
+            instances = yield from self._predict(item)
+            state = {}
+        written = self._export(item, instances, state)
+        self._write_state(item, {**state.get('formats', {}), **written})
+        self.summary.n_cells += len(instances)
+        self.summary.n_shown += int((instances.scores >= self.params.score_thr).sum())
+        (self.summary.rewritten if was_loaded else self.summary.predicted).append(item.name)
+
+    def _predict(self, item: Item) -> Iterator[None]:
+        """Predict and save one image; returns its instances."""
+        self._state_path(item).unlink(missing_ok=True)
+        found: list[tuple[InstanceSet, Tile]] = []
+        self.detector.proposal_cut = 0.0
+        brightest = 0
+        with open_image(item.path, level=self.params.level) as reader:
+            tiles = tiles_of(reader.image_hw, self.params)
+            for batch, pictures in self._batches(reader, tiles):
+                brightest = max(brightest, *(int(picture.max()) for picture in pictures))
+                sets = self.detector.detect(pictures, item.name)
+                for instances, tile in zip(sets, batch, strict=True):
+                    found.append((instances, tile))
+                    yield
+            hw, downsample = reader.image_hw, reader.downsample
+        instances, report = stitch(
+            found, hw, name=item.name, image_id=item.image_id, params=StitchParams()
+        )
+        self._note_losses(item, [tile_set for tile_set, _ in found], report)
+        if brightest < DIM_SHARE * 255:
+            self._note(
+                item,
+                f'the image is nearly black (brightest value {brightest} of 255); 12-bit values in '
+                'a 16-bit file need rescaling',
+            )
+        provenance = self._provenance(item, downsample, report)
+        save_predictions(self._path(item, '.npz'), Predictions([instances], provenance))
+        return instances
+
+    def _batches(
+        self, reader: ImageReader, tiles: Sequence[Tile]
+    ) -> Iterator[tuple[list[Tile], list[Picture]]]:
+        """Yield tiles with their pictures; while one batch is predicted, the next is read."""
+        size = max(self.detector.batch_size, 1)
+        batches = [list(tiles[i : i + size]) for i in range(0, len(tiles), size)]
+
+        def read(batch: list[Tile]) -> list[Picture]:
+            return [reader.read(*tile.window_yxyx) for tile in batch]
+
+        if not self.params.n_workers:
+            yield from ((batch, read(batch)) for batch in batches)
+            return
+        waiting: deque[tuple[list[Tile], Future]] = deque()
+        with ThreadPoolExecutor(self.params.n_workers) as pool:
+            for batch in batches:
+                waiting.append((batch, pool.submit(read, batch)))
+                if len(waiting) > self.params.n_workers:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            while waiting:
+                first, future = waiting.popleft()
+                yield first, future.result()
+
+    def _note_losses(
+        self, item: Item, tile_sets: Sequence[InstanceSet], report: StitchReport
+    ) -> None:
+        notes, cap = [], self.detector.cap
+        lowest = [float(s.scores.min()) for s in tile_sets if 0 < cap <= len(s)]
+        if lowest:
+            notes.append(
+                f'{len(lowest)} of {len(tile_sets)} tiles hit the cap of {cap} instances, whatever '
+                f'was lost scored no more than {max(lowest):.4f}'
+            )
+        if self.detector.proposal_cut >= LIKELY_PROPOSAL:
+            notes.append(
+                f'region proposals were cut at a score of {self.detector.proposal_cut:.3f}, so '
+                'cells in dense parts are most likely lost: use smaller tiles (--tile), or raise '
+                'model.test_cfg.rpn.max_per_img'
+            )
+        if report.n_left_cut:
+            notes.append(f'{report.n_left_cut} cells are cut at a tile border')
+        if report.n_empty:
+            notes.append(f'{report.n_empty} cells without a pixel were dropped')
+        for note in notes:
+            self._note(item, note)
+
+    def _note(self, item: Item, note: str) -> None:
+        before = self.summary.notes.get(item.name)
+        self.summary.notes[item.name] = f'{before}, {note}' if before else note
+
+    def _provenance(self, item: Item, downsample: float, report: StitchReport) -> dict:
+        return {
+            'split': '',
+            'class_names': list(self.params.class_names),
+            'code_commit': code_commit(),
+            'versions': versions(),
+            'settings_hash': self.settings_hash,
+            'input': item.fingerprint(),
+            'downsample': downsample,
+            'tiles': report.to_json(),
+            **self.params.how_cut,
+            **self.detector.identity,
+            **self.detector.provenance,
+        }
+
+    # ----------------------------------------------------------------------------- state
+
+    def _path(self, item: Item, suffix: str) -> Path:
+        return self.params.out_dir / f'{item.name}{suffix}'
+
+    def _state_path(self, item: Item) -> Path:
+        return self._path(item, '.state.json')
+
+    def _read_state(self, item: Item) -> dict:
+        try:
+            state = json.loads(self._state_path(item).read_text(encoding='utf-8'))
+        except (OSError, ValueError):
+            return {}
+        return state if isinstance(state, dict) else {}
+
+    def _write_state(self, item: Item, formats: Mapping[str, str]) -> None:
+        state = {'settings': self.settings_hash, 'input': item.fingerprint(), 'formats': formats}
+        files.write_json(self._state_path(item), state)
+
+    def _fits(self, item: Item, state: Mapping) -> bool:
+        """Tell whether the instances on disk are those of this input and these settings."""
+        if state.get('settings') != self.settings_hash or not item.path.is_file():
+            return False
+        return state.get('input') == item.fingerprint() and self._path(item, '.npz').is_file()
+
+    def _missing_formats(self, item: Item, state: Mapping) -> list[str]:
+        known = state.get('formats', {})
+        return [
+            word
+            for word in self.params.formats
+            if known.get(word) != self.formats_hash or not self._path(item, FORMATS[word]).is_file()
+        ]
+
+    def _is_done(self, item: Item) -> bool:
+        state = self._read_state(item)
+        is_there = self._fits(item, state) and not self._missing_formats(item, state)
+        return is_there and not self.params.again
+
+    def _load(self, item: Item) -> InstanceSet | None:
+        try:
+            (instances,) = load_predictions(self._path(item, '.npz')).sets
+        except (PredictionError, ValueError):
+            return None  # damaged since: predict again
+        return instances
+
+    # ---------------------------------------------------------------------------- export
+
+    def _export(self, item: Item, instances: InstanceSet, state: Mapping) -> dict[str, str]:
+        """Write the formats that are not there, and return what the state file says of them."""
+        shown = instances[instances.scores >= self.params.score_thr]
+        missing = self._missing_formats(item, state)
+        if not missing:
+            return {}
+        with open_image(item.path, level=self.params.level) as reader:
+            read = self._true_colours(reader)
+            features = None
+            if {'csv', 'geojson'} & set(missing):
+                features = measure(shown, read)
+            done = {w: self._write(w, item, shown, read, features) for w in missing}
+        note = export.describe({w: e for w, e in done.items() if e is not None})
+        if note:
+            before = self.summary.notes.get(item.name)
+            self.summary.notes[item.name] = f'{before}; {note}' if before else note
+        return dict.fromkeys(missing, self.formats_hash)
+
+    def _true_colours(self, reader: ImageReader) -> Callable[[int, int, int, int], Picture]:
+        if not self.params.red_blue_swapped:
+            return reader.read
+        return lambda *region: np.ascontiguousarray(reader.read(*region)[..., ::-1])
+
+    def _write(
+        self,
+        word: str,
+        item: Item,
+        shown: InstanceSet,
+        read: Callable[[int, int, int, int], Picture],
+        features: CellFeatures | None,
+    ) -> export.Exported | None:
+        path, params = self._path(item, FORMATS[word]), self.params
+        names, colours = params.class_names, params.class_colours
+        if word == 'label-map':
+            return export.write_label_map(path, shown)
+        if word == 'geojson':
+            return export.write_geojson(path, shown, names, colours, features=features)
+        if word == 'imagej':
+            return export.write_imagej_rois(path, shown, names, class_colours=colours)
+        if word == 'csv':
+            return export.write_cells_csv(path, shown, names, features=features)
+        if word == 'coco':
+            return export.write_coco(path, [shown])
+        picture = overlay.draw_large(read, shown, colours, class_names=names)
+        overlay.write_png(path, picture)
+        return None

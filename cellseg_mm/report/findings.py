@@ -1,0 +1,171 @@
+"""Where predictions and labels disagree so clearly that a person should look.
+
+In: compared images of the out-of-fold pool, or an ensemble's predictions. Out: ranked findings.
+Invariant: a finding is a question, not a verdict; nothing here changes a score, and lists that are
+cut say how many there were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.scores.matching import Compared, greedy_matches
+from cellseg_mm.scores.mistakes import BACKGROUND_IOU, FOREGROUND_IOU
+
+Float = NDArray[np.float64]
+
+CONFIDENT = 0.7  # a detector's score from which on a disagreement is worth a look
+UNSUPPORTED = 0.1  # score x IoU of the best detection, below which a label stands alone
+QUEUE_SCORE_THR = 0.3  # fused instances below it are noise that no member is sure of
+PER_IMAGE = 3  # findings of one kind and image, so that one image does not fill a list
+
+UNLABELLED, OTHER_CLASS, UNSEEN = 'unlabelled', 'other class', 'unseen'
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One cell to look at.
+
+    Attributes:
+        kind: ``unlabelled`` (confident detection, no label), ``other class`` (confident detection
+            of another class than the label's) or ``unseen`` (label that no detection supports).
+        image: Index into the compared images.
+        index: Index of the detection (by falling score), or of the label for ``unseen``.
+        class_id: Its class.
+        label_class_id: Class of the label for ``other class``, else -1.
+        value: Score of the detection; support of the label for ``unseen``.
+    """
+
+    kind: str
+    image: int
+    index: int
+    class_id: int
+    label_class_id: int
+    value: float
+
+
+def match_in_class(compared: Compared) -> tuple[NDArray[np.int64], Float]:
+    """Match within classes at IoU 0.5 by falling score, as the error breakdown does.
+
+    Matching goes by falling score, so leaving out the detections below any threshold changes no
+    other match: one pass serves every position of the viewer's slider.
+
+    Returns:
+        (D,) int64 matched instance of each detection or -1, and (G,) float64 score of the detection
+        that found each instance, or -1.
+    """
+    same = compared.pred.class_ids[:, None] == compared.gt.class_ids[None, :]
+    iou = np.where(same, compared.mask_iou, 0.0)
+    matched = greedy_matches(iou, np.array([FOREGROUND_IOU]))[0]
+    found = np.full(len(compared.gt), -1.0)
+    rows = np.flatnonzero(matched >= 0)
+    found[matched[rows]] = compared.pred.scores[rows]
+    return matched, found
+
+
+def label_findings(images: Sequence[Compared]) -> dict[str, list[Finding]]:
+    """Return all findings by kind, the clearest first."""
+    found: dict[str, list[Finding]] = {UNLABELLED: [], OTHER_CLASS: [], UNSEEN: []}
+    for i, c in enumerate(images):
+        for finding in (*_of_detections(c, i), *_of_labels(c, i)):
+            found[finding.kind].append(finding)
+    for kind in (UNLABELLED, OTHER_CLASS):
+        found[kind].sort(key=lambda f: (-f.value, f.image, f.index))
+    # A large label that nothing supports is a clearer question than a small one.
+    found[UNSEEN].sort(key=lambda f: (f.value, -int(images[f.image].gt_areas[f.index]), f.image))
+    return found
+
+
+def _of_detections(c: Compared, image: int) -> list[Finding]:
+    rows = np.flatnonzero(c.pred.scores >= CONFIDENT)
+    if not len(rows):
+        return []
+    iou = c.mask_iou[rows]
+    same = c.pred.class_ids[rows][:, None] == c.gt.class_ids[None, :]
+    best_same = np.where(same, iou, 0.0).max(axis=1, initial=0.0)
+    other = np.where(same, 0.0, iou)
+    best_other = other.max(axis=1, initial=0.0)
+    findings = []
+    for at, row in enumerate(rows.tolist()):
+        class_id, score = int(c.pred.class_ids[row]), float(c.pred.scores[row])
+        if max(best_same[at], best_other[at]) < BACKGROUND_IOU:
+            findings.append(Finding(UNLABELLED, image, row, class_id, -1, score))
+        elif best_other[at] >= FOREGROUND_IOU > best_same[at]:
+            label = int(c.gt.class_ids[int(other[at].argmax())])
+            findings.append(Finding(OTHER_CLASS, image, row, class_id, label, score))
+    return findings
+
+
+def _of_labels(c: Compared, image: int) -> list[Finding]:
+    support = (c.mask_iou * c.pred.scores[:, None]).max(axis=0, initial=0.0)
+    return [
+        Finding(UNSEEN, image, j, int(c.gt.class_ids[j]), -1, float(support[j]))
+        for j in np.flatnonzero(support < UNSUPPORTED).tolist()
+    ]
+
+
+def shortlist(findings: Sequence[Finding], n: int) -> list[Finding]:
+    """Return the first ``n``, at most ``PER_IMAGE`` of each image."""
+    taken: dict[int, int] = {}
+    chosen: list[Finding] = []
+    for finding in findings:
+        if len(chosen) == n:
+            break
+        if taken.get(finding.image, 0) < PER_IMAGE:
+            taken[finding.image] = taken.get(finding.image, 0) + 1
+            chosen.append(finding)
+    return chosen
+
+
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """How much the members of an ensemble disagree about one image.
+
+    Attributes:
+        image: Index into the prediction sets.
+        n: Instances that count (score at least ``QUEUE_SCORE_THR``).
+        agreement: Their mean share of members that saw them.
+        mask_uncertainty: Their mean uncertainty of the outline in 0..1; NaN when not recorded.
+        doubt: What images are ranked by: mean of 1 - agreement and mask uncertainty.
+        by_instance: (N,) float64 of each instance of the set; -1 for those that do not count.
+    """
+
+    image: int
+    n: int
+    agreement: float
+    mask_uncertainty: float
+    doubt: float
+    by_instance: Float
+
+
+def member_doubts(sets: Sequence[InstanceSet]) -> list[Doubt]:
+    """Rank images by the members' disagreement, most first; images without instances left out."""
+    doubts = []
+    for i, one in enumerate(sets):
+        if 'agreement' not in one.extra:
+            continue
+        counts = one.scores >= QUEUE_SCORE_THR
+        if not counts.any():
+            continue
+        agreement = np.asarray(one.extra['agreement'], dtype=np.float64)
+        parts = [1 - agreement]
+        uncertainty = one.extra.get('mask_uncertainty')
+        if uncertainty is not None:
+            parts.append(np.asarray(uncertainty, dtype=np.float64))
+        doubt = np.mean(parts, axis=0)
+        doubts.append(
+            Doubt(
+                image=i,
+                n=int(counts.sum()),
+                agreement=float(agreement[counts].mean()),
+                mask_uncertainty=float(parts[-1][counts].mean()) if len(parts) == 2 else np.nan,
+                doubt=float(doubt[counts].mean()),
+                by_instance=np.where(counts, doubt, -1.0),
+            )
+        )
+    return sorted(doubts, key=lambda d: (-d.doubt, d.image))

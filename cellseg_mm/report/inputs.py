@@ -1,0 +1,313 @@
+"""Gathers what a report is made of: configs, logs, prediction files and ground truth.
+
+In: configs of folds, or one work folder. Out: :class:`ReportInputs`. Invariant: what is missing is
+a sentence in ``notes`` or in a run's ``missing``, for the reader; what contradicts itself (folds of
+another data set, two files of one fold) is an error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cellseg_mm.core.errors import ConfigError, DataError, PredictionError
+from cellseg_mm.data.cases import find_cases
+from cellseg_mm.data.folds import Folds, excluded_by, load_folds
+from cellseg_mm.ensemble.oof import Pool, pool_predictions
+from cellseg_mm.report.logs import TrainingLog, read_training_log, step_of_checkpoint
+from cellseg_mm.results.overlay import default_colours
+from cellseg_mm.results.predictions import Predictions, load_predictions
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
+
+VAL_FILE = 'val.predictions.npz'
+TEST_FILE = 'test.predictions.npz'
+Rgb = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class FoldRun:
+    """One work folder.
+
+    Attributes:
+        name: What the report calls it, for example ``fold 0``.
+        work_dir: The folder.
+        config_text: The settings it was trained with; the config's where it has not started.
+        log: Curves.
+        best_name: File of the chosen checkpoint, '' when training has not finished.
+        best_hash: Its hash.
+        best_step: Its iteration.
+        predictions_path: Its validation predictions, or None.
+        missing: What is not there yet and the command that makes it, '' when complete.
+    """
+
+    name: str
+    work_dir: Path
+    config_text: str
+    log: TrainingLog
+    best_name: str
+    best_hash: str
+    best_step: int | None
+    predictions_path: Path | None
+    missing: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReportInputs:
+    """Everything the report shows, before any of it is computed.
+
+    Attributes:
+        title: Of the page.
+        runs: Work folders, by fold; empty for an ensemble folder alone.
+        class_names: K names.
+        palette: K colours.
+        red_blue_swapped: The image files hold blue where red belongs.
+        data_root: Data folder; None when unknown.
+        pool: Out-of-fold predictions beside the truth; None when no fold is scored.
+        ensemble: Predictions for the test images; None when there are none.
+        ensemble_path: Where they were looked for.
+        notes: What the reader must know about what is not here.
+        test_paths: Test image name to its file; empty when unknown.
+        train_paths: Training case name to its image file.
+    """
+
+    title: str
+    runs: tuple[FoldRun, ...]
+    class_names: tuple[str, ...]
+    palette: tuple[Rgb, ...]
+    red_blue_swapped: bool
+    data_root: Path | None
+    pool: Pool | None
+    ensemble: Predictions | None
+    ensemble_path: Path
+    notes: tuple[str, ...] = ()
+    test_paths: dict[str, Path] = field(default_factory=dict)
+    train_paths: dict[str, Path] = field(default_factory=dict)
+
+    @property
+    def why_no_scores(self) -> str:
+        """Why nothing can be compared with labels, when ``pool`` is None."""
+        if not self.runs:
+            return (
+                'An ensemble folder alone holds no predictions for labelled images. For scores '
+                'make the report from the configs: python tools/report.py CONFIGS'
+            )
+        return (
+            'No fold has validation predictions yet, so nothing can be compared with the labels. '
+            'Make them with: python tools/test.py CONFIG'
+        )
+
+
+def from_configs(
+    config_paths: Sequence[Path | str],
+    *,
+    work_root: Path | str | None = None,
+    out_dir: Path | str | None = None,
+) -> ReportInputs:
+    """Gather the folds of ``configs`` and the ensemble folder beside them.
+
+    Args:
+        config_paths: One config per fold.
+        work_root: Folder of the work folders; None for MMDetection's ``work_dirs``.
+        out_dir: Folder of the ensemble; None for ``ensemble`` beside the work folders.
+
+    Raises:
+        CellSegError: No config, a config does not exist, or the folds contradict each other.
+    """
+    from mmengine.config import Config
+
+    from cellseg_mm.training.cross_validation import ensemble_dir
+    from cellseg_mm.training.load_config import default_work_dir
+
+    if not config_paths:
+        raise ConfigError('report: no configs given; expected for example configs/*.py')
+    runs, configs = [], []
+    for path in sorted(map(str, config_paths)):
+        if not Path(path).is_file():
+            raise ConfigError(f'{path}: no such config file; check the path')
+        work_dir = default_work_dir(path)
+        if work_root is not None:
+            work_dir = Path(work_root) / work_dir.relative_to('work_dirs')
+        cfg = Config.fromfile(path)
+        configs.append(cfg)
+        runs.append(_fold_run(cfg, work_dir, path))
+    ensemble = Path(out_dir) if out_dir is not None else ensemble_dir([r.work_dir for r in runs])
+    names = sorted({run.work_dir.parent.name for run in runs} - {'work_dirs', ''})
+    title = f'Report on {len(runs)} folds' + (f' of {", ".join(names)}' if names else '')
+    return _gathered(title, runs, configs[0], ensemble)
+
+
+def from_work_dir(work_dir: Path | str) -> ReportInputs:
+    """Gather one fold's work folder, or an ensemble folder.
+
+    Raises:
+        CellSegError: There is neither a config nor a prediction file, or they contradict.
+    """
+    from mmengine.config import Config
+
+    work_dir = Path(work_dir)
+    own = _newest_config(work_dir)
+    if own is None and not (work_dir / TEST_FILE).is_file():
+        raise ConfigError(
+            f'{work_dir}: found neither a config (*.py) nor {TEST_FILE}; expected the work folder '
+            'of a fold or of an ensemble; check the path'
+        )
+    if own is not None and not _is_ensemble(work_dir):
+        cfg = Config.fromfile(own)
+        run = _fold_run(cfg, work_dir, str(own))
+        return _gathered(f'Report on {run.name} in {work_dir}', [run], cfg, work_dir)
+    # The ensemble's runner may have left a member's config; else the members lie beside it.
+    beside = [own] + [
+        _newest_config(p) for p in sorted(work_dir.resolve().parent.glob('*')) if p.is_dir()
+    ]
+    found = next((path for path in beside if path is not None), None)
+    cfg = Config.fromfile(found) if found else None
+    return _gathered(f'Report on the ensemble in {work_dir}', [], cfg, work_dir)
+
+
+def _is_ensemble(folder: Path) -> bool:
+    marks = ('finished.json', 'last_checkpoint', VAL_FILE)
+    return (folder / TEST_FILE).is_file() and not any((folder / name).exists() for name in marks)
+
+
+def _newest_config(folder: Path) -> Path | None:
+    paths = sorted(folder.glob('*.py'), key=lambda path: (path.stat().st_mtime_ns, path.name))
+    return paths[-1] if paths else None
+
+
+def _fold_run(cfg: Config, work_dir: Path, config_path: str) -> FoldRun:
+    from cellseg_mm.training.train import FINISHED, dataset_settings
+
+    dumped = _newest_config(work_dir) if work_dir.is_dir() else None
+    mark = work_dir / FINISHED
+    finished = json.loads(mark.read_text()) if mark.is_file() else {}
+    best = str(finished.get('best', ''))
+    predictions = work_dir / VAL_FILE
+    missing = ''
+    if not mark.is_file():
+        missing = f'training has not finished: python tools/train.py {config_path} --resume'
+    elif not predictions.is_file():
+        missing = f'not scored yet: python tools/test.py {config_path}'
+    if missing and not predictions.is_file():
+        missing += f' --work-dir {work_dir}'
+    return FoldRun(
+        name=f'fold {dataset_settings(cfg).get("fold", "?")}',
+        work_dir=work_dir,
+        config_text=dumped.read_text(encoding='utf-8') if dumped else cfg.pretty_text,
+        log=read_training_log(work_dir, val_interval=cfg.get('train_cfg', {}).get('val_interval')),
+        best_name=best,
+        best_hash=str(finished.get('best_hash', '')),
+        best_step=step_of_checkpoint(best),
+        predictions_path=predictions if predictions.is_file() else None,
+        missing=missing,
+    )
+
+
+def _gathered(
+    title: str, runs: Sequence[FoldRun], cfg: Config | None, ensemble_dir: Path
+) -> ReportInputs:
+    ensemble_path = ensemble_dir / TEST_FILE
+    ensemble = load_predictions(ensemble_path) if ensemble_path.is_file() else None
+    notes = [f'{run.name}: {run.missing}' for run in runs if run.missing]
+    class_names, palette, swapped, data_root = _data_settings(cfg, ensemble)
+    if cfg is None:
+        notes.append(
+            f'No config beside {ensemble_dir}: the data folder is unknown, so no picture is shown, '
+            'and colours are the default ones.'
+        )
+    pool = _pool(runs, cfg, data_root)
+    notes += _stale(runs, pool)
+    train_paths: dict[str, Path] = {}
+    test_paths: dict[str, Path] = {}
+    n_classes, excluded = len(class_names), _excluded(cfg)
+    if data_root is not None and pool is not None:
+        train_cases = find_cases(data_root, 'train', n_classes, exclude_names=excluded)
+        train_paths = _image_paths(train_cases)
+    if data_root is not None and ensemble is not None:
+        try:
+            test_cases = find_cases(data_root, 'test', n_classes, exclude_names=excluded)
+            test_paths = _image_paths(test_cases)
+        except DataError as problem:
+            notes.append(f'Test images are not shown. {problem}')
+    return ReportInputs(
+        title=title,
+        runs=tuple(runs),
+        class_names=class_names,
+        palette=palette,
+        red_blue_swapped=swapped,
+        data_root=data_root,
+        pool=pool,
+        ensemble=ensemble,
+        ensemble_path=ensemble_path,
+        notes=tuple(notes),
+        test_paths=test_paths,
+        train_paths=train_paths,
+    )
+
+
+def _excluded(cfg: Config | None) -> tuple[str, ...] | None:
+    if cfg is None:
+        return None
+    from cellseg_mm.training.train import dataset_settings, folds_path
+
+    return excluded_by(folds_path(dataset_settings(cfg, 'val_dataloader')))
+
+
+def _stale(runs: Sequence[FoldRun], pool: Pool | None) -> list[str]:
+    """Return a sentence for each fold whose predictions are not of its chosen checkpoint."""
+    by_name = {f'fold {fold}': p for fold, p in pool.provenance.items()} if pool else {}
+    return [
+        f'{run.name}: its predictions are of another checkpoint than {run.best_name}; score it '
+        'again: python tools/test.py CONFIG'
+        for run in runs
+        if run.best_hash
+        and by_name.get(run.name, {}).get('checkpoint_hash') not in (None, run.best_hash)
+    ]
+
+
+def _image_paths(cases: Iterable) -> dict[str, Path]:
+    return {case.name: case.image_path for case in cases}
+
+
+def _data_settings(
+    cfg: Config | None, ensemble: Predictions | None
+) -> tuple[tuple[str, ...], tuple[Rgb, ...], bool, Path | None]:
+    """Return class names, colours, whether red and blue are swapped, and the data folder."""
+    if cfg is None:
+        found = ensemble.provenance.get('class_names') if ensemble else None
+        names = tuple(map(str, found)) if isinstance(found, list) else ()
+        if not names:
+            raise PredictionError(
+                'report: the prediction file names no classes and there is no config; expected '
+                'one of them; predict again with tools/ensemble.py'
+            )
+        return names, _palette((), len(names)), False, None
+    from cellseg_mm.training.train import dataset_settings
+
+    settings = dataset_settings(cfg, 'val_dataloader')
+    names = tuple(map(str, settings.metainfo.classes))
+    steps = [step for step in settings.get('pipeline', ()) if step.get('type') == 'LoadCellImage']
+    swapped = any(step.get('red_blue_swapped', False) for step in steps)
+    palette = _palette(settings.metainfo.get('palette', ()), len(names))
+    return names, palette, swapped, Path(settings.data_root)
+
+
+def _palette(named: Sequence[Sequence[int]], n_classes: int) -> tuple[Rgb, ...]:
+    colours = [(int(r), int(g), int(b)) for r, g, b in named][:n_classes]
+    colours += default_colours(n_classes)[len(colours) :]
+    return tuple(colours)
+
+
+def _pool(runs: Sequence[FoldRun], cfg: Config | None, data_root: Path | None) -> Pool | None:
+    paths = [run.predictions_path for run in runs if run.predictions_path is not None]
+    if not paths or cfg is None or data_root is None:
+        return None
+    from cellseg_mm.training.train import dataset_settings, folds_path
+
+    path = folds_path(dataset_settings(cfg, 'val_dataloader'))
+    folds: Folds = load_folds(path)
+    return pool_predictions(paths, folds, data_root, folds_path=path)

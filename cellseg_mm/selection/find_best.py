@@ -1,0 +1,332 @@
+"""From the folds' tested predictions to ``inference.json``: reads, chooses, writes, explains.
+
+In: the folds' work folders. Out: both profiles' settings with their evidence, and the commands that
+use them. Invariant: what could not be measured honestly keeps its default, and the file says why.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from cellseg_mm.core import files
+from cellseg_mm.core.errors import PredictionError
+from cellseg_mm.core.files import JsonValue
+from cellseg_mm.core.progress import track
+from cellseg_mm.data.folds import Folds, load_folds
+from cellseg_mm.data.labels import read_gt
+from cellseg_mm.ensemble import oof
+from cellseg_mm.ensemble.fuse_files import clean_sets, find_images
+from cellseg_mm.fusion.fuse import FUSION_RULES, from_spec, fuse
+from cellseg_mm.fusion.settings import (
+    DEFAULT_FUSION,
+    DEFAULT_MASK_THR,
+    VERSION,
+    InferenceSettings,
+    Profile,
+    default_settings,
+)
+from cellseg_mm.selection.search import (
+    AP_STEPS,
+    FUSION_STEPS,
+    PQ_STEPS,
+    Ap50,
+    Choice,
+    Mpq,
+    Options,
+    Samples,
+    Search,
+    StepEvidence,
+    difference,
+)
+
+FILE_NAME = 'inference.json'
+N_PARTS = 5  # of a held-out fold on which fusion rules are compared
+OBJECTIVES: dict[Profile, tuple[type[Ap50] | type[Mpq], dict[str, Options]]] = {
+    'submission': (Ap50, AP_STEPS),
+    'instances': (Mpq, PQ_STEPS),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """Where everything is.
+
+    Attributes:
+        configs: One config per fold.
+        work_dirs: Their work folders, same order.
+        data_root: Data folder.
+        folds_path: Folds file.
+        class_names: Names of the classes.
+        work_root: As given on the command line, for the commands.
+    """
+
+    configs: tuple[str, ...]
+    work_dirs: tuple[Path, ...]
+    data_root: Path
+    folds_path: Path
+    class_names: tuple[str, ...]
+    work_root: str | None = None
+
+
+def find_best(inputs: Inputs, out_dir: Path | str) -> str:
+    """Choose both profiles' settings and write ``inference.json`` into ``out_dir``.
+
+    Returns:
+        What was chosen and why, for a terminal.
+
+    Raises:
+        PredictionError: A fold was not tested, or a file cannot be read.
+        FoldError: A file belongs to other folds.
+    """
+    folds = load_folds(inputs.folds_path)
+    samples, notes = read_samples(inputs, folds)
+    choices = {
+        profile: Search(objective(samples), steps).choose(
+            default_settings(profile, inputs.class_names)
+        )
+        for profile, (objective, steps) in OBJECTIVES.items()
+    }
+    settings = {profile: choice.settings for profile, choice in choices.items()}
+    held_out, notes['fusion'] = read_fusion_samples(inputs, folds)
+    fusions = choose_fusion(held_out, settings) if held_out is not None else {}
+    for profile, choice in fusions.items():
+        fusion, score_thr = choice.settings.fusion, choice.settings.score_thr
+        settings[profile] = replace(settings[profile], fusion=fusion, score_thr=score_thr)
+    path = Path(out_dir) / FILE_NAME
+    commands = _commands(inputs, path)
+    record = {
+        'version': VERSION,
+        'fold_hash': folds.hash,
+        'class_names': list(inputs.class_names),
+        'profiles': {profile: one.to_json() for profile, one in settings.items()},
+        'evidence': {profile: _evidence(one, profile) for profile, one in choices.items()},
+        'fusion_evidence': {profile: _evidence(one, profile) for profile, one in fusions.items()},
+        'notes': notes,
+        'commands': commands,
+    }
+    files.write_json(path, record)
+    texts = [describe(profile, choice, settings[profile]) for profile, choice in choices.items()]
+    texts += [describe(profile, choice, settings[profile]) for profile, choice in fusions.items()]
+    texts += [f'note on {name}: {note}' for name, note in notes.items()]
+    return '\n'.join([*texts, f'written: {path}', 'next:', *(f'  {c}' for c in commands)])
+
+
+def choose_fusion(
+    held_out: Samples, settings: Mapping[Profile, InferenceSettings]
+) -> dict[Profile, Choice]:
+    """Choose the fusion rule on top of other settings.
+
+    Rules are compared as members predict without augmentation, with masks cut as predicted.
+    """
+    return {
+        profile: Search(objective(held_out), FUSION_STEPS).choose(
+            replace(settings[profile], tta=None, mask_thr=DEFAULT_MASK_THR)
+        )
+        for profile, (objective, _) in OBJECTIVES.items()
+    }
+
+
+def read_samples(inputs: Inputs, folds: Folds) -> tuple[Samples, dict[str, str]]:
+    """Pool the folds' predictions, plain and with each test-time augmentation that all have.
+
+    Returns:
+        The samples, and why some settings cannot be chosen.
+
+    Raises:
+        PredictionError: The predictions are of other classes than the config's.
+    """
+    plain = oof.validation_files(inputs.configs, inputs.work_dirs)
+    pool = oof.pool_predictions(plain, folds, inputs.data_root, folds_path=inputs.folds_path)
+    if pool.class_names != inputs.class_names:
+        raise PredictionError(
+            f'{plain[0]}: its classes are {", ".join(pool.class_names)}, the config has '
+            f'{", ".join(inputs.class_names)}; thresholds are per class; test the folds again'
+        )
+    views = {(None, DEFAULT_FUSION): pool.pred_sets}
+    notes: dict[str, str] = {}
+    names = sorted({name for d in inputs.work_dirs for name in _tta_names(d)})
+    for name in names:
+        paths = [d / f'val.{name}.predictions.npz' for d in inputs.work_dirs]
+        missing = [str(path) for path in paths if not path.is_file()]
+        if missing:
+            notes[f'tta {name}'] = f'{len(missing)} folds lack it, for example {missing[0]}'
+            continue
+        again = oof.pool_predictions(paths, folds, inputs.data_root, folds_path=inputs.folds_path)
+        if why := _not_comparable(pool, again):
+            notes[f'tta {name}'] = why
+            continue
+        # A file's name is short; what made it says exactly how.
+        spec = again.provenance[again.folds[0]].get('tta') or name
+        views[spec, DEFAULT_FUSION] = again.pred_sets
+    if not names:
+        notes['tta'] = (
+            'no fold was tested with test-time augmentation; tools/test.py CONFIG --tta flips for '
+            'every fold lets it be chosen'
+        )
+    if not all('mask_probs' in s.extra for s in pool.pred_sets if len(s)):
+        notes['mask_thr'] = (
+            'the predictions carry no mask probabilities; test with --cfg-options '
+            'model.test_cfg.rcnn.keep_mask_probs=True to choose it'
+        )
+    if len(pool.folds) < 2:
+        notes['everything'] = (
+            f'only fold {pool.folds[0]} was given, so a choice could not be tested on images that '
+            'it was not made on; the defaults stay'
+        )
+    fold_of = np.array(pool.fold_of)
+    return Samples(pool.gt_sets, views, fold_of, pool.class_names, pool.groups), notes
+
+
+def _not_comparable(plain: oof.Pool, augmented: oof.Pool) -> str:
+    """Return why a difference would not be due to the augmentation; '' if it would."""
+    for fold, origin in augmented.provenance.items():
+        ours, theirs = (o.get('checkpoint_hash') for o in (origin, plain.provenance[fold]))
+        if ours and theirs and ours != theirs:
+            return (
+                f'fold {fold} was tested with checkpoint {ours}, without augmentation with '
+                f'{theirs}; test it again'
+            )
+    specs = sorted({str(origin.get('tta')) for origin in augmented.provenance.values()})
+    if len(specs) > 1:
+        return f'the folds were augmented in different ways ({"; ".join(specs)}); test them again'
+    return ''
+
+
+def _tta_names(work_dir: Path) -> list[str]:
+    parts = [path.name.split('.') for path in sorted(work_dir.glob('val.*.predictions.npz'))]
+    return [words[1] for words in parts if len(words) == 4]
+
+
+def read_fusion_samples(inputs: Inputs, folds: Folds) -> tuple[Samples | None, str]:
+    """Fuse the members' predictions of a fold that none of them saw, by every rule.
+
+    Plain cross-validation has one clean member per image, and fusing one is no fusion.
+
+    Returns:
+        Samples whose ``fold_of`` are parts of that fold (groups stay together), and how it was
+        done; or None, and why not.
+    """
+    held_out = [
+        fold
+        for fold in range(folds.n_folds)
+        if all((d / f'on_fold{fold}' / 'val.predictions.npz').is_file() for d in inputs.work_dirs)
+    ]
+    if not held_out or len(inputs.work_dirs) < 2:
+        return None, (
+            f'in cross-validation each image has one clean member, so the default {DEFAULT_FUSION} '
+            'is kept; train members with exclude_folds and test them on the common held-out fold '
+            '(docs/fusion.md) to compare rules'
+        )
+    fold = held_out[0]
+    images = find_images(
+        inputs.data_root, 'val', inputs.class_names, folds_path=inputs.folds_path, fold=fold
+    )
+    paths = oof.held_out_files(inputs.configs, inputs.work_dirs, fold)
+    _, sets_of = clean_sets(paths, images)
+    rules = [DEFAULT_FUSION, *sorted(set(FUSION_RULES) - {DEFAULT_FUSION})]
+    views = {}
+    for name in track(rules, description='fuse'):
+        rule = from_spec(name)
+        if not rule.needs_models:
+            views[None, name] = tuple(
+                fuse([sets[i] for sets in sets_of], rule) for i in range(len(images.cases))
+            )
+    groups = [folds.groups.get(case.name, case.name) for case in images.cases]
+    part_of = {group: i % N_PARTS for i, group in enumerate(sorted(set(groups)))}
+    samples = Samples(
+        tuple(read_gt(case) for case in images.cases),
+        views,
+        np.array([part_of[group] for group in groups]),
+        inputs.class_names,
+        folds.groups,
+    )
+    left_out = sorted(name for name, rule in FUSION_RULES.items() if rule.needs_models)
+    return samples, (
+        f'compared on {len(images.cases)} images of fold {fold} that no member saw; '
+        f'{", ".join(left_out)} work on models and were not compared'
+    )
+
+
+def _commands(inputs: Inputs, path: Path) -> list[str]:
+    root = ['--work-root', inputs.work_root] if inputs.work_root else []
+    words = ['python', 'tools/ensemble.py', *inputs.configs, *root, '--settings', str(path)]
+    predict = ['python', 'tools/predict.py', *inputs.configs, 'IMAGES', '--out', 'OUT', *root]
+    return [shlex.join(words), shlex.join([*predict, '--settings', str(path)])]
+
+
+# ---- evidence ----
+
+
+def _evidence(choice: Choice, profile: Profile) -> dict[str, JsonValue]:
+    """Return what the file says about a choice; NaN becomes null."""
+    start = default_settings(profile, choice.settings.class_names)
+    return {
+        'objective': choice.objective,
+        'n_images': choice.n_images,
+        'default': _number(choice.default),
+        'found': difference(choice.found, start),
+        'naive': _number(choice.naive),
+        'naive_gain': _number(choice.naive - choice.default),
+        'nested_gain': _number(choice.nested_gain),
+        'nested_standard_error': _number(choice.error),
+        'nested_interval_95': [_number(end) for end in choice.interval],
+        'interval_unit': choice.interval_unit,
+        'used': choice.settings == choice.found,
+        'by_fold': {
+            str(fold): {'settings': difference(chosen, start), 'gain': _number(gain)}
+            for fold, (chosen, gain) in choice.by_fold.items()
+        },
+        'steps': [_step(step) for step in choice.steps],
+    }
+
+
+def _step(step: StepEvidence) -> dict[str, JsonValue]:
+    return {
+        'setting': step.name,
+        'tried': {name: _number(value) for name, value in step.tried.items()},
+        'nested_gain': _number(step.gain),
+        'standard_error': _number(step.error),
+        'kept': step.kept,
+    }
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def describe(profile: Profile, choice: Choice, settings: InferenceSettings) -> str:
+    """Return a choice for a terminal, in a few lines."""
+    start = default_settings(profile, settings.class_names)
+    lines = [
+        f'{profile}: {difference(settings, start).replace("as before", "the defaults")}',
+        f'  {choice.objective} of {choice.n_images} images: {choice.default:.4f} before, '
+        f'{choice.naive:.4f} on the images it was chosen on ({choice.naive - choice.default:+.4f})',
+    ]
+    if choice.by_fold:
+        low, high = choice.interval
+        verdict = 'used' if choice.settings == choice.found else 'not worth it, defaults stay'
+        if choice.found == start:
+            verdict = 'nothing was worth a change'
+        lines.append(
+            f'  honest gain, on images that took no part: {choice.nested_gain:+.4f} '
+            f'(95 % {low:+.4f} to {high:+.4f}, standard error {choice.error:.4f}, over '
+            f'{choice.interval_unit}): {verdict}'
+        )
+    lines += [f'  {_step_text(step, start)}' for step in choice.steps if len(step.tried) > 1]
+    return '\n'.join(lines)
+
+
+def _step_text(step: StepEvidence, start: InferenceSettings) -> str:
+    values: Mapping[str, float] = step.tried
+    best = max(values, key=values.__getitem__)
+    verdict = 'kept' if step.kept else 'not kept'
+    return (
+        f'{step.name}: {len(values)} values, best {best}; nested gain {step.gain:+.4f}, standard '
+        f'error {step.error:.4f}: {verdict}'
+    )
