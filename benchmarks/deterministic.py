@@ -40,11 +40,12 @@ def main() -> None:
     args = parser.parse_args()
     from cellseg_mm.data.drawing.sample import make_sample
     from cellseg_mm.data.preparing import prepare
+    from cellseg_mm.data.preparing.records import PrepareParams
 
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
         make_sample(folder / 'data', n_train=6, n_test=2, seed=3)
-        prepare.prepare(folder / 'data', prepare.PrepareParams(n_folds=2, n_workers=1))
+        prepare.prepare(folder / 'data', PrepareParams(n_folds=2, n_workers=1))
         os.environ['CELLSEG_DATA'] = str(folder / 'data')
         import_all()
         settings = {**MICRO, 'train_cfg.max_iters': args.iters, 'train_cfg.val_interval': 1000}

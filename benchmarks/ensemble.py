@@ -32,12 +32,11 @@ from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
 from cellseg_mm.core import provenance
-from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.core.instances import InstanceSet, canonical_order
+from cellseg_mm.data.config import dataset_settings
 from cellseg_mm.detectors.member_models import Source, load_member
 from cellseg_mm.fusion.fuse import from_spec, fuse
-from cellseg_mm.fusion.pool import canonical_order
 from cellseg_mm.model.detections import to_instance_set
-from cellseg_mm.training.train import dataset_settings
 
 RULES = ('nms', 'soft_nms', 'mask_nms', 'wbf', 'soft_mask')
 

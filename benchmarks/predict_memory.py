@@ -21,6 +21,8 @@ import tifffile
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.core.provenance import code_commit, machine
 from cellseg_mm.predict import predict
+from cellseg_mm.predict.items import find_items
+from cellseg_mm.results.formats import FORMATS
 from cellseg_mm.results.predictions import load_predictions
 
 TILE = 256
@@ -32,7 +34,7 @@ def main() -> None:
     """Write the image, predict it, and print what it took."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--side', type=int, default=20_000, help='px')
-    parser.add_argument('--formats', nargs='*', default=sorted(predict.FORMATS))
+    parser.add_argument('--formats', nargs='*', default=sorted(FORMATS))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'slide.tif'
@@ -45,7 +47,7 @@ def main() -> None:
         )
         before = peak_mib()
         start = time.perf_counter()
-        summary = predict.predict(predict.find_items([str(path)]), DarkCells(), params)
+        summary = predict.predict(find_items([str(path)]), DarkCells(), params)
         seconds = time.perf_counter() - start
         peak = peak_mib()  # the check below is not part of predicting
         print(summary.describe())

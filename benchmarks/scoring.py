@@ -30,7 +30,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from cellseg_mm.core.instances import InstanceSet
-from cellseg_mm.scores.score import ScoreParams, Scores, score
+from cellseg_mm.scores.records import ScoreParams, Scores
+from cellseg_mm.scores.score import score
 
 CLASS_NAMES = ('epithelial', 'lymphocyte', 'neutrophil', 'macrophage')
 

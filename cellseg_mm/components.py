@@ -15,6 +15,7 @@ from cellseg_mm.training import pictures as visualization
 from cellseg_mm.weights import checkpoints
 from cellseg_mm.weights import published as weights
 from cellseg_mm.weights import report_hook as weights_report
+from cellseg_mm.weights.loaders import use_safe_loading
 
 __all__ = [
     'box_precision',
@@ -34,4 +35,4 @@ __all__ = [
     'weights_report',
 ]
 
-checkpoints.use_safe_loading()
+use_safe_loading()

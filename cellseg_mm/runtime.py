@@ -149,10 +149,11 @@ def torchvision_problem() -> str | None:
 
 def ops_of(backend: str) -> dict[str, Callable]:
     from cellseg_mm.model import roi_align as torch_ops
+    from cellseg_mm.model.nms import nms, softnms, torchvision_nms
 
     ops: dict[str, Callable] = {
-        'nms': torch_ops.nms,
-        'softnms': torch_ops.softnms,
+        'nms': nms,
+        'softnms': softnms,
         'roi_align_forward': torch_ops.roi_align_forward,
         'roi_align_backward': torch_ops.roi_align_backward,
         # Reports of the environment ask for these two and do not catch errors.
@@ -160,7 +161,7 @@ def ops_of(backend: str) -> dict[str, Callable]:
         'get_compiling_cuda_version': lambda: 'not available',
     }
     if backend == 'torchvision':
-        ops['nms'] = torch_ops.torchvision_nms
+        ops['nms'] = torchvision_nms
         ops['roi_align_forward'] = torch_ops.torchvision_roi_align_forward
         ops['roi_align_backward'] = torch_ops.torchvision_roi_align_backward
     return ops

@@ -15,10 +15,10 @@ import torch
 from mmengine.config import Config
 
 import cellseg_mm.components
-from cellseg_mm.checks import run as check
 from cellseg_mm.checks import settings as check_settings
 from cellseg_mm.checks.anchors import AnchorFit, AnchorLevel, best_ious
-from cellseg_mm.checks.lines import Line, summary
+from cellseg_mm.checks.lines import Line, _guarded, summary
+from cellseg_mm.checks.on_disk import _now, check_data, check_work_dir
 from cellseg_mm.checks.settings import Truth
 from cellseg_mm.core import files, provenance
 from cellseg_mm.core.instances import InstanceSet
@@ -249,7 +249,7 @@ def save_model(path: Path, origin: dict | None) -> None:
 
 
 def look(config: Config, work_dir: Path) -> list[Line]:
-    return list(check.check_work_dir(work_dir, check._now(config)))
+    return list(check_work_dir(work_dir, _now(config)))
 
 
 def test_whole_files_are_well(config: Config, sample_data: Path, tmp_path: Path) -> None:
@@ -325,7 +325,7 @@ def test_folds_that_split_a_group(config: Config, sample_data: Path, tmp_path: P
     (data / 'manifest.csv').write_text('\n'.join(['uuid,patient', *rows]))
     config.train_dataloader.dataset.dataset.data_root = str(data)
     config.train_dataloader.dataset.dataset.folds_file = str(data / 'folds.json')
-    assert '2 groups (patients' in found(list(check.check_data(config)), 'warn')
+    assert '2 groups (patients' in found(list(check_data(config)), 'warn')
     assert load_folds(data / 'folds.json').hash == folds.hash  # nothing was written
 
 
@@ -336,7 +336,7 @@ def test_folds_made_without_groups(config: Config, sample_data: Path, tmp_path: 
     lonely = folds.names_by_fold[0][0]
     for groups, is_warned in (({lonely: 'alike:x'}, True), ({}, True), ({lonely: 'p'}, False)):
         save_folds(tmp_path / 'folds.json', Folds(folds.names_by_fold, groups))
-        said = found(list(check.check_data(config)), 'warn')
+        said = found(list(check_data(config)), 'warn')
         assert ('made without groups' in said) == is_warned
 
 
@@ -347,16 +347,16 @@ def test_data_errors_and_missing_cases(config: Config, sample_data: Path, tmp_pa
     settings.data_root, settings.folds_file = str(data), str(tmp_path / 'folds.json')
     names = [case.name for case in find_cases(data, 'train', 4)]
     save_folds(tmp_path / 'folds.json', Folds((tuple(names[:2]), tuple(names[2:5]))))
-    lines = list(check._guarded('data', lambda: check.check_data(config)))
+    lines = list(_guarded('data', lambda: check_data(config)))
     assert '1 case(s) of the data are in no fold' in found(lines, 'error')
     (data / 'train' / names[0] / 'image.tif').write_bytes(b'')
-    lines = list(check._guarded('data', lambda: check.check_data(config)))
+    lines = list(_guarded('data', lambda: check_data(config)))
     assert 'is empty (0 bytes)' in found(lines, 'error')
 
 
 def test_a_check_that_fails_is_one_line(config: Config) -> None:
     del config.model.train_cfg
-    (line,) = check._guarded('anchors', lambda: check_settings.check_anchors(config, None))
+    (line,) = _guarded('anchors', lambda: check_settings.check_anchors(config, None))
     assert line.level == 'error'
     assert 'could not be done (AttributeError' in line.text
 

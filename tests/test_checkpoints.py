@@ -24,8 +24,9 @@ from mmengine.runner.checkpoint import CheckpointLoader, _load_checkpoint  # noq
 from torch.utils.data import Dataset  # noqa: E402
 
 from cellseg_mm.core.errors import CheckpointError  # noqa: E402
-from cellseg_mm.weights import checkpoints  # noqa: E402
 from cellseg_mm.weights.checkpoints import load_checkpoint_file  # noqa: E402
+from cellseg_mm.weights.find import best_checkpoint, last_good_checkpoint, remove_leftovers  # noqa: E402
+from cellseg_mm.weights.loaders import load_from_http, use_safe_loading  # noqa: E402
 
 pytestmark = pytest.mark.mm
 
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.mm
 def safe_loading():
     """Register the loaders, and give mmengine its own back."""
     schemes = CheckpointLoader._schemes
-    checkpoints.use_safe_loading()
+    use_safe_loading()
     yield
     CheckpointLoader._schemes = schemes
     register_backend('local', LocalBackend, force=True, prefixes='')
@@ -177,9 +178,9 @@ def test_url_is_fetched_once(tmp_path: Path, safe_loading: None, monkeypatch) ->
     source = save(tmp_path / 'model.pth')
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'home'))
     url = source.as_uri()
-    first = checkpoints.load_from_http(url)
+    first = load_from_http(url)
     source.unlink()
-    again = checkpoints.load_from_http(url)
+    again = load_from_http(url)
     assert torch.equal(first['state_dict']['w'], again['state_dict']['w'])
 
 
@@ -264,7 +265,7 @@ def test_files_are_replaced_whole(tmp_path: Path, safe_loading: None) -> None:
     assert (tmp_path / 'b' / 'a.txt').read_text(encoding='utf-8') == 'né'
     assert sorted(path.name for path in tmp_path.iterdir()) == ['b', 'iter_1.pth']
     (tmp_path / '.tmp-abc-iter_2.pth').touch()
-    assert [path.name for path in checkpoints.remove_leftovers(tmp_path)] == ['.tmp-abc-iter_2.pth']
+    assert [path.name for path in remove_leftovers(tmp_path)] == ['.tmp-abc-iter_2.pth']
     assert sorted(path.name for path in tmp_path.iterdir()) == ['b', 'iter_1.pth']
 
 
@@ -274,8 +275,8 @@ def dated(path: Path, second: int) -> Path:
 
 
 def test_last_good_checkpoint_goes_back_from_a_torn_one(tmp_path: Path) -> None:
-    assert checkpoints.last_good_checkpoint(tmp_path) == (None, [])
-    assert checkpoints.last_good_checkpoint(tmp_path / 'missing') == (None, [])
+    assert last_good_checkpoint(tmp_path) == (None, [])
+    assert last_good_checkpoint(tmp_path / 'missing') == (None, [])
     stale = dated(save(tmp_path / 'iter_900.pth'), 1)  # of an earlier run in the same folder
     old = dated(save(tmp_path / 'iter_50.pth'), 2)
     torn = save(tmp_path / 'iter_100.pth')
@@ -284,35 +285,35 @@ def test_last_good_checkpoint_goes_back_from_a_torn_one(tmp_path: Path) -> None:
     dated(save(tmp_path / 'iter_150.pth', {'meta': {}}), 4)
     dated(save(tmp_path / 'best_segm_iter_100.pth'), 5)  # has no optimiser state
     (tmp_path / 'last_checkpoint').write_text('')
-    found, skipped = checkpoints.last_good_checkpoint(tmp_path)
+    found, skipped = last_good_checkpoint(tmp_path)
     assert found == old
     assert len(skipped) == 2
     assert 'iter_150.pth: has no state_dict' in skipped[0]
     assert 'iter_100.pth: is cut short' in skipped[1]
     old.unlink()
-    assert checkpoints.last_good_checkpoint(tmp_path)[0] == stale
+    assert last_good_checkpoint(tmp_path)[0] == stale
 
 
 def test_equal_times_go_by_step_number(tmp_path: Path) -> None:
     for step in (1000, 750, 50):
         dated(save(tmp_path / f'iter_{step}.pth'), 7)
-    assert checkpoints.last_good_checkpoint(tmp_path)[0] == tmp_path / 'iter_1000.pth'
+    assert last_good_checkpoint(tmp_path)[0] == tmp_path / 'iter_1000.pth'
 
 
 def test_best_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r'has no checkpoint .*train first'):
-        checkpoints.best_checkpoint(tmp_path)
+        best_checkpoint(tmp_path)
     regular = save(tmp_path / 'iter_50.pth')
-    assert checkpoints.best_checkpoint(tmp_path) == regular
+    assert best_checkpoint(tmp_path) == regular
     best = dated(save(tmp_path / 'best_AP50_iter_40.pth'), 1)
     newer = dated(save(tmp_path / 'best_AP50_iter_50.pth'), 2)
-    assert checkpoints.best_checkpoint(tmp_path) == newer
+    assert best_checkpoint(tmp_path) == newer
     newer.write_bytes(b'')
     dated(newer, 2)
-    assert checkpoints.best_checkpoint(tmp_path) == best
+    assert best_checkpoint(tmp_path) == best
     best.write_bytes(b'')
     with pytest.raises(CheckpointError, match='is empty'):
-        checkpoints.best_checkpoint(tmp_path)
+        best_checkpoint(tmp_path)
 
 
 class Numbers(Dataset):
@@ -378,7 +379,7 @@ def test_runner_writes_whole_files_and_resumes_weights_only(
     whole = tiny_runner(tmp_path / 'whole')
     whole.train()
 
-    found, skipped = checkpoints.last_good_checkpoint(tmp_path / 'cut')
+    found, skipped = last_good_checkpoint(tmp_path / 'cut')
     assert (found.name, skipped) == ('iter_2.pth', [])
     loads = []
     torch_load = torch.load

@@ -21,9 +21,10 @@ from mmengine.config import Config  # noqa: E402
 from cellseg_mm.core import files  # noqa: E402
 from cellseg_mm.core.errors import ConfigError  # noqa: E402
 from cellseg_mm.core.instances import InstanceSet  # noqa: E402
+from cellseg_mm.core.layout import FINISHED, STARTED  # noqa: E402
 from cellseg_mm.results.predictions import Predictions, save_predictions  # noqa: E402
 from cellseg_mm.training import cross_validation as cv  # noqa: E402
-from cellseg_mm.training import train as training  # noqa: E402
+from cellseg_mm.training.marks import MARK_VERSION, fold_hash_of, recipe_hash, write_finished  # noqa: E402
 
 pytestmark = pytest.mark.mm
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,11 +49,11 @@ def begin(root: Path, fold: int, options: tuple[str, ...] = OPTIONS) -> Path:
     work_dir = root / f'sample/fold{fold}'
     cfg = config(fold, options)
     state = {
-        'version': training.MARK_VERSION,
-        'recipe': training.recipe_hash(cfg),
-        'fold_hash': training.fold_hash_of(cfg),
+        'version': MARK_VERSION,
+        'recipe': recipe_hash(cfg),
+        'fold_hash': fold_hash_of(cfg),
     }
-    files.write_json(work_dir / training.STARTED, state)
+    files.write_json(work_dir / STARTED, state)
     (work_dir / 'iter_2.pth').write_bytes(b'two')
     return work_dir
 
@@ -61,8 +62,8 @@ def finish(root: Path, fold: int, options: tuple[str, ...] = OPTIONS) -> Path:
     work_dir = begin(root, fold, options)
     best = work_dir / 'best_cell_segm_mAP_50_iter_4.pth'
     best.write_bytes(f'weights {fold}'.encode())
-    state = json.loads((work_dir / training.STARTED).read_text())
-    training.write_finished(work_dir, best, state)
+    state = json.loads((work_dir / STARTED).read_text())
+    write_finished(work_dir, best, state)
     return work_dir
 
 
@@ -70,8 +71,8 @@ def test(root: Path, fold: int, **changes: object) -> Path:
     """Leave the predictions of a tested fold."""
     work_dir = root / f'sample/fold{fold}'
     provenance = {
-        'checkpoint_hash': json.loads((work_dir / training.FINISHED).read_text())['best_hash'],
-        'fold_hash': training.fold_hash_of(config(fold)),
+        'checkpoint_hash': json.loads((work_dir / FINISHED).read_text())['best_hash'],
+        'fold_hash': fold_hash_of(config(fold)),
         **changes,
     }
     path = work_dir / 'val.predictions.npz'
@@ -150,7 +151,7 @@ def test_each_augmentation_is_tested_once(tmp_path: Path) -> None:
             id='best checkpoint replaced',
         ),
         pytest.param(
-            lambda d: (d / training.FINISHED).write_text('{"best"'),
+            lambda d: (d / FINISHED).write_text('{"best"'),
             [False, False],
             'is not there',
             id='mark cut',
@@ -198,8 +199,8 @@ def test_changed_options_and_configs_are_refused(tmp_path: Path) -> None:
         plan(tmp_path, ('train_cfg.max_iters=5',))
     with pytest.raises(ConfigError, match='other settings'):
         plan(tmp_path, ())
-    (tmp_path / 'sample/fold0' / training.FINISHED).unlink()
-    (tmp_path / 'sample/fold0' / training.STARTED).unlink()
+    (tmp_path / 'sample/fold0' / FINISHED).unlink()
+    (tmp_path / 'sample/fold0' / STARTED).unlink()
     with pytest.raises(ConfigError, match=r'started\.json: trained with other settings'):
         plan(tmp_path, ('train_cfg.max_iters=5',))
     # What does not decide the weights may change.
@@ -209,9 +210,9 @@ def test_changed_options_and_configs_are_refused(tmp_path: Path) -> None:
 
 def test_other_folds_are_refused(tmp_path: Path, data: Path) -> None:
     work_dir = finish(tmp_path, 0)
-    mark = json.loads((work_dir / training.FINISHED).read_text())
+    mark = json.loads((work_dir / FINISHED).read_text())
     assert mark['fold_hash']
-    files.write_json(work_dir / training.FINISHED, {**mark, 'fold_hash': '0' * 16})
+    files.write_json(work_dir / FINISHED, {**mark, 'fold_hash': '0' * 16})
     with pytest.raises(ConfigError, match='trained with folds 0000'):
         plan(tmp_path)
 
@@ -259,8 +260,8 @@ def test_recipe_is_the_same_as_read_and_as_adapted(monkeypatch: pytest.MonkeyPat
     args = Namespace(
         config=CONFIGS[0], cfg_options=options, work_dir='x', launcher='none', local_rank=0
     )
-    assert training.recipe_hash(load_config(args)) == training.recipe_hash(config(0))
-    assert training.recipe_hash(config(0)) != training.recipe_hash(config(1))
+    assert recipe_hash(load_config(args)) == recipe_hash(config(0))
+    assert recipe_hash(config(0)) != recipe_hash(config(1))
 
 
 def test_slurm_script_is_bash_with_the_same_commands(tmp_path: Path) -> None:

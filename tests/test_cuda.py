@@ -24,9 +24,9 @@ from mmengine.config import Config  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
 
 from cellseg_mm.core import rle  # noqa: E402
-from cellseg_mm.model import roi_align as torch_ops  # noqa: E402
+from cellseg_mm.model.nms import nms  # noqa: E402
 from cellseg_mm.model.detections import to_instance_set  # noqa: E402
-from cellseg_mm.detectors.fold_ensemble import FoldEnsembleHook  # noqa: E402
+from cellseg_mm.detectors.hook import FoldEnsembleHook  # noqa: E402
 from cellseg_mm.core.instances import InstanceSet  # noqa: E402
 from cellseg_mm.pipeline.label_map_masks import LabelMapMasks  # noqa: E402
 from cellseg_mm.model.mask_head import paste_runs  # noqa: E402
@@ -74,7 +74,7 @@ def test_nms_keeps_the_same_boxes(device: str, backend: str, seed: int) -> None:
     boxes = some_boxes(seed, 1500)
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(len(boxes), generator=generator).round(decimals=2)  # ties
-    wanted = torch_ops.nms(boxes, scores, 0.5, 0)
+    wanted = nms(boxes, scores, 0.5, 0)
     got = ops_of(backend)['nms'](boxes.to(device), scores.to(device), 0.5, 0).cpu()
     assert 100 < len(wanted) < len(boxes)
     if backend == 'torch':

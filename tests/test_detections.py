@@ -24,6 +24,7 @@ from mmengine.structures import InstanceData  # noqa: E402
 from cellseg_mm.core.errors import ConfigError, PredictionError  # noqa: E402
 from cellseg_mm.core.instances import InstanceSet  # noqa: E402
 from cellseg_mm.model import detections  # noqa: E402
+from cellseg_mm.model.caps import count_truncation  # noqa: E402
 
 pytestmark = pytest.mark.mm
 
@@ -164,7 +165,7 @@ def test_cap_report() -> None:
         scored('none', []),
         scored('cut at 0.75', [0.75, 0.8, 0.99]),
     ]
-    report = detections.count_truncation(sets, 3, score_thr=0.05)
+    report = count_truncation(sets, 3, score_thr=0.05)
     assert report.n_images == 4
     assert [(c.name, c.n_kept, c.lowest_score) for c in report.capped] == [
         ('cut at 0.75', 3, 0.75),
@@ -174,8 +175,8 @@ def test_cap_report() -> None:
     assert '2 of 4 images hit the cap of 3' in text
     assert 'cut at 0.75: kept down to 0.7500' in text
     assert '... and 1 more' in text
-    assert 'No image of 4 hit the cap of 4' in detections.count_truncation(sets, 4).describe()
-    assert detections.count_truncation(sets, -1).capped == ()
+    assert 'No image of 4 hit the cap of 4' in count_truncation(sets, 4).describe()
+    assert count_truncation(sets, -1).capped == ()
 
 
 class TwoStage(torch.nn.Module):

@@ -14,7 +14,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 import cellseg_mm.components
-from cellseg_mm.pipeline.dataset import SeededInfiniteSampler
+from cellseg_mm.pipeline.seeding import SeededInfiniteSampler
 from tests.conftest import MICRO
 from tests.faults.jobs import checkpoint_digest
 from tests.faults.kill import run_to_end

@@ -7,7 +7,8 @@ import pytest
 
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.fusion.fuse import PostProcess, postprocess
-from cellseg_mm.scores.score import ScoreParams, score
+from cellseg_mm.scores.records import ScoreParams
+from cellseg_mm.scores.score import score
 from cellseg_mm.selection.disjoint_sweep import make_scene
 
 HW = (47, 61)

@@ -21,13 +21,16 @@ from mmengine.config import Config  # noqa: E402
 
 from cellseg_mm.core.errors import CheckpointError, ConfigError, FoldError, PredictionError  # noqa: E402
 from cellseg_mm.core.instances import InstanceSet  # noqa: E402
+from cellseg_mm.data.images import Images, find_images  # noqa: E402
 from cellseg_mm.data.labels import read_id_map  # noqa: E402
 from cellseg_mm.detectors.run_ensemble import pair_sources  # noqa: E402
-from cellseg_mm.ensemble import fuse_files as ensemble  # noqa: E402
-from cellseg_mm.ensemble.fuse_files import Fusion, Images, ensemble_files, find_images  # noqa: E402
+from cellseg_mm.ensemble.fuse_files import ensemble_files  # noqa: E402
+from cellseg_mm.ensemble.outcome import finish, submission_text, submit  # noqa: E402
 from cellseg_mm.fusion.fuse import from_spec, fuse, post_from_spec  # noqa: E402
+from cellseg_mm.fusion.settings import Fusion, choose_fusion, read_settings  # noqa: E402
 from cellseg_mm.results.predictions import Predictions, load_predictions, save_predictions  # noqa: E402
 from cellseg_mm.results.submission import write_submission  # noqa: E402
+from cellseg_mm.weights.find import find_checkpoints  # noqa: E402
 from tests.conftest import free_port  # noqa: E402
 from tests.tiny_folds import ROOT, TinyFolds, environment, make_tiny_folds  # noqa: E402
 
@@ -129,7 +132,7 @@ def test_files_of_any_origin_are_fused_in_any_order(
         assert (merged.report.n_in, merged.report.n_out) == (4, 2)
     first, second = (tmp_path / str(i) / 'test.predictions.npz' for i in range(2))
     assert first.read_bytes() == second.read_bytes()
-    text = ensemble.finish(merged, images, tmp_path)
+    text = finish(merged, images, tmp_path)
     assert '2 images: 4 instances in, 2 out (2 merged with a better one)' in text
     assert (tmp_path / 'test-results.json.zip').is_file()
 
@@ -151,7 +154,7 @@ def test_instances_left_out_of_a_submission_are_counted(
         scores=np.array([0.9, 0.1]),
     )
     path = npz(tmp_path / 'a.npz', sets, class_names=list(CLASSES))
-    text = ensemble.submission_text(ensemble.submit(path, images, tmp_path))
+    text = submission_text(submit(path, images, tmp_path))
     assert '(2 instances; 1 left out, their masks have no pixel)' in text
 
 
@@ -270,7 +273,7 @@ def test_all_folds_with_views_are_merged(tiny: TinyFolds) -> None:
 def test_settings_file(tmp_path: Path) -> None:
     path = tmp_path / 'inference.json'
     with pytest.raises(ConfigError, match=r'make them with: python tools/find_best.py'):
-        ensemble.read_settings(path, CLASSES)
+        read_settings(path, CLASSES)
     submission = {
         'score_thr': {'macrophage': 0.4, 'epithelial': 0.1, 'lymphocyte': 0.2, 'neutrophil': 0.3},
         'min_area_px': 12,
@@ -283,36 +286,32 @@ def test_settings_file(tmp_path: Path) -> None:
     profiles = {'submission': submission, 'instances': instances}
     content = {'version': 1, 'class_names': list(CLASSES), 'profiles': profiles}
     path.write_text(json.dumps(content))
-    chosen = ensemble.choose_fusion(
-        rule=None, post=None, tta=None, settings=path, class_names=CLASSES
-    )
+    chosen = choose_fusion(rule=None, post=None, tta=None, settings=path, class_names=CLASSES)
     assert chosen == Fusion(
         rule='wbf:iou_thr=0.6',
         post='score_thr=0.1/0.2/0.3/0.4,min_area_px=12',
         mask_thr=0.45,
         tta='flips',
     )
-    assert ensemble.read_settings(path, CLASSES, 'instances') == Fusion(
+    assert read_settings(path, CLASSES, 'instances') == Fusion(
         rule='nms', post='score_thr=0.1/0.2/0.3/0.4,disjoint=true,min_area_px=12'
     )
-    over = ensemble.choose_fusion(
-        rule='nms', post='disjoint', tta=None, settings=path, class_names=CLASSES
-    )
+    over = choose_fusion(rule='nms', post='disjoint', tta=None, settings=path, class_names=CLASSES)
     assert (over.rule, over.post, over.mask_thr) == ('nms', 'disjoint', 0.45)
     path.write_text(json.dumps({**content, 'class_names': ['cat']}))
     with pytest.raises(ConfigError, match='for the classes cat'):
-        ensemble.read_settings(path, CLASSES)
+        read_settings(path, CLASSES)
     path.write_text(json.dumps({**content, 'version': 2}))
     with pytest.raises(ConfigError, match='of version 1'):
-        ensemble.read_settings(path, CLASSES)
+        read_settings(path, CLASSES)
 
 
 def test_missing_members_are_all_reported(tiny: TinyFolds) -> None:
     work_dirs = [path.parent for path in tiny.checkpoints]
-    assert ensemble.find_checkpoints(work_dirs) == list(tiny.checkpoints)
+    assert find_checkpoints(work_dirs) == list(tiny.checkpoints)
     gone = [work_dirs[0], tiny.root / 'work_dirs/fold7', tiny.root / 'work_dirs/fold8']
     with pytest.raises(CheckpointError, match=r'2 of 3 members are missing: .*fold7.*fold8'):
-        ensemble.find_checkpoints(gone)
+        find_checkpoints(gone)
 
 
 def test_checkpoints_of_another_number_of_folds(tiny: TinyFolds) -> None:

@@ -12,10 +12,10 @@ import tifffile
 
 from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.core.instances import InstanceSet
-from cellseg_mm.data.drawing.sample import CLASS_NAMES, make_sample
-from cellseg_mm.ensemble.fuse_files import find_images
-from cellseg_mm.predict.predict import FORMATS
-from cellseg_mm.results.ensemble_outputs import Outputs, write_outputs
+from cellseg_mm.data.config import CLASS_NAMES
+from cellseg_mm.data.drawing.sample import make_sample
+from cellseg_mm.data.images import find_images
+from cellseg_mm.results.formats import FORMATS, Outputs, write_outputs
 from cellseg_mm.results.predictions import Predictions, save_predictions
 
 COLOURS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 9, 9))

@@ -23,7 +23,8 @@ from mmengine.runner import IterBasedTrainLoop, Runner  # noqa: E402
 from cellseg_mm.core.errors import CheckpointError, ConfigError, FoldError, PredictionError  # noqa: E402
 from cellseg_mm.core.instances import InstanceSet  # noqa: E402
 from cellseg_mm.data.folds import Folds, save_folds  # noqa: E402
-from cellseg_mm.detectors.fold_ensemble import FoldEnsembleHook, FoldEnsembleModel  # noqa: E402
+from cellseg_mm.detectors.fold_ensemble import FoldEnsembleModel  # noqa: E402
+from cellseg_mm.detectors.hook import FoldEnsembleHook  # noqa: E402
 from cellseg_mm.detectors.member_models import Loaded, MemberModels, Source, load_members  # noqa: E402
 from cellseg_mm.detectors.proposal_sharing import running_mean  # noqa: E402
 from cellseg_mm.ensemble.members import Member  # noqa: E402
@@ -32,7 +33,7 @@ from cellseg_mm.model import tta  # noqa: E402
 from cellseg_mm.model.detections import to_instance_set  # noqa: E402
 from cellseg_mm.pipeline.dataset import CellDataset  # noqa: E402
 from cellseg_mm.results.predictions import load_predictions  # noqa: E402
-from cellseg_mm.training.hooks import ProvenanceHook, refuse_other_folds  # noqa: E402
+from cellseg_mm.training.fold_guard import ProvenanceHook, refuse_other_folds  # noqa: E402
 from tests.tiny_folds import TinyFolds, make_tiny_folds, random_model, save_checkpoint  # noqa: E402
 
 pytestmark = pytest.mark.mm

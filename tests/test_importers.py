@@ -16,15 +16,10 @@ from pycocotools import mask as coco_mask
 
 from cellseg_mm.core.errors import CellSegError, ImageError, LabelMapError
 from cellseg_mm.data.importing import import_data as importers
+from cellseg_mm.data.importing.coco import coco_cell
 from cellseg_mm.data.importing.import_data import import_data, paint_cells
-from cellseg_mm.data.importing.sources import (
-    Cell,
-    ImportParams,
-    coco_cell,
-    fill_polygon,
-    read_aperio_xml,
-    read_picture,
-)
+from cellseg_mm.data.importing.monusac import fill_polygon, read_aperio_xml
+from cellseg_mm.data.importing.sources import Cell, ImportParams, read_picture
 from cellseg_mm.data.labels import find_cases, read_gt, read_image
 
 ROOT = Path(__file__).parents[1]

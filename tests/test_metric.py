@@ -31,7 +31,8 @@ from cellseg_mm.core.errors import ConfigError, PredictionError  # noqa: E402
 from cellseg_mm.core.instances import InstanceSet  # noqa: E402
 from cellseg_mm.data.labels import Case, read_gt  # noqa: E402
 from cellseg_mm.results.predictions import load_predictions  # noqa: E402
-from cellseg_mm.scores.score import ScoreParams, score  # noqa: E402
+from cellseg_mm.scores.records import ScoreParams  # noqa: E402
+from cellseg_mm.scores.score import score  # noqa: E402
 from cellseg_mm.training.metric import CellMetric, flat_metrics  # noqa: E402
 
 pytestmark = pytest.mark.mm

@@ -12,13 +12,14 @@ from cellseg_mm.core.errors import FoldError, PredictionError
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.data.drawing.sample import make_sample
 from cellseg_mm.data.folds import Folds, save_folds
+from cellseg_mm.data.images import find_images
 from cellseg_mm.data.labels import find_cases, read_gt
 from cellseg_mm.ensemble import oof
-from cellseg_mm.ensemble.fuse_files import find_images
 from cellseg_mm.ensemble.fusion_gain import fusion_gain
 from cellseg_mm.fusion.fuse import from_spec, fuse
 from cellseg_mm.results.predictions import Predictions, load_predictions, save_predictions
-from cellseg_mm.scores.score import ScoreParams, score
+from cellseg_mm.scores.records import ScoreParams
+from cellseg_mm.scores.score import score
 
 CLASSES = ('epithelial', 'lymphocyte', 'neutrophil', 'macrophage')
 

@@ -18,7 +18,9 @@ from cellseg_mm.core import files
 from cellseg_mm.core.errors import CellSegError, ConfigError
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.predict import predict
-from cellseg_mm.predict.predict import Item, PredictParams, find_items
+from cellseg_mm.predict.items import Item, find_items
+from cellseg_mm.predict.predict import PredictParams
+from cellseg_mm.results.formats import FORMATS
 from cellseg_mm.results.predictions import load_predictions
 from tests.test_tiling import content, paint_cells
 
@@ -210,7 +212,7 @@ def test_an_image_that_is_nearly_black_is_told(tmp_path: Path) -> None:
 
 def test_all_formats_hold_the_cells_above_the_threshold(tmp_path: Path) -> None:
     label_map = paint(tmp_path / 'in' / 'a.tif')
-    params = params_for(tmp_path, formats=tuple(predict.FORMATS), score_thr=0.6)
+    params = params_for(tmp_path, formats=tuple(FORMATS), score_thr=0.6)
     said = predict.predict(find_items([str(tmp_path / 'in')]), PaintedCells(), params).describe()
     out = tmp_path / 'out'
     expected = {k for k in np.unique(label_map).tolist() if k and k % 10 >= 6}
@@ -226,7 +228,7 @@ def test_all_formats_hold_the_cells_above_the_threshold(tmp_path: Path) -> None:
     (everything,) = load_predictions(out / 'a.npz').sets
     assert len(everything) == len(np.unique(label_map)) - 1
     assert sorted(p.name for p in out.iterdir()) == sorted(
-        ['a.npz', 'a.state.json', *(f'a{suffix}' for suffix in predict.FORMATS.values())]
+        ['a.npz', 'a.state.json', *(f'a{suffix}' for suffix in FORMATS.values())]
     )
 
 

@@ -20,7 +20,16 @@ from cellseg_mm.data.folds import excluded_by, load_folds
 from cellseg_mm.data.labels import find_cases
 from cellseg_mm.data.preparing import prepare
 from cellseg_mm.data.preparing.case_checks import CaseFacts, check_case, near_duplicates
-from cellseg_mm.data.preparing.prepare import GroupRule, PrepareParams
+from cellseg_mm.data.preparing.groups import GroupRule, find_groups
+from cellseg_mm.data.preparing.records import PrepareParams, PrepareReport
+from cellseg_mm.data.preparing.text import (
+    class_table,
+    fold_table,
+    full_text,
+    next_command,
+    screen_text,
+    size_table,
+)
 
 HW = (40, 61)
 CLASSES = ('round', 'long')
@@ -75,7 +84,7 @@ def data(tmp_path: Path) -> Path:
 PARAMS = PrepareParams(class_names=CLASSES, n_workers=1)
 
 
-def kinds(report: prepare.PrepareReport) -> dict[str, int]:
+def kinds(report: PrepareReport) -> dict[str, int]:
     found: dict[str, int] = {}
     for warning in report.warnings:
         found[warning.kind] = found.get(warning.kind, 0) + warning.count
@@ -107,16 +116,16 @@ def test_good_data_gives_folds_index_and_report(data: Path) -> None:
 
 def test_tables_add_up(data: Path) -> None:
     report = prepare.prepare(data, PARAMS)
-    assert prepare.class_table(report).splitlines() == [
+    assert class_table(report).splitlines() == [
         'class  cells  images  most in one  mean px',
         'round     10      10            1       28',
         'long      10      10            1       21',
     ]
-    assert prepare.size_table(report).splitlines()[:2] == [
+    assert size_table(report).splitlines()[:2] == [
         'longer side    train  test',
         'to 64 px          10     2',
     ]
-    rows = [list(map(int, line.split())) for line in prepare.fold_table(report).splitlines()[1:]]
+    rows = [list(map(int, line.split())) for line in fold_table(report).splitlines()[1:]]
     assert np.array(rows)[:, 1:].sum(axis=0).tolist() == [10, 10, 10, 10]
 
 
@@ -195,7 +204,7 @@ def test_every_warning(data: Path) -> None:
         'note': 2,
         prepare.NO_GROUPS: len(report.train),
     }
-    text = prepare.full_text(report)
+    text = full_text(report)
     for name in ('parts', '1 px', 'shared', 'no cell', 'half/class1.tif', 'blank', 'twin', 'leak'):
         assert f'w {name}' in text
     assert 'w corner' not in text
@@ -227,7 +236,7 @@ def test_all_errors_at_once_and_nothing_is_dropped(data: Path) -> None:
     for sentence, (where, what) in zip(report.errors, expected, strict=True):
         assert sentence.startswith(f'{data}/{where}: ')
         assert what in sentence
-        assert sentence in prepare.screen_text(report)
+        assert sentence in screen_text(report)
     assert report.folds is None
     assert not (data / 'folds.json').exists()
     with pytest.raises(DataError, match=r'7 problem\(s\) in the data'):
@@ -241,7 +250,7 @@ def test_excluding_the_bad_cases_is_enough(data: Path) -> None:
     report = prepare.prepare(data, PARAMS)
     assert report.errors == ()
     assert report.excluded == ('p0-0', 't0')
-    assert '2 excluded (p0-0, t0)' in prepare.screen_text(report)
+    assert '2 excluded (p0-0, t0)' in screen_text(report)
     assert len(report.folds.names) == 9
     # Whoever reads the data afterwards sees the same cases.
     load_folds(data / 'folds.json', [case.name for case in find_cases(data, 'train', 2)])
@@ -284,7 +293,7 @@ def test_groups_from_names(data: Path) -> None:
 
 
 def test_folds_without_groups_are_warned_of(data: Path) -> None:
-    assert '--groups-csv' in prepare.screen_text(prepare.prepare(data, PARAMS))
+    assert '--groups-csv' in screen_text(prepare.prepare(data, PARAMS))
     for change in ({'groups': GroupRule(regex='^p.')}, {'method': 'original'}):
         report = prepare.prepare(data, replace(PARAMS, new_folds=True, **change))
         assert prepare.NO_GROUPS not in kinds(report)  # asked for, or the choice of who knows
@@ -341,12 +350,12 @@ def test_likeness_joins_groups() -> None:
         facts_of('g', np.full((16, 16), 8), 'h5'),  # one shade is no likeness
     ]
     assert near_duplicates(facts) == [(0, 1)]
-    groups, warnings = prepare.find_groups(facts, GroupRule(), near_duplicates(facts))
+    groups, warnings = find_groups(facts, GroupRule(), near_duplicates(facts))
     assert groups == {'a': 'alike:a', 'b': 'alike:a', 'c': 'alike:c', 'd': 'alike:c'}
     assert warnings == []
-    groups, _ = prepare.find_groups(facts, GroupRule(alike=False), [(0, 1)])
+    groups, _ = find_groups(facts, GroupRule(alike=False), [(0, 1)])
     assert groups == {'c': 'alike:c', 'd': 'alike:c'}
-    groups, warnings = prepare.find_groups(facts, GroupRule(regex='[abe]'), [(0, 1)])
+    groups, warnings = find_groups(facts, GroupRule(regex='[abe]'), [(0, 1)])
     assert groups['a'] == groups['b'] == 'a+b'
     assert groups['e'] == 'e'
     assert [warning.kind for warning in warnings] == ['no group', 'groups joined']
@@ -583,15 +592,13 @@ def test_next_command_says_where_the_data_are(data: Path, tmp_path: Path) -> Non
     inside = prepare.prepare(data, PARAMS)
     apart = prepare.prepare(data, replace(PARAMS, out_dir=out))
     known = {'CELLSEG_DATA': str(data)}
-    assert prepare.next_command(inside, {}) == f'export CELLSEG_DATA={data} && {train}'
-    assert prepare.next_command(inside, known) == train
+    assert next_command(inside, {}) == f'export CELLSEG_DATA={data} && {train}'
+    assert next_command(inside, known) == train
     folds = f"CELLSEG_FOLDS='{out}/folds.json'"
-    assert prepare.next_command(apart, {}) == f'export CELLSEG_DATA={data} {folds} && {train}'
-    assert prepare.next_command(apart, known) == f'export {folds} && {train}'
+    assert next_command(apart, {}) == f'export CELLSEG_DATA={data} {folds} && {train}'
+    assert next_command(apart, known) == f'export {folds} && {train}'
     stale = {**known, 'CELLSEG_FOLDS': str(out / 'folds.json')}
-    assert prepare.next_command(inside, stale) == (
-        f'export CELLSEG_FOLDS={data}/folds.json && {train}'
-    )
+    assert next_command(inside, stale) == (f'export CELLSEG_FOLDS={data}/folds.json && {train}')
 
 
 def test_tool_prints_and_exits(data: Path) -> None:

@@ -39,7 +39,8 @@ from cellseg_mm.report.pictures import outline_path
 from cellseg_mm.results.predictions import Predictions, save_predictions
 from cellseg_mm.scores.matching import compare
 from cellseg_mm.scores.mistakes import ERROR_NAMES, errors_of
-from cellseg_mm.scores.score import ScoreParams, score
+from cellseg_mm.scores.records import ScoreParams
+from cellseg_mm.scores.score import score
 from tests.chromium import Chromium, find_chromium
 
 pytestmark = pytest.mark.mm

@@ -15,8 +15,10 @@ import tifffile
 from scipy import ndimage
 
 from cellseg_mm.core.errors import CellSegError
+from cellseg_mm.data.case_writer import write_case, write_image
 from cellseg_mm.data.drawing import sample
-from cellseg_mm.data.drawing.sample import make_sample, write_case, write_image
+from cellseg_mm.data.drawing.pictures import LEAST_PIXELS
+from cellseg_mm.data.drawing.sample import make_sample
 from cellseg_mm.data.labels import find_cases, read_gt
 
 ROOT = Path(__file__).parents[1]
@@ -90,7 +92,7 @@ def test_instances_are_connected_disjoint_and_numbered_once(folder: Path) -> Non
             for i in np.unique(label_map)[1:]:
                 mask = label_map == i
                 assert ndimage.label(mask)[1] == 1  # by edges, the stricter rule
-                assert mask.sum() >= sample.LEAST_PIXELS
+                assert mask.sum() >= LEAST_PIXELS
     assert 0 < n_with_gaps < 14
 
 

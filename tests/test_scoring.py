@@ -18,14 +18,10 @@ from pycocotools.cocoeval import COCOeval
 from cellseg_mm.core.errors import ConfigError, PredictionError
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.scores.average_precision import RECALL_POINTS, needed_tp, rank_class, weighted_ap
+from cellseg_mm.scores.bootstrap import resampled_weights, sampling_units
 from cellseg_mm.scores.matching import compare, greedy_matches
-from cellseg_mm.scores.score import (
-    ScoreParams,
-    Scores,
-    resampled_weights,
-    sampling_units,
-    score,
-)
+from cellseg_mm.scores.records import ScoreParams, Scores
+from cellseg_mm.scores.score import score
 from tests import reference_scoring as reference
 
 NAMES = ('a', 'b', 'c')

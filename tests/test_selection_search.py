@@ -12,28 +12,29 @@ import pytest
 
 from cellseg_mm.core.errors import PredictionError
 from cellseg_mm.core.instances import InstanceSet, concatenate
-from cellseg_mm.data.drawing.sample import CLASS_NAMES, make_sample
+from cellseg_mm.data.config import CLASS_NAMES
+from cellseg_mm.data.drawing.sample import make_sample
 from cellseg_mm.data.folds import load_folds, make_folds, save_folds
 from cellseg_mm.data.labels import find_cases, read_gt
 from cellseg_mm.fusion import settings as selection
 from cellseg_mm.fusion.settings import DEFAULT_FUSION
 from cellseg_mm.results.predictions import Predictions, load_predictions, save_predictions
-from cellseg_mm.scores.score import ScoreParams, score
+from cellseg_mm.scores.records import ScoreParams
+from cellseg_mm.scores.score import score
 from cellseg_mm.selection import search as selection_search
 from cellseg_mm.selection.find_best import Inputs, find_best, read_samples
+from cellseg_mm.selection.objectives import Ap50, Mpq, Samples
 from tests.test_disjoint_sweep import CLASSES, HW, near, random_set
 
 PLAIN = (None, DEFAULT_FUSION)
 QUICK = ScoreParams(n_bootstrap=0, pq_score_thr=0.0, min_left_px=0)
 
 
-def random_samples(seed: int, n_images: int = 6, n_folds: int = 3) -> selection_search.Samples:
+def random_samples(seed: int, n_images: int = 6, n_folds: int = 3) -> Samples:
     rng = np.random.default_rng(seed)
     gts = [random_set(rng, i, int(rng.integers(3, 12)), is_gt=True) for i in range(n_images)]
     preds = [near(rng, gt, random_set(rng, gt.image_id, int(rng.integers(0, 9)))) for gt in gts]
-    return selection_search.Samples(
-        tuple(gts), {PLAIN: tuple(preds)}, np.arange(n_images) % n_folds, CLASSES
-    )
+    return Samples(tuple(gts), {PLAIN: tuple(preds)}, np.arange(n_images) % n_folds, CLASSES)
 
 
 def junk_below(score_of_junk: float, *, n_images: int = 9, seed: int = 0):
@@ -56,15 +57,13 @@ def junk_below(score_of_junk: float, *, n_images: int = 9, seed: int = 0):
                 [gt, InstanceSet.from_crops(f'image{i}', i, HW, offsets_yx=offsets + 5, **junk)]
             )
         )
-    return selection_search.Samples(
-        tuple(gts), {PLAIN: tuple(preds)}, np.arange(n_images) % 3, ('a', 'b')
-    )
+    return Samples(tuple(gts), {PLAIN: tuple(preds)}, np.arange(n_images) % 3, ('a', 'b'))
 
 
-def chosen_for(profile: str, samples: selection_search.Samples) -> selection_search.Choice:
+def chosen_for(profile: str, samples: Samples) -> selection_search.Choice:
     objective, steps = {
-        'submission': (selection_search.Ap50, selection_search.AP_STEPS),
-        'instances': (selection_search.Mpq, selection_search.PQ_STEPS),
+        'submission': (Ap50, selection_search.AP_STEPS),
+        'instances': (Mpq, selection_search.PQ_STEPS),
     }[profile]
     start = selection.default_settings(profile, samples.class_names)
     return selection_search.Search(objective(samples), steps).choose(start)
@@ -76,8 +75,8 @@ def test_values_are_those_of_apply_settings_and_score(seed: int) -> None:
     everything = np.ones((1, 6), dtype=np.int64)
     some = np.array([[1, 0, 1, 1, 0, 1]])
     for profile, objective, name in (
-        ('submission', selection_search.Ap50(samples), 'segm_AP50'),
-        ('instances', selection_search.Mpq(samples), 'mPQ'),
+        ('submission', Ap50(samples), 'segm_AP50'),
+        ('instances', Mpq(samples), 'mPQ'),
     ):
         settings = replace(
             selection.default_settings(profile, CLASSES),
@@ -99,8 +98,8 @@ def test_images_with_different_settings_pool_like_their_predictions(seed: int) -
     samples = random_samples(seed)
     part_of = np.array([0, 1, 1, 0, 2, 1])
     for profile, objective, name in (
-        ('submission', selection_search.Ap50(samples), 'segm_AP50'),
-        ('instances', selection_search.Mpq(samples), 'mPQ'),
+        ('submission', Ap50(samples), 'segm_AP50'),
+        ('instances', Mpq(samples), 'mPQ'),
     ):
         start = selection.default_settings(profile, CLASSES)
         settings = [start, replace(start, min_area_px=30), replace(start, min_area_px=80)]
@@ -173,7 +172,7 @@ def test_resampling_draws_the_images_of_a_group_together() -> None:
     pairs = {gt.name: str(gt.image_id % 3) for gt in samples.gt_sets}  # one per fold
     grouped = replace(samples, groups=pairs)
     assert grouped.interval_unit == 'groups'
-    search = selection_search.Search(selection_search.Mpq(grouped), {})
+    search = selection_search.Search(Mpq(grouped), {})
     drawn = search._drawn((0, 2), 40)
     assert (drawn[:, grouped.fold_of == 1] == 0).all()
     for fold in (0, 2):

@@ -17,13 +17,13 @@ from pycocotools import mask as coco_mask
 from cellseg_mm.core.errors import PredictionError
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.data.labels import IdEntry
-from cellseg_mm.results.submission import (
+from cellseg_mm.results.submission import write_submission
+from cellseg_mm.results.submission_check import (
     Finding,
     diff_sets,
     diff_submissions,
     format_diff,
     lint_submission,
-    write_submission,
 )
 
 ID_MAP = [

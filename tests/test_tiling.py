@@ -12,12 +12,12 @@ from scipy import ndimage
 from cellseg_mm.core import rle
 from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.core.instances import InstanceSet, concatenate
+from cellseg_mm.core.windows import crop_to
 from cellseg_mm.predict.tiling import (
     StitchParams,
     StitchReport,
     Tile,
     _union,
-    crop_to,
     move_to_image,
     plan_tiles,
     stitch,

@@ -10,6 +10,7 @@ import pytest
 torch = pytest.importorskip('torch')
 
 from cellseg_mm.model import roi_align as torch_ops  # noqa: E402
+from cellseg_mm.model.nms import nms, softnms  # noqa: E402
 
 pytestmark = pytest.mark.mm
 
@@ -257,7 +258,7 @@ def test_nms_equals_loop(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
         boxes += 60.0 * torch.tensor(rng.integers(0, 3, (len(boxes), 1)))
     for threshold in (0.0, 0.25, 0.5, 0.9):
         for offset in (0, 1):
-            got = torch_ops.nms(boxes, scores, threshold, offset).tolist()
+            got = nms(boxes, scores, threshold, offset).tolist()
             assert got == slow_nms(boxes.tolist(), scores.tolist(), threshold, offset)
 
 
@@ -265,33 +266,33 @@ def test_box_at_the_threshold_survives() -> None:
     """IoU of (0..2, 0..1) and (1..3, 0..1) is 1 / 3, of (0..2) and (0..4) exactly 1 / 2."""
     boxes = torch.tensor([[0.0, 0, 2, 1], [0, 0, 4, 1]])
     scores = torch.tensor([0.9, 0.8])
-    assert torch_ops.nms(boxes, scores, 0.5, 0).tolist() == [0, 1]
-    assert torch_ops.nms(boxes, scores, 0.4999, 0).tolist() == [0]
+    assert nms(boxes, scores, 0.5, 0).tolist() == [0, 1]
+    assert nms(boxes, scores, 0.4999, 0).tolist() == [0]
 
 
 def test_long_chain_of_suppressions() -> None:
     """Each box overlaps only its neighbours: every second one stays, whatever the block."""
     left = torch.arange(600.0)
     boxes = torch.stack((left, torch.zeros(600), left + 1.6, torch.ones(600)), dim=1)
-    kept = torch_ops.nms(boxes, torch.linspace(1, 0, 600), 0.2, 0)
+    kept = nms(boxes, torch.linspace(1, 0, 600), 0.2, 0)
     assert kept.tolist() == list(range(0, 600, 2))
 
 
 def test_boxes_that_are_not_finite_do_not_hang_or_suppress() -> None:
     boxes = torch.tensor([[math.nan, 0, 2, 2], [0, 0, 2, 2], [0, 0, 2, 2]]).repeat(200, 1)
-    kept = torch_ops.nms(boxes, torch.linspace(1, 0, 600), 0.5, 0)
+    kept = nms(boxes, torch.linspace(1, 0, 600), 0.5, 0)
     assert kept.tolist() == sorted([*range(0, 600, 3), 1])
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float16, torch.bfloat16])
 def test_nms_of_other_types(dtype: torch.dtype) -> None:
     boxes, scores = random_boxes(np.random.default_rng(5), 60, whole=True)
-    got = torch_ops.nms(boxes.to(dtype), scores.to(dtype), 0.4, 0).tolist()
+    got = nms(boxes.to(dtype), scores.to(dtype), 0.4, 0).tolist()
     assert got == slow_nms(boxes.tolist(), scores.to(dtype).tolist(), 0.4, 0)
 
 
 def test_nms_of_nothing() -> None:
-    kept = torch_ops.nms(torch.zeros(0, 4), torch.zeros(0), 0.5, 0)
+    kept = nms(torch.zeros(0, 4), torch.zeros(0), 0.5, 0)
     assert kept.shape == (0,)
     assert kept.dtype == torch.int64
 
@@ -303,7 +304,7 @@ def test_softnms_equals_loop(method: int, n: int) -> None:
     boxes = random_boxes(rng, 60, whole=False)[0][:n].double()
     scores = torch.tensor(rng.random(n))
     dets = torch.full((n, 5), -1.0, dtype=torch.float64)
-    got = torch_ops.softnms(boxes, scores, dets, 0.3, 0.5, 0.05, method, 0)
+    got = softnms(boxes, scores, dets, 0.3, 0.5, 0.05, method, 0)
     expected = slow_softnms(
         boxes.tolist(), scores.tolist(), threshold=0.3, sigma=0.5, low=0.05, method=method
     )

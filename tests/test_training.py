@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cellseg_mm.core.layout import FINISHED
 from tests.conftest import MICRO, ROOT, free_port
 
 pytestmark = pytest.mark.mm
@@ -116,12 +117,13 @@ def test_resuming_with_other_settings_is_refused(
             training.train(load_config(Namespace(**words)), amp=True)
     with pytest.raises(CheckpointError, match='no such checkpoint'):
         training.train(load_config(Namespace(**words)), resume=str(work_dir / 'iter_9.pth'))
-    assert (work_dir / training.FINISHED).is_file()  # nothing was touched
+    assert (work_dir / FINISHED).is_file()  # nothing was touched
 
 
 def test_data_set_leaves_out_what_its_folds_record(sample_data: Path, tmp_path: Path) -> None:
-    from cellseg_mm.data.drawing.sample import CLASS_NAMES
+    from cellseg_mm.data.config import CLASS_NAMES
     from cellseg_mm.data.preparing import prepare
+    from cellseg_mm.data.preparing.records import PrepareParams
     from cellseg_mm.pipeline.dataset import CellDataset
 
     data = shutil.copytree(sample_data, tmp_path / 'data')
@@ -129,7 +131,7 @@ def test_data_set_leaves_out_what_its_folds_record(sample_data: Path, tmp_path: 
     (bad / 'image.tif').write_bytes(b'broken')
     test_image = sorted((data / 'test_release').iterdir())[0]
     (tmp_path / 'list.txt').write_text(f'{bad.name}\n{test_image.stem}\n')
-    params = prepare.PrepareParams(
+    params = PrepareParams(
         out_dir=tmp_path / 'out', exclude_file=tmp_path / 'list.txt', n_folds=2, n_workers=1
     )
     prepare.prepare(data, params).raise_for_errors()
@@ -266,7 +268,7 @@ def test_heads_of_another_number_of_classes_are_refused(
 
     from cellseg_mm.core.errors import ConfigError
     from cellseg_mm.pipeline.dataset import CellDataset
-    from cellseg_mm.training.hooks import ProvenanceHook
+    from cellseg_mm.training.fold_guard import ProvenanceHook
     from cellseg_mm.training.load_config import adapt_to_machine
 
     monkeypatch.setenv('CELLSEG_DATA', str(sample_data))
@@ -311,7 +313,7 @@ def test_only_the_main_process_looks_for_its_checkpoints(
     told = tmp_path / 'best_x.pth'
     monkeypatch.setattr(training, 'broadcast_object_list', lambda box: box.__setitem__(0, told))
     assert training.train(cfg) == told
-    assert not (tmp_path / training.FINISHED).exists()
+    assert not (tmp_path / FINISHED).exists()
 
 
 @pytest.mark.parametrize(('launcher', 'joins'), [('none', []), ('pytorch', ['pytorch', 'nccl'])])
@@ -337,6 +339,7 @@ def test_processes_join_before_anything_is_written(
 def test_settings_that_laptops_need(sample_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mmengine.config import Config
 
+    from cellseg_mm.cli import explain
     from cellseg_mm.training import load_config as launch
     from cellseg_mm.training import train as training
 
@@ -353,7 +356,7 @@ def test_settings_that_laptops_need(sample_data: Path, monkeypatch: pytest.Monke
     assert training._metric_of(cfg).provenance == {'tta': 'hflip'}
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)
-    assert launch.explain(caught.value).startswith('the device ran out of memory (')
+    assert explain(caught.value).startswith('the device ran out of memory (')
 
 
 def test_code_commit_without_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -26,20 +26,10 @@ from mmengine.structures import InstanceData  # noqa: E402
 
 from cellseg_mm.core.errors import ConfigError, LabelMapError  # noqa: E402
 from cellseg_mm.pipeline.label_map_masks import LabelMapMasks  # noqa: E402
-from cellseg_mm.pipeline.geometry import (  # noqa: E402
-    STAINS_RGB,
-    BlurNoise,
-    ClassAwareCrop,
-    DropTruncatedInstances,
-    HEDJitter,
-    LabelMapCopyPaste,
-    LoadCellImage,
-    LoadLabelMaps,
-    Paste,
-    RandomBlurNoise,
-    RandomRotate90,
-    restain,
-)
+from cellseg_mm.pipeline.geometry import ClassAwareCrop, DropTruncatedInstances, RandomRotate90  # noqa: E402
+from cellseg_mm.pipeline.colour import STAINS_RGB, BlurNoise, HEDJitter, RandomBlurNoise, restain  # noqa: E402
+from cellseg_mm.pipeline.copy_paste import LabelMapCopyPaste, Paste  # noqa: E402
+from cellseg_mm.pipeline.loading import LoadCellImage, LoadLabelMaps  # noqa: E402
 
 pytestmark = pytest.mark.mm
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from cellseg_mm.training.load_config import run_tool
+from cellseg_mm.cli import run_tool
 
 
 def main() -> int:

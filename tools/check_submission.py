@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 
 from cellseg_mm.core.errors import CellSegError
+from cellseg_mm.data.config import N_CLASSES
 from cellseg_mm.data.labels import read_id_map
-from cellseg_mm.results.submission import N_CLASSES, diff_submissions, format_diff, lint_submission
+from cellseg_mm.results.submission_check import diff_submissions, format_diff, lint_submission
 
 
 def parse_args(words: list[str] | None = None) -> argparse.Namespace:

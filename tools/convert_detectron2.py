@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cellseg_mm.training.load_config import run_tool
+from cellseg_mm.cli import run_tool
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

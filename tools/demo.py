@@ -13,7 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from cellseg_mm.training.load_config import run_tool
+from cellseg_mm.cli import run_tool
 
 ROOT = Path(__file__).resolve().parents[1]
 LEARNED_AP50 = 0.5
@@ -28,6 +28,9 @@ def main() -> int:
 
     from cellseg_mm.data.drawing.sample import make_sample
     from cellseg_mm.data.preparing import prepare
+    from cellseg_mm.data.preparing.groups import GroupRule
+    from cellseg_mm.data.preparing.records import PrepareParams
+    from cellseg_mm.data.preparing.text import screen_text
     from cellseg_mm.training import cross_validation as cv
 
     if args.again and args.out.exists():
@@ -36,10 +39,10 @@ def main() -> int:
     if not data.is_dir():
         print('drawing the sample images ...', flush=True)
         make_sample(data)
-    groups = prepare.GroupRule(csv_path=data / 'manifest.csv')
-    report = prepare.prepare(data, prepare.PrepareParams(n_folds=2, groups=groups))
+    groups = GroupRule(csv_path=data / 'manifest.csv')
+    report = prepare.prepare(data, PrepareParams(n_folds=2, groups=groups))
     report.raise_for_errors()
-    print(prepare.screen_text(report), flush=True)
+    print(screen_text(report), flush=True)
     # The configs read where the data are from here, in this process and in the steps' processes.
     os.environ['CELLSEG_DATA'] = str(data)
     configs = sorted((ROOT / 'configs/sample').glob('fold*.py'))

@@ -12,7 +12,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cellseg_mm.training.load_config import add_config_arguments, load_config, run_tool
+from cellseg_mm.cli import add_config_arguments, run_tool
+from cellseg_mm.training.load_config import load_config
 
 
 def parse_args(words: list[str] | None = None) -> argparse.Namespace:
@@ -65,11 +66,15 @@ def main() -> None:
     args = parse_args()
     from mmengine.dist import is_main_process
 
+    from cellseg_mm.core.layout import ensemble_dir, work_dirs_of
+    from cellseg_mm.data.config import dataset_settings, folds_path
+    from cellseg_mm.data.images import find_images
     from cellseg_mm.ensemble import fuse_files as ensemble
-    from cellseg_mm.training.cross_validation import ensemble_dir
-    from cellseg_mm.training.train import dataset_settings, folds_path
+    from cellseg_mm.ensemble.outcome import finish
+    from cellseg_mm.fusion.settings import choose_fusion
+    from cellseg_mm.weights.find import find_checkpoints
 
-    work_dirs = ensemble.work_dirs_of(args.configs, args.work_root)
+    work_dirs = work_dirs_of(args.configs, args.work_root)
     args.work_dir = out = Path(args.out or ensemble_dir(work_dirs))
     configs = {}
     for path in args.configs:
@@ -78,7 +83,7 @@ def main() -> None:
     cfg = configs[args.configs[0]]
     data = dataset_settings(cfg, 'test_dataloader')
     classes = tuple(data.metainfo.classes)
-    fusion = ensemble.choose_fusion(
+    fusion = choose_fusion(
         rule=args.fusion,
         post=args.post,
         tta=args.tta,
@@ -87,7 +92,7 @@ def main() -> None:
         profile=args.profile,
     )
     fold = None if args.split != 'val' else data.fold if args.fold is None else args.fold
-    images = ensemble.find_images(
+    images = find_images(
         data.data_root, args.split, classes, folds_path=folds_path(data), fold=fold
     )
     if args.predictions:
@@ -97,7 +102,7 @@ def main() -> None:
     else:
         from cellseg_mm.detectors.run_ensemble import ensemble_models, pair_sources
 
-        checkpoints = args.checkpoints or ensemble.find_checkpoints(work_dirs)
+        checkpoints = args.checkpoints or find_checkpoints(work_dirs)
         merged = ensemble_models(
             cfg,
             pair_sources(configs, checkpoints),
@@ -111,11 +116,11 @@ def main() -> None:
     if is_main_process():
         if args.export or args.overlays:
             print(_write_outputs(args, cfg, merged, images, out))
-        print(ensemble.finish(merged, images, out))
+        print(finish(merged, images, out))
 
 
 def _write_outputs(args: argparse.Namespace, cfg, merged, images, out: Path) -> str:
-    from cellseg_mm.results.ensemble_outputs import Outputs, write_outputs
+    from cellseg_mm.results.formats import Outputs, write_outputs
 
     outputs = Outputs(
         formats=tuple(args.export),

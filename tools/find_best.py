@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cellseg_mm.training.load_config import run_tool
+from cellseg_mm.cli import run_tool
 
 
 def parse_args(words: list[str] | None = None) -> argparse.Namespace:
@@ -29,10 +29,9 @@ def main() -> None:
     args = parse_args()
     from mmengine.config import Config
 
-    from cellseg_mm.ensemble.fuse_files import work_dirs_of
+    from cellseg_mm.core.layout import ensemble_dir, work_dirs_of
+    from cellseg_mm.data.config import dataset_settings, folds_path
     from cellseg_mm.selection.find_best import Inputs, find_best
-    from cellseg_mm.training.cross_validation import ensemble_dir
-    from cellseg_mm.training.train import dataset_settings, folds_path
 
     work_dirs = work_dirs_of(args.configs, args.work_root)
     data = dataset_settings(Config.fromfile(args.configs[0]), 'test_dataloader')

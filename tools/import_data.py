@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from cellseg_mm.core.errors import CellSegError
-from cellseg_mm.data.importing.import_data import import_data
-from cellseg_mm.data.importing.sources import FINDERS, ImportParams
+from cellseg_mm.data.importing.import_data import FINDERS, import_data
+from cellseg_mm.data.importing.sources import ImportParams
 from cellseg_mm.data.tiff import DEFAULT_MAX_PIXELS
 
 

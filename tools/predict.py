@@ -12,7 +12,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cellseg_mm.training.load_config import add_config_arguments, load_config, run_tool
+from cellseg_mm.cli import add_config_arguments, run_tool
+from cellseg_mm.training.load_config import load_config
 
 
 def parse_args(words: list[str] | None = None) -> argparse.Namespace:
@@ -73,13 +74,14 @@ def main() -> int:
     args = parse_args()
     from cellseg_mm.detectors.detector import from_command_line
     from cellseg_mm.predict import predict
+    from cellseg_mm.predict.items import find_items
 
     args.work_dir = args.work_dir or str(args.out)
     configs = {}
     for path in args.configs:
         args.config = path
         configs[path] = load_config(args)
-    items = predict.find_items(args.inputs, out_dir=args.out)
+    items = find_items(args.inputs, out_dir=args.out)
     detector, params = from_command_line(configs, args)
     summary = predict.predict(items, detector, params)
     print(summary.describe())

@@ -13,8 +13,12 @@ from pathlib import Path
 from typing import get_args
 
 from cellseg_mm.core.errors import CellSegError
+from cellseg_mm.data.config import CLASS_NAMES
 from cellseg_mm.data.folds import ORIGINAL_SEED, Method
 from cellseg_mm.data.preparing import prepare
+from cellseg_mm.data.preparing.groups import GroupRule
+from cellseg_mm.data.preparing.records import PrepareParams
+from cellseg_mm.data.preparing.text import next_command, screen_text
 from cellseg_mm.data.tiff import DEFAULT_MAX_PIXELS
 
 
@@ -26,7 +30,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data_root = Path(os.environ.get('CELLSEG_DATA', 'data'))
     add('data_root', type=Path, nargs='?', help=f'the data folder (default: {data_root})')
     add('--out', type=Path, metavar='DIR', help='folder for the results (default: data folder)')
-    add('--classes', nargs='+', default=prepare.DEFAULT_CLASSES, metavar='NAME')
+    add('--classes', nargs='+', default=CLASS_NAMES, metavar='NAME')
     add('--exclude', type=Path, metavar='FILE', help='case names to leave out, one a line')
     add('--groups-csv', type=Path, metavar='FILE', help='table of cases and groups')
     add('--name-column', default='uuid', help='its column of case names')
@@ -52,11 +56,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run the check; return the exit status."""
     args = parse_args(argv)
     try:
-        params = prepare.PrepareParams(
+        params = PrepareParams(
             class_names=tuple(args.classes),
             out_dir=args.out,
             exclude_file=args.exclude,
-            groups=prepare.GroupRule(
+            groups=GroupRule(
                 csv_path=args.groups_csv,
                 name_column=args.name_column,
                 group_column=args.group_column,
@@ -75,13 +79,13 @@ def main(argv: list[str] | None = None) -> int:
     except CellSegError as problem:
         print(f'error: {problem}', file=sys.stderr)
         return 1
-    print(prepare.screen_text(report))
+    print(screen_text(report))
     if report.errors:
         print(f'error: {len(report.errors)} problem(s), see above', file=sys.stderr)
         return 1
     kept = ' (kept as it was)' if report.is_folds_kept else ''
     print(f'folds {report.folds.hash} in {report.folds_path}{kept}')
-    print(f'next: {prepare.next_command(report, os.environ)}')
+    print(f'next: {next_command(report, os.environ)}')
     return 0
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from cellseg_mm.cli import run_tool
 from cellseg_mm.core.errors import ConfigError
-from cellseg_mm.training.load_config import run_tool
 
 
 def main() -> None:

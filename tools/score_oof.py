@@ -13,7 +13,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from cellseg_mm.training.load_config import run_tool
+from cellseg_mm.cli import run_tool
 
 
 def parse_args(words: list[str] | None = None) -> argparse.Namespace:
@@ -39,19 +39,18 @@ def main() -> None:
     from mmengine.config import Config
 
     from cellseg_mm.core import files
+    from cellseg_mm.core.layout import augmented_name, ensemble_dir, work_dirs_of
     from cellseg_mm.data import folds
-    from cellseg_mm.ensemble import fuse_files as ensemble
+    from cellseg_mm.data.config import dataset_settings, folds_path
+    from cellseg_mm.data.images import find_images
     from cellseg_mm.ensemble import oof
     from cellseg_mm.ensemble.fusion_gain import fusion_gain
-    from cellseg_mm.results import predictions
-    from cellseg_mm.training.cross_validation import ensemble_dir
-    from cellseg_mm.training.train import dataset_settings, folds_path
 
-    work_dirs = ensemble.work_dirs_of(args.configs, args.work_root)
+    work_dirs = work_dirs_of(args.configs, args.work_root)
     out = Path(args.out or ensemble_dir(work_dirs))
     data = dataset_settings(Config.fromfile(args.configs[0]), 'test_dataloader')
     if args.held_out is not None:
-        images = ensemble.find_images(
+        images = find_images(
             data.data_root,
             'val',
             data.metainfo.classes,
@@ -68,7 +67,7 @@ def main() -> None:
     in_force = folds.load_folds(folds_path(data))
     pool = oof.pool_predictions(paths, in_force, data.data_root, folds_path=folds_path(data))
     scores = oof.score_pool(pool)
-    stem = f'oof.{predictions.augmented_name(args.tta)}' if args.tta else 'oof'
+    stem = f'oof.{augmented_name(args.tta)}' if args.tta else 'oof'
     oof.save_pool(out / f'{stem}.predictions.npz', pool)
     record = {**scores.to_dict(), 'provenance': oof.pool_origin(pool)}
     files.write_json(out / f'{stem}.scores.json', record)

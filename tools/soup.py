@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cellseg_mm.training.load_config import add_config_arguments, load_config, run_tool
+from cellseg_mm.cli import add_config_arguments, run_tool
+from cellseg_mm.training.load_config import load_config
 
 
 def parse_args(words: list[str] | None = None) -> argparse.Namespace:
@@ -36,15 +37,15 @@ def main() -> None:
     args = parse_args()
     import torch
 
+    from cellseg_mm.core.layout import ensemble_dir, work_dirs_of
+    from cellseg_mm.data.config import dataset_settings
     from cellseg_mm.detectors import soup
-    from cellseg_mm.ensemble import fuse_files as ensemble
-    from cellseg_mm.training.cross_validation import ensemble_dir
-    from cellseg_mm.training.train import dataset_settings
+    from cellseg_mm.weights.find import find_checkpoints
 
-    work_dirs = ensemble.work_dirs_of(args.configs, args.work_root)
+    work_dirs = work_dirs_of(args.configs, args.work_root)
     args.config = args.configs[0]
     cfg = load_config(args)
-    paths = args.checkpoints or ensemble.find_checkpoints(work_dirs)
+    paths = args.checkpoints or find_checkpoints(work_dirs)
     classes = tuple(dataset_settings(cfg).metainfo.classes)
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     kitchen = soup.SoupKitchen(cfg, n_batches=args.batches, device=device)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import shlex
 
-from cellseg_mm.training.load_config import add_config_arguments, load_config, run_tool
+from cellseg_mm.cli import add_config_arguments, run_tool
+from cellseg_mm.training.load_config import load_config
 
 
 def main() -> None:

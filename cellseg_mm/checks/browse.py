@@ -25,7 +25,7 @@ from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.core.progress import track
 from cellseg_mm.data.labels import read_gt
-from cellseg_mm.pipeline.dataset import CellDataset, base_dataset
+from cellseg_mm.pipeline.dataset import CellDataset, base_dataset, case_of
 from cellseg_mm.pipeline.label_map_masks import LabelMapMasks
 from cellseg_mm.results.overlay import (
     Picture,
@@ -36,7 +36,6 @@ from cellseg_mm.results.overlay import (
     draw_overlay,
     read_rgb,
 )
-from cellseg_mm.training.pictures import case_of
 
 Colours = Sequence[tuple[int, int, int]]
 DIAMETER_BINS_PX = tuple(range(0, 84, 4))  # of a circle of a cell's area; larger ones in the last

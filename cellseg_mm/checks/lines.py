@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from cellseg_mm.core.errors import CellSegError
 
 Level = Literal['ok', 'warn', 'error']
 SIGNS = {'ok': 'OK   ', 'warn': 'warn ', 'error': 'ERROR'}
@@ -48,3 +50,17 @@ def summary(lines: Sequence[Line]) -> str:
     """Return how many of each level there are."""
     counts = {level: sum(line.level == level for line in lines) for level in SIGNS}
     return f'{counts["ok"]} OK, {counts["warn"]} warnings, {counts["error"]} errors'
+
+
+def _guarded(what: str, check: Callable[[], Iterator[Line]]) -> Iterator[Line]:
+    """Yield a check's lines; its own failure becomes one line."""
+    try:
+        yield from check()
+    except CellSegError as problem:
+        yield error(what, str(problem))
+    except Exception as problem:  # foreign configs lack any key; the other checks go on
+        yield error(
+            what,
+            f'the check could not be done ({type(problem).__name__}: {problem}); '
+            'if the config is one of MMDetection with other parts, check this by hand',
+        )

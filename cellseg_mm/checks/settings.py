@@ -23,9 +23,9 @@ from cellseg_mm.checks.anchors import AnchorFit, AnchorLevel, best_ious
 from cellseg_mm.checks.lines import Line, error, ok, warn
 from cellseg_mm.core.errors import CellSegError
 from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.data.config import dataset_settings
 from cellseg_mm.data.labels import Case, read_image, read_label_layers
-from cellseg_mm.training.hooks import refuse_other_class_count
-from cellseg_mm.training.train import dataset_settings
+from cellseg_mm.training.fold_guard import refuse_other_class_count
 
 RESIZES = (
     mmcv_transforms.Resize,

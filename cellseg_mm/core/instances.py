@@ -203,3 +203,26 @@ def concatenate(sets: Sequence[InstanceSet]) -> InstanceSet:
         rles=tuple(r for s in sets for r in s.rles),
         extra={key: np.concatenate([s.extra[key] for s in sets]) for key in keys},
     )
+
+
+Int = NDArray[np.int64]
+
+
+def canonical_order(instances: InstanceSet, member_of: Int | None = None) -> Int:
+    """Return the indices by falling score, then class, box, RLE bytes and member, (N,) int64."""
+    boxes, n = instances.boxes_xyxy, len(instances)
+    keys = [*boxes.T[::-1], instances.class_ids, -instances.scores]
+    order = np.lexsort(keys)
+    tied = np.ones(max(n - 1, 0), dtype=bool)
+    for key in keys:
+        tied &= key[order[1:]] == key[order[:-1]]
+    if not tied.any():
+        return order
+    # Comparing RLE bytes is slow, and only equal boxes need it.
+    rle_rank = np.zeros(n, dtype=np.int64)
+    edge = np.concatenate([[False], tied]) | np.concatenate([tied, [False]])
+    tied_rles = [instances.rles[i] for i in order[edge].tolist()]
+    rank_of = {text: rank for rank, text in enumerate(sorted(set(tied_rles)))}
+    rle_rank[order[edge]] = [rank_of[text] for text in tied_rles]
+    member_of = np.zeros(n, dtype=np.int64) if member_of is None else member_of
+    return np.lexsort([member_of, rle_rank, *keys])

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from cellseg_mm.data import tiff
 from cellseg_mm.core.errors import CellSegError, DataError, IdMapError, ImageError
+from cellseg_mm.data import tiff
 from cellseg_mm.data.tiff import DEFAULT_MAX_PIXELS, size_text, swapped_text
 
 MAX_NUMBER = 2**31 - 1  # of ids and sizes in the id map

@@ -21,9 +21,8 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from cellseg_mm.data import labels
-from cellseg_mm.data import tiff
 from cellseg_mm.core.errors import ConfigError, ImageError
+from cellseg_mm.data import labels, tiff
 
 Picture = NDArray[np.uint8]
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cellseg_mm.data import tiff
-from cellseg_mm.data.cases import Case, IdEntry, find_cases, read_id_map
 from cellseg_mm.core.errors import ImageError, LabelMapError
 from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.data import tiff
+from cellseg_mm.data.cases import Case, IdEntry, find_cases, read_id_map
 from cellseg_mm.data.tiff import DEFAULT_MAX_PIXELS, size_text, swapped_text
 
 __all__ = [

@@ -26,6 +26,8 @@ from cellseg_mm import components  # noqa: F401 - components registers
 from cellseg_mm.core import files
 from cellseg_mm.core.errors import CellSegError, ConfigError
 from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.core.layout import work_dirs_of
+from cellseg_mm.data.config import dataset_settings
 from cellseg_mm.detectors.fold_ensemble import FoldEnsembleModel
 from cellseg_mm.detectors.member_models import (
     MemberModels,
@@ -35,14 +37,14 @@ from cellseg_mm.detectors.member_models import (
     load_members,
 )
 from cellseg_mm.detectors.run_ensemble import pair_sources
-from cellseg_mm.ensemble.fuse_files import Fusion, choose_fusion, find_checkpoints, work_dirs_of
 from cellseg_mm.fusion import fuse as fusion
+from cellseg_mm.fusion.settings import Fusion, choose_fusion
 from cellseg_mm.model import tta
 from cellseg_mm.model.caps import watch_proposals
 from cellseg_mm.model.detections import to_instance_set
 from cellseg_mm.predict.predict import PredictParams
 from cellseg_mm.results.overlay import default_colours
-from cellseg_mm.training.train import dataset_settings
+from cellseg_mm.weights.find import find_checkpoints
 
 Picture = NDArray[np.uint8]
 

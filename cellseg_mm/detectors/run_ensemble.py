@@ -16,11 +16,13 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from cellseg_mm.core.errors import ConfigError
-from cellseg_mm.detectors.fold_ensemble import FoldEnsembleHook
+from cellseg_mm.data.config import dataset_settings
+from cellseg_mm.data.images import Images
+from cellseg_mm.detectors.hook import FoldEnsembleHook
 from cellseg_mm.detectors.member_models import Placement, Source
-from cellseg_mm.ensemble.fuse_files import Fusion, Images, Merged
+from cellseg_mm.ensemble.fuse_files import Merged
+from cellseg_mm.fusion.settings import Fusion
 from cellseg_mm.model import tta
-from cellseg_mm.training.train import dataset_settings
 
 
 def pair_sources(configs: Mapping[str, Config], checkpoints: Sequence[Path | str]) -> list[Source]:

@@ -31,13 +31,14 @@ from cellseg_mm.core import files
 from cellseg_mm.core.errors import CheckpointError, ConfigError, FoldError
 from cellseg_mm.core.progress import track
 from cellseg_mm.core.provenance import code_commit
+from cellseg_mm.data.config import dataset_settings, folds_path
 from cellseg_mm.data.folds import excluded_by, load_folds
 from cellseg_mm.data.labels import find_cases, read_gt
 from cellseg_mm.detectors.member_models import checkpoint_member, fill_strictly
 from cellseg_mm.ensemble.members import Member, check_classes, in_order
 from cellseg_mm.model.detections import to_instance_set
-from cellseg_mm.scores.score import ScoreParams, score
-from cellseg_mm.training.train import dataset_settings, folds_path
+from cellseg_mm.scores.records import ScoreParams
+from cellseg_mm.scores.score import score
 from cellseg_mm.weights.checkpoints import load_checkpoint_file
 
 State = dict[str, Tensor]

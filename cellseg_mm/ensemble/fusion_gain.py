@@ -21,12 +21,13 @@ from cellseg_mm.core.errors import PredictionError
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.core.progress import track
 from cellseg_mm.data.folds import load_folds
+from cellseg_mm.data.images import Images
 from cellseg_mm.data.labels import read_gt
-from cellseg_mm.ensemble.fuse_files import Images, clean_sets
+from cellseg_mm.ensemble.fuse_files import clean_sets
 from cellseg_mm.fusion.fuse import from_spec, fuse, post_from_spec, to_spec
 from cellseg_mm.scores.average_precision import mean_defined, rank_class, weighted_ap
+from cellseg_mm.scores.bootstrap import resampled_weights, sampling_units
 from cellseg_mm.scores.matching import compare
-from cellseg_mm.scores.score import resampled_weights, sampling_units
 
 Float = NDArray[np.float64]
 IOU_THR = 0.5

@@ -13,17 +13,14 @@ from pathlib import Path
 
 from cellseg_mm.core.errors import FoldError, PredictionError
 from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.core.layout import augmented_name
 from cellseg_mm.core.progress import track
 from cellseg_mm.core.provenance import code_commit, versions
 from cellseg_mm.data.folds import Folds
 from cellseg_mm.data.labels import Case, find_cases, read_gt
-from cellseg_mm.results.predictions import (
-    Predictions,
-    augmented_name,
-    load_predictions,
-    save_predictions,
-)
-from cellseg_mm.scores.score import ScoreParams, Scores, score
+from cellseg_mm.results.predictions import Predictions, load_predictions, save_predictions
+from cellseg_mm.scores.records import ScoreParams, Scores
+from cellseg_mm.scores.score import score
 
 
 @dataclass(frozen=True, slots=True)

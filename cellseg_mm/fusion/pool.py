@@ -15,9 +15,7 @@ from numpy.typing import NDArray
 
 from cellseg_mm.core import rle
 from cellseg_mm.core.errors import PredictionError
-from cellseg_mm.core.instances import InstanceSet, concatenate
-
-Int = NDArray[np.int64]
+from cellseg_mm.core.instances import InstanceSet, Int, canonical_order, concatenate
 
 
 @dataclass(frozen=True)
@@ -73,26 +71,6 @@ def pool_members(members: Sequence[InstanceSet]) -> Pool:
     joined = concatenate(filled)
     order = canonical_order(joined, member_of)
     return Pool(joined[order], member_of[order], len(members))
-
-
-def canonical_order(instances: InstanceSet, member_of: Int | None = None) -> Int:
-    """Return the indices by falling score, then class, box, RLE bytes and member, (N,) int64."""
-    boxes, n = instances.boxes_xyxy, len(instances)
-    keys = [*boxes.T[::-1], instances.class_ids, -instances.scores]
-    order = np.lexsort(keys)
-    tied = np.ones(max(n - 1, 0), dtype=bool)
-    for key in keys:
-        tied &= key[order[1:]] == key[order[:-1]]
-    if not tied.any():
-        return order
-    # Comparing RLE bytes is slow, and only equal boxes need it.
-    rle_rank = np.zeros(n, dtype=np.int64)
-    edge = np.concatenate([[False], tied]) | np.concatenate([tied, [False]])
-    tied_rles = [instances.rles[i] for i in order[edge].tolist()]
-    rank_of = {text: rank for rank, text in enumerate(sorted(set(tied_rles)))}
-    rle_rank[order[edge]] = [rank_of[text] for text in tied_rles]
-    member_of = np.zeros(n, dtype=np.int64) if member_of is None else member_of
-    return np.lexsort([member_of, rle_rank, *keys])
 
 
 def _check_members(members: Sequence[InstanceSet]) -> None:

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from cellseg_mm.core import rle
 from cellseg_mm.core.errors import ConfigError
-from cellseg_mm.core.instances import InstanceSet
-from cellseg_mm.fusion.pool import canonical_order
+from cellseg_mm.core.instances import InstanceSet, canonical_order
 from cellseg_mm.fusion.rules import SHARE, check_ranges
 
 WHERE = 'post-processing'

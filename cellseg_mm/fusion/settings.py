@@ -23,7 +23,16 @@ from cellseg_mm.core import rle
 from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.core.files import JsonValue
 from cellseg_mm.core.instances import InstanceSet
-from cellseg_mm.fusion.fuse import PostProcess, from_spec, paste_probs, postprocess
+from cellseg_mm.fusion.fuse import (
+    PostProcess,
+    Rule,
+    cut_at,
+    from_spec,
+    paste_probs,
+    post_from_spec,
+    postprocess,
+    to_spec,
+)
 
 VERSION = 1
 # Measured on a fold that no member saw (README): +0.039 AP50 over the members' mean, where the
@@ -232,3 +241,75 @@ def _listed(value: object) -> str:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fusion:
+    """How to fuse.
+
+    Attributes:
+        rule: Rule, as on the command line.
+        post: Post-processing, as on the command line; '' does nothing.
+        mask_thr: Least probability of a mask's pixel, of members and of averages (unless the rule
+            has its own); None leaves the members' masks.
+        tta: Test-time augmentation of the members; None for none.
+    """
+
+    rule: str = DEFAULT_FUSION
+    post: str = ''
+    mask_thr: float | None = None
+    tta: str | None = None
+
+    def __post_init__(self) -> None:
+        from_spec(self.rule)
+        post_from_spec(self.post)
+
+    @property
+    def merging(self) -> Rule:
+        """The rule as a record, with averaged masks cut at ``mask_thr``."""
+        return cut_at(from_spec(self.rule), self.mask_thr)
+
+    @property
+    def post_process(self) -> PostProcess:
+        """The post-processing as a record."""
+        return post_from_spec(self.post)
+
+
+def read_settings(
+    path: Path | str, class_names: Sequence[str], profile: Profile = 'submission'
+) -> Fusion:
+    """Read one profile of ``inference.json``, which tools/find_best.py writes.
+
+    Raises:
+        ConfigError: The file is missing, of another version, or names other classes.
+    """
+    settings = load_settings(path, profile, class_names)
+    return Fusion(
+        rule=settings.fusion,
+        post=to_spec(settings.post),
+        # Masks are predicted at the default: no probabilities need be kept for it.
+        mask_thr=None if settings.mask_thr == DEFAULT_MASK_THR else settings.mask_thr,
+        tta=settings.tta,
+    )
+
+
+def choose_fusion(
+    *,
+    rule: str | None,
+    post: str | None,
+    tta: str | None,
+    settings: Path | str | None,
+    class_names: Sequence[str],
+    profile: Profile = 'submission',
+) -> Fusion:
+    """Join a profile of the settings file with what the command line says, which wins.
+
+    Raises:
+        ConfigError: See :func:`read_settings`.
+    """
+    fusion = read_settings(settings, class_names, profile) if settings is not None else Fusion()
+    if rule is not None:
+        fusion = replace(fusion, rule=rule)
+    if tta is not None:
+        fusion = replace(fusion, tta=tta)
+    return replace(fusion, post=post) if post is not None else fusion

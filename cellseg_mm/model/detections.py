@@ -7,9 +7,8 @@ cost pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import PurePath
 from typing import TypeVar
 
@@ -170,65 +169,6 @@ def _raise_size(name: str, found_hw: tuple[int, ...], image_hw: tuple[int, int])
         f'{name}: masks are of {found_hw[0]} x {found_hw[1]} px, the image of '
         f'{image_hw[0]} x {image_hw[1]}; they must match; predict with rescale=True.'
     )
-
-
-@dataclass(frozen=True, slots=True)
-class CappedImage:
-    """An image whose list of instances was cut off.
-
-    Attributes:
-        name: Case name.
-        n_kept: Instances that were kept.
-        lowest_score: The least score among them; whatever was lost scored no more than this.
-    """
-
-    name: str
-    n_kept: int
-    lowest_score: float
-
-
-@dataclass(frozen=True, slots=True)
-class CapReport:
-    """Which images hit ``max_per_img``, and what it may have cost.
-
-    Attributes:
-        cap: ``test_cfg.rcnn.max_per_img``.
-        score_thr: ``test_cfg.rcnn.score_thr``; nothing below it is ever kept.
-        n_images: Images looked at.
-        capped: Those with as many instances as the cap allows; highest ``lowest_score`` first.
-    """
-
-    cap: int
-    score_thr: float
-    n_images: int
-    capped: tuple[CappedImage, ...]
-
-    def describe(self, n_shown: int = 10) -> str:
-        """Return sentences for a log or a terminal."""
-        if not self.capped:
-            return f'No image of {self.n_images} hit the cap of {self.cap} instances.'
-        lines = [
-            f'{len(self.capped)} of {self.n_images} images hit the cap of {self.cap} instances; '
-            f'anything lost scored between the threshold {self.score_thr:g} and the score shown. '
-            'Raise model.test_cfg.rcnn.max_per_img if you would keep such scores.'
-        ]
-        lines += [f'  {c.name}: kept down to {c.lowest_score:.4f}' for c in self.capped[:n_shown]]
-        if len(self.capped) > n_shown:
-            lines.append(f'  ... and {len(self.capped) - n_shown} more')
-        return '\n'.join(lines)
-
-
-def count_truncation(sets: Sequence[InstanceSet], cap: int, *, score_thr: float = 0.0) -> CapReport:
-    """Find the images that have as many instances as the detector may return.
-
-    Args:
-        sets: One set per image, before anything else removed instances.
-        cap: ``test_cfg.rcnn.max_per_img``; below 0 means no cap, as in MMDetection.
-        score_thr: ``test_cfg.rcnn.score_thr``.
-    """
-    capped = [CappedImage(s.name, len(s), float(s.scores.min())) for s in sets if 0 < cap <= len(s)]
-    capped.sort(key=lambda image: (-image.lowest_score, image.name))
-    return CapReport(cap, score_thr, len(sets), tuple(capped))
 
 
 @contextmanager

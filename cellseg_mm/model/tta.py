@@ -29,9 +29,9 @@ from torch import nn
 from cellseg_mm.core import rle
 from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.core.layout import augmented_name
 from cellseg_mm.fusion import fuse as fusion
 from cellseg_mm.model.detections import to_instance_set, to_pred_instances
-from cellseg_mm.results.predictions import augmented_name
 
 DEFAULT_RULE = 'soft_mask'
 PROBS = ('mask_probs', 'mask_boxes')

@@ -24,13 +24,16 @@ from numpy.typing import NDArray
 from cellseg_mm.core import rle
 from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.core.instances import InstanceSet, concatenate
+from cellseg_mm.core.windows import (
+    MAX_PIECES,
+    Int,
+    _runs_of_pieces,
+    _without_probs,
+    boxes_and_areas,
+)
 from cellseg_mm.fusion.clusters import mask_pairs
-from cellseg_mm.results.measure import boxes_and_areas
 
-Int = NDArray[np.int64]
 Bool = NDArray[np.bool_]
-
-MAX_PIECES = 1 << 22  # column pieces counted at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,48 +155,6 @@ class StitchReport:
     def to_json(self) -> dict[str, int]:
         """Return what a result file records."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
-
-
-def crop_to(instances: InstanceSet, window_yxyx: tuple[int, int, int, int]) -> InstanceSet:
-    """Return what is left of each mask inside a window, in the window's coordinates.
-
-    Instances without a pixel there are dropped. Boxes become the tight boxes of what is left;
-    ``extra`` keeps all but ``mask_probs`` and ``mask_boxes``.
-    """
-    y0, x0, y1, x1 = window_yxyx
-    runs = rle.decode_runs(instances.rles, instances.image_hw)
-    boxes = rle.boxes_of(runs)
-    meets = (boxes[:, 0] < x1) & (boxes[:, 2] > x0) & (boxes[:, 1] < y1) & (boxes[:, 3] > y0)
-    near = np.flatnonzero(meets)
-    picked = instances[near]
-    pieces = rle.column_pieces(rle.decode_runs(picked.rles, instances.image_hw))
-    owner, column, top, bottom = pieces
-    top, bottom = np.maximum(top, y0) - y0, np.minimum(bottom, y1) - y0
-    column = column - x0
-    inside = (column >= 0) & (column < x1 - x0) & (top < bottom)
-    cut = _runs_of_pieces(
-        owner[inside], column[inside], top[inside], bottom[inside], len(picked), (y1 - y0, x1 - x0)
-    )
-    found = replace(
-        picked,
-        image_hw=(y1 - y0, x1 - x0),
-        boxes_xyxy=rle.boxes_of(cut),
-        rles=tuple(rle.encode_runs(cut)),
-        extra=_without_probs(picked),
-    )
-    return found[rle.areas_of(cut) > 0]
-
-
-def _without_probs(instances: InstanceSet) -> dict[str, NDArray]:
-    drop = ('mask_probs', 'mask_boxes')
-    return {key: value for key, value in instances.extra.items() if key not in drop}
-
-
-def _runs_of_pieces(
-    owner: Int, column: Int, top: Int, bottom: Int, n: int, image_hw: tuple[int, int]
-) -> rle.Runs:
-    base = column * image_hw[0]
-    return rle.runs_from_pieces(base + top, base + bottom, owner, n, image_hw)
 
 
 def move_to_image(instances: InstanceSet, tile: Tile, image_hw: tuple[int, int]) -> InstanceSet:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cellseg_mm.core.errors import ConfigError, DataError, PredictionError
+from cellseg_mm.core.layout import TEST_FILE, VAL_FILE
 from cellseg_mm.data.cases import find_cases
 from cellseg_mm.data.folds import Folds, excluded_by, load_folds
 from cellseg_mm.ensemble.oof import Pool, pool_predictions
@@ -24,8 +25,6 @@ from cellseg_mm.results.predictions import Predictions, load_predictions
 if TYPE_CHECKING:
     from mmengine.config import Config
 
-VAL_FILE = 'val.predictions.npz'
-TEST_FILE = 'test.predictions.npz'
 Rgb = tuple[int, int, int]
 
 
@@ -120,8 +119,7 @@ def from_configs(
     """
     from mmengine.config import Config
 
-    from cellseg_mm.training.cross_validation import ensemble_dir
-    from cellseg_mm.training.load_config import default_work_dir
+    from cellseg_mm.core.layout import default_work_dir, ensemble_dir
 
     if not config_paths:
         raise ConfigError('report: no configs given; expected for example configs/*.py')
@@ -180,7 +178,8 @@ def _newest_config(folder: Path) -> Path | None:
 
 
 def _fold_run(cfg: Config, work_dir: Path, config_path: str) -> FoldRun:
-    from cellseg_mm.training.train import FINISHED, dataset_settings
+    from cellseg_mm.core.layout import FINISHED
+    from cellseg_mm.data.config import dataset_settings
 
     dumped = _newest_config(work_dir) if work_dir.is_dir() else None
     mark = work_dir / FINISHED
@@ -252,7 +251,7 @@ def _gathered(
 def _excluded(cfg: Config | None) -> tuple[str, ...] | None:
     if cfg is None:
         return None
-    from cellseg_mm.training.train import dataset_settings, folds_path
+    from cellseg_mm.data.config import dataset_settings, folds_path
 
     return excluded_by(folds_path(dataset_settings(cfg, 'val_dataloader')))
 
@@ -286,7 +285,7 @@ def _data_settings(
                 'one of them; predict again with tools/ensemble.py'
             )
         return names, _palette((), len(names)), False, None
-    from cellseg_mm.training.train import dataset_settings
+    from cellseg_mm.data.config import dataset_settings
 
     settings = dataset_settings(cfg, 'val_dataloader')
     names = tuple(map(str, settings.metainfo.classes))
@@ -306,7 +305,7 @@ def _pool(runs: Sequence[FoldRun], cfg: Config | None, data_root: Path | None) -
     paths = [run.predictions_path for run in runs if run.predictions_path is not None]
     if not paths or cfg is None or data_root is None:
         return None
-    from cellseg_mm.training.train import dataset_settings, folds_path
+    from cellseg_mm.data.config import dataset_settings, folds_path
 
     path = folds_path(dataset_settings(cfg, 'val_dataloader'))
     folds: Folds = load_folds(path)

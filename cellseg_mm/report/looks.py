@@ -42,7 +42,7 @@ from cellseg_mm.report.pictures import (
 )
 from cellseg_mm.results.overlay import read_rgb
 from cellseg_mm.scores.matching import Compared
-from cellseg_mm.scores.score import Scores
+from cellseg_mm.scores.records import Scores
 
 KIND_TITLES = {
     UNLABELLED: f'Cells that may lack a label: score of at least {CONFIDENT:g}, nothing labelled',

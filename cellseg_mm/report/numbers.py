@@ -29,7 +29,7 @@ from cellseg_mm.report.charts import (
 from cellseg_mm.report.inputs import FoldRun, ReportInputs
 from cellseg_mm.report.parts import Section, details, figure, grid, lead, nothing, swatch, table
 from cellseg_mm.scores.average_precision import RECALL_POINTS, mean_defined
-from cellseg_mm.scores.score import Scores
+from cellseg_mm.scores.records import Scores
 
 PREDICTED_KINDS = ('correct', 'localisation', 'class', 'both', 'duplicate', 'background')
 FoldScores = Sequence[tuple[str, Scores]]

@@ -43,7 +43,8 @@ from cellseg_mm.report.numbers import (
 )
 from cellseg_mm.report.parts import Section, colour_css, script_json
 from cellseg_mm.scores.matching import Compared, compare
-from cellseg_mm.scores.score import ScoreParams, Scores, score
+from cellseg_mm.scores.records import ScoreParams, Scores
+from cellseg_mm.scores.score import score
 
 __all__ = ['Limits', 'Written', 'from_configs', 'from_work_dir', 'write_report']
 

@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 from cellseg_mm.core import files, rle
 from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.core.windows import boxes_and_areas
 from cellseg_mm.results.coco_results import to_coco_results
-from cellseg_mm.results.measure import CellFeatures, RegionReader, boxes_and_areas, measure
+from cellseg_mm.results.measure import CellFeatures, RegionReader, measure
 from cellseg_mm.results.polygons import Polygon, trace_polygons
 
 TILE_PX = 512

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from cellseg_mm.core import rle
 from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.core.windows import CHUNK, boxes_and_areas
 from cellseg_mm.results.polygons import stack_crops
 
 Float = NDArray[np.float64]
@@ -23,7 +24,6 @@ Float = NDArray[np.float64]
 RegionReader = Callable[[int, int, int, int], NDArray]
 
 BLOCK_PX = 2048  # a block of an image with 3 channels is 12 MB
-CHUNK = 4096  # cells whose runs are decoded at once: about 40 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,17 +76,6 @@ def measure(instances: InstanceSet, image: NDArray | RegionReader | None = None)
             means[index] = _mean_intensities(crops, boxes[index], read, n_channels)
     perimeters[areas == 0] = np.nan
     return CellFeatures(areas, centroids, boxes, perimeters, eccentricities, means)
-
-
-def boxes_and_areas(instances: InstanceSet) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return tight boxes (N, 4) int64 xyxy px and areas (N,) int64 px, in bounded memory."""
-    boxes = np.zeros((len(instances), 4), dtype=np.int64)
-    areas = np.zeros(len(instances), dtype=np.int64)
-    for start in range(0, len(instances), CHUNK):
-        rows = slice(start, start + CHUNK)
-        runs = rle.decode_runs(instances.rles[rows], instances.image_hw)
-        boxes[rows], areas[rows] = rle.boxes_of(runs), rle.areas_of(runs)
-    return boxes, areas
 
 
 def _as_reader(image: NDArray | RegionReader, image_hw: tuple[int, int]) -> RegionReader:

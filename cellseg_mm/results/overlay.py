@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from cellseg_mm.core import files
 from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.core.windows import boxes_and_areas, crop_to
 from cellseg_mm.data.labels import read_image
 from cellseg_mm.data.tiff import DEFAULT_MAX_PIXELS
-from cellseg_mm.predict.tiling import crop_to
-from cellseg_mm.results.measure import RegionReader, boxes_and_areas
+from cellseg_mm.results.measure import RegionReader
 
 Picture = NDArray[np.uint8]  # (H, W, 3) RGB
 Colour = Sequence[int]

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import tokenize
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -85,11 +84,6 @@ class Predictions:
         object.__setattr__(self, 'sets', tuple(self.sets))
         object.__setattr__(self, 'provenance', dict(self.provenance))
         image_refs(self.sets)
-
-
-def augmented_name(tta: str) -> str:
-    """Return test-time augmentation as a part of a file's name: letters, digits and hyphens."""
-    return re.sub(r'[^A-Za-z0-9]+', '-', tta).strip('-')
 
 
 def save_predictions(path: Path | str, predictions: Predictions) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cellseg_mm.core.text_table import Row, _grid
+
 if TYPE_CHECKING:
     from cellseg_mm.scores.average_precision import ApTable
-    from cellseg_mm.scores.score import Scores
-
-Row = tuple[str, Sequence[float], str]
+    from cellseg_mm.scores.records import Scores
 
 
 def score_table(scores: Scores) -> str:
@@ -101,22 +100,3 @@ def _with_mean(values: np.ndarray) -> list[float]:
 
 def _interval(interval: tuple[float, float] | None) -> str:
     return '' if interval is None else f'  [{interval[0]:.3f}, {interval[1]:.3f}]'
-
-
-def _cell(value: float) -> str:
-    return str(int(value)) if isinstance(value, int | np.integer) else f'{value:.4f}'
-
-
-def _grid(head: Sequence[str], rows: Sequence[Row]) -> str:
-    label_width = max(len(head[0]), *(len(label) for label, _, _ in rows))
-    widths = [max(10, len(name)) for name in head[1:]]
-    lines = [
-        head[0].ljust(label_width)
-        + ''.join('  ' + name.rjust(width) for name, width in zip(head[1:], widths, strict=True))
-    ]
-    for label, values, note in rows:
-        cells = ''.join(
-            '  ' + _cell(value).rjust(width) for value, width in zip(values, widths, strict=False)
-        )
-        lines.append(f'{label.ljust(label_width)}{cells}{note}')
-    return '\n'.join(lines)

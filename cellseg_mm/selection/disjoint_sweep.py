@@ -18,10 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_mm.core import rle
-from cellseg_mm.core.instances import InstanceSet
-from cellseg_mm.fusion.pool import canonical_order
+from cellseg_mm.core.instances import InstanceSet, canonical_order
 from cellseg_mm.scores.average_precision import mean_defined
-from cellseg_mm.scores.score import Counted
+from cellseg_mm.scores.records import Counted
 
 Int = NDArray[np.int64]
 Float = NDArray[np.float64]

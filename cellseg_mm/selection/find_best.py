@@ -19,9 +19,10 @@ from cellseg_mm.core.errors import PredictionError
 from cellseg_mm.core.files import JsonValue
 from cellseg_mm.core.progress import track
 from cellseg_mm.data.folds import Folds, load_folds
+from cellseg_mm.data.images import find_images
 from cellseg_mm.data.labels import read_gt
 from cellseg_mm.ensemble import oof
-from cellseg_mm.ensemble.fuse_files import clean_sets, find_images
+from cellseg_mm.ensemble.fuse_files import clean_sets
 from cellseg_mm.fusion.fuse import FUSION_RULES, from_spec, fuse
 from cellseg_mm.fusion.settings import (
     DEFAULT_FUSION,
@@ -31,15 +32,13 @@ from cellseg_mm.fusion.settings import (
     Profile,
     default_settings,
 )
+from cellseg_mm.selection.objectives import Ap50, Mpq, Samples
 from cellseg_mm.selection.search import (
     AP_STEPS,
     FUSION_STEPS,
     PQ_STEPS,
-    Ap50,
     Choice,
-    Mpq,
     Options,
-    Samples,
     Search,
     StepEvidence,
     difference,

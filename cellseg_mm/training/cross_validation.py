@@ -21,23 +21,16 @@ from pathlib import Path
 
 from mmengine.config import Config
 
+from cellseg_mm.cli import add_config_arguments
 from cellseg_mm.core import files
 from cellseg_mm.core.errors import ConfigError, PredictionError
+from cellseg_mm.core.layout import FINISHED, default_work_dir, ensemble_dir
+from cellseg_mm.data.config import dataset_settings
 from cellseg_mm.model.tta import file_name
 from cellseg_mm.results.predictions import load_predictions
-from cellseg_mm.training.load_config import (
-    add_config_arguments,
-    default_work_dir,
-    refuse_unknown_keys,
-)
+from cellseg_mm.training.load_config import refuse_unknown_keys
+from cellseg_mm.training.marks import finished_state, fold_hash_of, read_mark
 from cellseg_mm.training.step_runner import StepRunner, locked
-from cellseg_mm.training.train import (
-    FINISHED,
-    dataset_settings,
-    finished_state,
-    fold_hash_of,
-    read_mark,
-)
 
 TOOLS = Path(__file__).resolve().parents[2] / 'tools'
 # What decides a fold's predictions, given its checkpoint.
@@ -264,11 +257,6 @@ def _final_steps(
         )
         for name, tool, words in names
     )
-
-
-def ensemble_dir(work_dirs: Sequence[Path]) -> Path:
-    """Return where what belongs to all folds goes: ``ensemble`` beside their work folders."""
-    return Path(os.path.commonpath([str(path.parent) for path in work_dirs])) / 'ensemble'
 
 
 def run_plan(plan: Plan, devices: Sequence[str]) -> None:

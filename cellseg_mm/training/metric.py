@@ -21,9 +21,11 @@ from cellseg_mm.core.files import write_json
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.core.provenance import code_commit, versions
 from cellseg_mm.data.labels import Case, read_gt
-from cellseg_mm.model.detections import count_truncation, to_instance_set
+from cellseg_mm.model.caps import count_truncation
+from cellseg_mm.model.detections import to_instance_set
 from cellseg_mm.results.predictions import Predictions, save_predictions
-from cellseg_mm.scores.score import ScoreParams, Scores, score
+from cellseg_mm.scores.records import ScoreParams, Scores
+from cellseg_mm.scores.score import score
 
 # Names that people know from CocoMetric, for ``save_best`` and curves; the others keep theirs.
 COCO_NAMES = {
@@ -182,3 +184,54 @@ def _params(n_bootstrap: int, fields: Mapping) -> ScoreParams:
         )
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     return ScoreParams(**{'n_bootstrap': n_bootstrap, **values})
+
+
+@METRICS.register_module()
+class SaveInstances(BaseMetric):
+    """Write the predicted instances where there is no ground truth to score them with.
+
+    Args:
+        path: The prediction file.
+        provenance: JSON values that the file records.
+        collect_device: See ``BaseMetric``.
+        prefix: See ``BaseMetric``.
+
+    Raises:
+        PredictionError: An image of the data set was not delivered.
+    """
+
+    default_prefix = 'cell'
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        provenance: Mapping | None = None,
+        collect_device: str = 'cpu',
+        prefix: str | None = None,
+    ) -> None:
+        super().__init__(collect_device=collect_device, prefix=prefix)
+        self.path = Path(path)
+        self.provenance = dict(provenance or {})
+        self._n_images = 0
+
+    def process(self, data_batch: object, data_samples: Sequence[Mapping]) -> None:
+        """Keep the instances of each image."""
+        self.results.extend(to_instance_set(sample) for sample in data_samples)
+
+    def evaluate(self, size: int) -> dict:
+        """Collect all ranks' images; see ``BaseMetric.evaluate``."""
+        self._n_images = size
+        return super().evaluate(size)
+
+    def compute_metrics(self, results: list[InstanceSet]) -> dict[str, float]:
+        """Write the file; runs on the main process only."""
+        by_name = {s.name: s for s in results}  # padding between ranks delivers some twice
+        if len(by_name) != self._n_images:
+            raise PredictionError(
+                f'test: {len(by_name)} different images arrived, the data set has '
+                f'{self._n_images}; each must arrive; use DefaultSampler with round_up=True'
+            )
+        sets = [by_name[name] for name in sorted(by_name)]
+        save_predictions(self.path, Predictions(sets, self.provenance))
+        return {'n_instances': float(sum(len(s) for s in sets))}

@@ -19,10 +19,9 @@ from mmengine.visualization.vis_backend import MLflowVisBackend
 
 from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.core.instances import InstanceSet
-from cellseg_mm.data.cases import Case
 from cellseg_mm.data.labels import read_gt
 from cellseg_mm.model.detections import to_instance_set
-from cellseg_mm.pipeline.dataset import CellDataset, base_dataset
+from cellseg_mm.pipeline.dataset import CellDataset, base_dataset, case_of
 from cellseg_mm.results.overlay import default_colours, draw_pair, read_rgb, write_png
 
 
@@ -140,14 +139,3 @@ class MLflowPictureBackend(MLflowVisBackend):
     def add_image(self, name: str, image: np.ndarray, step: int = 0, **kwargs: object) -> None:
         """Record a (H, W, 3) uint8 RGB picture as ``<name>_<step>.png``."""
         super().add_image(f'{name}_{step}.png', image, step, **kwargs)
-
-
-def case_of(info: Mapping) -> Case:
-    """Return the case that a CellDataset's data info describes."""
-    return Case(
-        name=info['name'],
-        image_path=Path(info['img_path']),
-        label_paths={int(k): Path(path) for k, path in info['label_paths'].items()},
-        image_id=info['img_id'],
-        image_hw=(info['height'], info['width']),
-    )

@@ -7,7 +7,6 @@ the same weights as a run that was never cut.
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 
@@ -18,12 +17,24 @@ from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from cellseg_mm.core import files
 from cellseg_mm.core.errors import CheckpointError, ConfigError, FoldError
-from cellseg_mm.data.folds import load_folds
+from cellseg_mm.core.layout import STARTED
+from cellseg_mm.data.config import dataset_settings, folds_path
 from cellseg_mm.data.preparing import prepare
+from cellseg_mm.data.preparing.groups import GroupRule
+from cellseg_mm.data.preparing.records import PrepareParams
+from cellseg_mm.data.preparing.text import screen_text
 from cellseg_mm.model import tta
-from cellseg_mm.weights import checkpoints
+from cellseg_mm.training.marks import (
+    MARK_VERSION,
+    _mark_start,
+    _refuse_changed_settings,
+    fold_hash_of,
+    recipe_hash,
+    recipe_parts,
+    write_finished,
+)
+from cellseg_mm.weights.find import best_checkpoint, last_good_checkpoint, remove_leftovers
 
 
 def train(
@@ -79,12 +90,12 @@ def train(
         _refuse_changed_settings(Path(cfg.load_from).parent / STARTED, state)
     if is_main_process():
         _mark_start(Path(cfg.work_dir), state, is_new=is_new)
-        checkpoints.remove_leftovers(cfg.work_dir)
+        remove_leftovers(cfg.work_dir)
     _runner(cfg).train()
     # The main process alone writes checkpoints; others that look may come too early.
     best: list[Path | None] = [None]
     if is_main_process():
-        best[0] = checkpoints.best_checkpoint(cfg.work_dir)
+        best[0] = best_checkpoint(cfg.work_dir)
         write_finished(cfg.work_dir, best[0], state)
     broadcast_object_list(best)
     return best[0]
@@ -97,7 +108,7 @@ def _set_resume(cfg: Config, resume: str) -> bool:
             raise CheckpointError(f'{resume}: there is no such checkpoint; check the path')
         cfg.resume, cfg.load_from = True, resume
         return True
-    newest, skipped = checkpoints.last_good_checkpoint(cfg.work_dir)
+    newest, skipped = last_good_checkpoint(cfg.work_dir)
     for reason in skipped:
         print_log(f'{reason}; going back to the one before', 'current', level=logging.WARNING)
     if newest is None:
@@ -109,22 +120,6 @@ def _set_resume(cfg: Config, resume: str) -> bool:
 
 def _runner(cfg: Config) -> Runner:
     return Runner.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)
-
-
-def dataset_settings(cfg: Config, loader: str = 'train_dataloader') -> ConfigDict:
-    """Return the CellDataset settings inside any wrappers of a data loader's data set.
-
-    Raises:
-        ConfigError: There is no CellDataset.
-    """
-    node = cfg.get(loader, {}).get('dataset')
-    while isinstance(node, dict) and node.get('type') != 'CellDataset':
-        node = node.get('dataset')
-    if not isinstance(node, dict):
-        raise ConfigError(
-            f'{loader}.dataset: found no CellDataset; expected one inside the wrappers'
-        )
-    return node
 
 
 def ensure_folds(cfg: Config) -> None:
@@ -148,21 +143,15 @@ def ensure_folds(cfg: Config) -> None:
     if is_main_process() and not path.is_file():
         print_log(f'{path}: not there yet; verifying {data_root} and making folds', 'current')
         manifest = data_root / 'manifest.csv'
-        params = prepare.PrepareParams(
+        params = PrepareParams(
             class_names=tuple(settings.metainfo.classes),
             out_dir=None if path.parent == data_root else path.parent,
-            groups=prepare.GroupRule(csv_path=manifest if manifest.is_file() else None),
+            groups=GroupRule(csv_path=manifest if manifest.is_file() else None),
         )
         report = prepare.prepare(data_root, params)
         report.raise_for_errors()
-        print_log(prepare.screen_text(report), 'current')
+        print_log(screen_text(report), 'current')
     barrier()
-
-
-def folds_path(settings: ConfigDict) -> Path:
-    """Return where a CellDataset's settings say the folds are."""
-    named = settings.get('folds_file', 'auto')
-    return Path(settings.data_root) / 'folds.json' if named in (None, 'auto') else Path(named)
 
 
 def score_checkpoint(
@@ -191,11 +180,7 @@ def score_checkpoint(
     Raises:
         CellSegError: No such checkpoint, or it has seen these images; see the message.
     """
-    path = (
-        Path(checkpoint)
-        if checkpoint not in (None, 'best')
-        else checkpoints.best_checkpoint(cfg.work_dir)
-    )
+    path = Path(checkpoint) if checkpoint not in (None, 'best') else best_checkpoint(cfg.work_dir)
     cfg.load_from, cfg.resume = str(path), False
     split = dataset_settings(cfg, 'test_dataloader').split
     named = f'{split}.{tta.file_name(tta_spec)}' if tta_spec else split
@@ -228,142 +213,3 @@ def _metric_of(cfg: Config) -> ConfigDict:
         if one.get('type') == 'CellMetric':
             return one
     raise ConfigError('test_evaluator: found no CellMetric; expected one; it writes the results')
-
-
-STARTED = 'started.json'
-FINISHED = 'finished.json'
-MARK_VERSION = 2
-# What decides the weights. Where things are, launcher, loading and logging do not.
-RECIPE_KEYS = (
-    *('model', 'train_dataloader', 'optim_wrapper', 'param_scheduler', 'train_cfg'),
-    *('randomness', 'custom_hooks'),
-)
-NOT_RECIPE_KEYS = {
-    *('data_root', 'folds_file', 'num_workers', 'persistent_workers', 'pin_memory'),
-    *('prefetch_factor', 'timeout'),
-}
-
-
-def recipe_hash(cfg: Config) -> str:
-    """Return 16 hex digits over the settings that decide the weights.
-
-    The same for a config as it is read and as ``launch`` adapts it to a machine.
-    """
-    parts = {**_recipe(cfg), 'load_from': Path(cfg.get('load_from') or '').name}
-    return files.text_hash(json.dumps(parts, sort_keys=True, default=str))
-
-
-def recipe_parts(cfg: Config) -> dict[str, str]:
-    """Return a hash of each of the settings that decide the weights, to name what differs."""
-    return {
-        key: files.text_hash(json.dumps(part, sort_keys=True, default=str))
-        for key, part in _recipe(cfg).items()
-    }
-
-
-def _recipe(cfg: Config) -> dict:
-    settings = cfg.to_dict()
-    parts = {key: _recipe_part(settings.get(key)) for key in RECIPE_KEYS}
-    parts['model'] = {k: v for k, v in (parts['model'] or {}).items() if k != 'test_cfg'}
-    return parts
-
-
-def _recipe_part(node: object) -> object:
-    if isinstance(node, dict):
-        kept = {k: _recipe_part(v) for k, v in node.items() if k not in NOT_RECIPE_KEYS}
-        if kept.get('type') == 'SyncBN':  # what launch makes of it where there is no kernel
-            kept['type'] = 'BN'
-        return kept
-    return [_recipe_part(v) for v in node] if isinstance(node, (list, tuple)) else node
-
-
-def fold_hash_of(cfg: Config) -> str:
-    """Return the hash of the folds in force, '' if there are none yet."""
-    path = folds_path(dataset_settings(cfg))
-    return load_folds(path).hash if path.is_file() else ''
-
-
-def _refuse_changed_settings(path: Path, state: dict) -> None:
-    """Raise ConfigError where training would not go on as it began; only its length may differ.
-
-    A checkpoint brings the optimizer's rates and the schedule along: other ones would be ignored.
-    """
-    began = read_mark(path)
-    before = began.get('parts', {})
-    changed = [key for key, value in state['parts'].items() if before.get(key, value) != value]
-    if began and not before and began['recipe'] != state['recipe']:
-        changed = ['settings']  # an older mark does not say which
-    if changed == ['train_cfg']:
-        print_log(f'{path}: training began with another train_cfg; going on with this', 'current')
-    elif changed:
-        raise ConfigError(
-            f'{path}: training began with other values of {", ".join(changed)} than the config and '
-            'the options (--amp and --deterministic too) have now; going on would mix the two or '
-            'ignore the new ones; restore them, or train anew in another --work-dir, from these '
-            'weights with --cfg-options load_from=CHECKPOINT'
-        )
-
-
-def _mark_start(work_dir: Path, state: dict, *, is_new: bool) -> None:
-    """Take back the mark of an earlier end, and note what is trained from the start."""
-    (work_dir / FINISHED).unlink(missing_ok=True)
-    if is_new or not (work_dir / STARTED).is_file():
-        files.write_json(work_dir / STARTED, state)
-
-
-def write_finished(work_dir: Path | str, best: Path, state: dict) -> None:
-    """Leave the mark that training has come to its end, with what belongs to it."""
-    known = {'best': best.name, 'best_hash': files.file_hash(best)[:16]}
-    files.write_json(Path(work_dir) / FINISHED, {**known, **state})
-
-
-def finished_state(cfg: Config, work_dir: Path | str) -> tuple[bool, str]:
-    """Tell whether a fold's training is complete, and why or why not.
-
-    Args:
-        cfg: The config with the options of this training merged in.
-        work_dir: The fold's work folder.
-
-    Raises:
-        ConfigError: It was trained, or begun, with other settings or folds than those in force.
-    """
-    work_dir = Path(work_dir)
-    finished, started = read_mark(work_dir / FINISHED), read_mark(work_dir / STARTED)
-    if finished:
-        _refuse_other_recipe(work_dir / FINISHED, finished, cfg)
-    if not finished:
-        if not any(work_dir.glob('*_*.pth')):
-            return False, f'{work_dir}: not begun'
-        if started:  # without a checkpoint training starts anew, and nothing can be mixed
-            _refuse_other_recipe(work_dir / STARTED, started, cfg)
-        return False, f'{work_dir / FINISHED} is not there'
-    best = work_dir / finished['best']
-    if not best.is_file():
-        return False, f'{best} is gone'
-    if files.file_hash(best)[:16] != finished['best_hash']:
-        return False, f'{best} is not the file that training ended with'
-    return True, str(best)
-
-
-def read_mark(path: Path) -> dict:
-    """Return what a mark says; empty if it is missing, damaged or of another version."""
-    try:
-        content = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError):
-        return {}
-    is_ours = isinstance(content, dict) and content.get('version') == MARK_VERSION
-    return content if is_ours else {}
-
-
-def _refuse_other_recipe(path: Path, mark: dict, cfg: Config) -> None:
-    folds = fold_hash_of(cfg)
-    if folds and mark['fold_hash'] and mark['fold_hash'] != folds:
-        raise ConfigError(
-            f'{path}: trained with folds {mark["fold_hash"]}, now there are folds {folds}; delete '
-            f'{path.parent} to train it again, or restore the folds file'
-        )
-    if mark['recipe'] != recipe_hash(cfg):
-        raise ConfigError(
-            f'{path}: trained with other settings than the config and its options have now; '
-            f'delete {path.parent} to train it again, or restore the settings'
-        )

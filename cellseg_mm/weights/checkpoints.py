@@ -12,7 +12,6 @@ Since the Runner loads and saves through these two tables, stock tools are cover
 from __future__ import annotations
 
 import logging
-import os
 import re
 import warnings
 import zipfile
@@ -21,26 +20,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mmengine.dist import barrier, get_rank
-from mmengine.fileio import LocalBackend, register_backend
 from mmengine.logging import HistoryBuffer
-from mmengine.runner.checkpoint import (
-    CheckpointLoader,
-    get_deprecated_model_names,
-    get_external_models,
-    get_mmcls_models,
-    get_torchvision_models,
-)
 from numpy.typing import NDArray
 
 from cellseg_mm.core.errors import CheckpointError
-from cellseg_mm.core.files import atomic_path
 
 logger = logging.getLogger(__name__)
 
 NUMERIC_DTYPES = ('b1', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'f2', 'f4', 'f8')
 STATISTICS = ('min', 'max', 'mean', 'current')
-REGULAR_NAME = re.compile(r'(?:iter|epoch)_(\d+)\.pth')
 
 Weights = dict[str, object]
 MapLocation = str | torch.device | Callable | None
@@ -245,175 +233,3 @@ def _explain(error: Exception) -> str:
     found = re.search(r'WeightsUnpickler error: (.+)', text)
     reason = found.group(1) if found else text.partition('\n')[0] or type(error).__name__
     return f'is no checkpoint, or is damaged ({reason[:120]}); expected a file of torch.save'
-
-
-def use_safe_loading() -> None:
-    """Make mmengine load every checkpoint by :func:`load_checkpoint_file` and write files whole.
-
-    Registered over mmengine's own entries (``force=True``), nothing else changes:
-
-    - ``CheckpointLoader`` schemes: local paths, http(s), ``torchvision://``, ``modelzoo://``,
-      ``open-mmlab://``, ``openmmlab://`` and ``mmcls://`` load weights only; ``pavi://``, ``s3://``
-      and ``petrel://`` (which would unpickle) are refused.
-    - the local storage backend: :class:`AtomicLocalBackend`, which CheckpointHook writes through.
-    """
-    for prefixes, loader in (
-        ('', load_from_local),
-        (('http://', 'https://'), load_from_http),
-        (('modelzoo://', 'torchvision://'), load_from_torchvision),
-        (('open-mmlab://', 'openmmlab://'), load_from_openmmlab),
-        ('mmcls://', load_from_mmcls),
-        (('pavi://', r'(\S+\:)?s3://', r'(\S+\:)?petrel://'), load_from_refused),
-    ):
-        CheckpointLoader.register_scheme(prefixes, loader, force=True)
-    register_backend('local', AtomicLocalBackend, force=True, prefixes='')
-
-
-class AtomicLocalBackend(LocalBackend):
-    """mmengine's local files, but replaced in one step instead of written in place."""
-
-    def put(self, obj: bytes, filepath: Path | str) -> None:
-        """Replace ``filepath`` by ``obj``; after a crash it is the old or the new file."""
-        with atomic_path(filepath) as temporary:
-            temporary.write_bytes(obj)
-
-    def put_text(self, obj: str, filepath: Path | str, encoding: str = 'utf-8') -> None:
-        """Replace ``filepath`` by ``obj``; after a crash it is the old or the new file."""
-        self.put(obj.encode(encoding), filepath)
-
-
-# mmengine logs the part of these names after "load_from_".
-def load_from_local(filename: str, map_location: MapLocation = None) -> Weights:
-    """Load a local file; see :func:`load_checkpoint_file`."""
-    return load_checkpoint_file(filename, map_location=map_location)
-
-
-def load_from_http(filename: str, map_location: MapLocation = None) -> Weights:
-    """Fetch a URL once into torch's cache, whole or not at all, and load it.
-
-    Raises:
-        CheckpointError: It cannot be fetched, or is no checkpoint.
-    """
-    folder = Path(torch.hub.get_dir()) / 'checkpoints'
-    cached = folder / Path(filename.split('?')[0]).name
-    if get_rank() == 0 and not cached.is_file():
-        try:
-            with atomic_path(cached) as temporary:
-                torch.hub.download_url_to_file(filename, str(temporary), progress=os.isatty(2))
-        except OSError as error:
-            raise CheckpointError(
-                f'{filename}: cannot be fetched ({error}); fetch it elsewhere and set load_from to '
-                'the local file, or set load_from=None for random weights'
-            ) from error
-    barrier()
-    return load_checkpoint_file(cached, map_location=map_location)
-
-
-def load_from_torchvision(filename: str, map_location: MapLocation = None) -> Weights:
-    """Load a model that torchvision publishes, by its name."""
-    return load_from_http(_published(filename, get_torchvision_models()), map_location)
-
-
-def load_from_openmmlab(filename: str, map_location: MapLocation = None) -> Weights:
-    """Load a model of mmengine's list of names."""
-    models = get_external_models()
-    models |= {
-        old: models[new] for old, new in get_deprecated_model_names().items() if new in models
-    }
-    address = _published(filename, models)
-    is_url = address.startswith(('http://', 'https://'))
-    return (load_from_http if is_url else load_from_local)(address, map_location)
-
-
-def load_from_mmcls(filename: str, map_location: MapLocation = None) -> Weights:
-    """Load the backbone of a classification model of mmengine's list of names."""
-    content = load_from_http(_published(filename, get_mmcls_models()), map_location)
-    weights = content.get('state_dict', content)
-    prefix = 'backbone.'
-    return {
-        'state_dict': {
-            name[len(prefix) :]: value for name, value in weights.items() if name.startswith(prefix)
-        }
-    }
-
-
-def load_from_refused(filename: str, map_location: MapLocation = None) -> Weights:
-    """Refuse a storage whose loader in mmengine would run code from the file."""
-    raise CheckpointError(
-        f'{filename}: this storage is not supported, because mmengine reads it by unpickling; '
-        'copy the file to this machine and give its path'
-    )
-
-
-def _published(filename: str, models: dict[str, str]) -> str:
-    """Return the address of ``scheme://name``."""
-    name = filename.split('://', 1)[1]
-    if name not in models:
-        raise CheckpointError(f'{filename}: no model is published under this name; check it')
-    return models[name]
-
-
-def last_good_checkpoint(work_dir: Path | str) -> tuple[Path | None, list[str]]:
-    """Find the newest checkpoint to resume from that opens.
-
-    ``last_checkpoint``, mmengine's note of the newest, is not used: a run that is killed leaves it
-    empty or one behind. The newest is the one written last; after a restart from scratch in an old
-    folder that is not the one with the largest number.
-
-    Returns:
-        The path, ``None`` if there is none, and one sentence for every newer one that was skipped.
-    """
-    files = [path for path in Path(work_dir).glob('*_*.pth') if REGULAR_NAME.fullmatch(path.name)]
-    return _first_good(files)
-
-
-def best_checkpoint(work_dir: Path | str) -> Path:
-    """Find the checkpoint of the best validation, or the newest if none was validated.
-
-    Raises:
-        CheckpointError: There is none, or none that opens.
-    """
-    best, skipped = _first_good(list(Path(work_dir).glob('best_*.pth')))
-    if best is None and not skipped:
-        best, skipped = last_good_checkpoint(work_dir)
-        if best is not None:
-            logger.warning(
-                '%s: no best_*.pth, no validation has run; using %s', work_dir, best.name
-            )
-    if best is None:
-        found = '; '.join(skipped) or 'has no checkpoint (best_*.pth, iter_*.pth or epoch_*.pth)'
-        raise CheckpointError(f'{work_dir}: {found}; train first, or give the path of a checkpoint')
-    for reason in skipped:
-        logger.warning('%s; using %s', reason, best.name)
-    return best
-
-
-def _first_good(paths: list[Path]) -> tuple[Path | None, list[str]]:
-    """Return the newest file that loads and has weights, and why newer ones were skipped."""
-    skipped = []
-    for path in sorted(paths, key=_age, reverse=True):
-        try:
-            if 'state_dict' in load_checkpoint_file(path):
-                return path, skipped
-            skipped.append(f'{path}: has no state_dict')
-        except CheckpointError as error:
-            skipped.append(str(error))
-    return None, skipped
-
-
-def _age(path: Path) -> tuple[int, int, str]:
-    """Sort by time of writing, then by step number (coarse clocks), then by name."""
-    number = re.search(r'(\d+)\.pth$', path.name)
-    return path.stat().st_mtime_ns, int(number.group(1)) if number else -1, path.name
-
-
-def remove_leftovers(work_dir: Path | str) -> list[Path]:
-    """Delete unfinished checkpoints of killed runs; call it before a run starts to write.
-
-    Returns:
-        What was deleted: files that :func:`cellseg_mm.core.files.atomic_path` had not renamed yet.
-    """
-    leftovers = sorted(Path(work_dir).glob('.tmp-*.pth'))
-    for path in leftovers:
-        path.unlink(missing_ok=True)
-    return leftovers

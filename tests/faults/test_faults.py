@@ -20,6 +20,7 @@ from mmengine.registry import LOOPS, DefaultScope
 from torch.utils.data import DataLoader, get_worker_info
 
 import cellseg_mm.components
+from cellseg_mm.cli import explain, run_tool, same_run
 from cellseg_mm.core import files, worker_watch
 from cellseg_mm.core.errors import CellSegError, DataError, ImageError
 from cellseg_mm.core.instances import InstanceSet
@@ -29,6 +30,7 @@ from cellseg_mm.pipeline.dataset import CellDataset
 from cellseg_mm.results import predictions
 from cellseg_mm.training import load_config as launch
 from cellseg_mm.weights import checkpoints
+from cellseg_mm.weights.loaders import AtomicLocalBackend
 from tests.conftest import ROOT
 from tests.faults import kill
 from tests.faults.jobs import files_digest, prepare_data
@@ -85,7 +87,7 @@ def failure(data: Path, how: str, number: int) -> tuple[Exception, Path]:
 def test_dead_worker_names_its_image(sample_data: Path, how: str, number: int) -> None:
     error, image_path = failure(sample_data, how, number)
     assert not isinstance(error, CellSegError)  # it is torch's own
-    sentence = launch.explain(error)
+    sentence = explain(error)
     assert f'while it worked on {image_path};' in sentence
     assert 'lower num_workers' in sentence
     assert '\n' not in sentence
@@ -94,17 +96,17 @@ def test_dead_worker_names_its_image(sample_data: Path, how: str, number: int) -
 def test_errors_of_workers_are_one_sentence(sample_data: Path) -> None:
     error, image_path = failure(sample_data, 'ours', 1)
     assert 'Traceback' in str(error)  # what torch makes of it
-    assert launch.explain(error) == f'{image_path}: is bad; expected good; mend it.'
+    assert explain(error) == f'{image_path}: is bad; expected good; mend it.'
     error, image_path = failure(sample_data, 'data', 1)
-    assert 'Traceback' not in launch.explain(error)
-    assert f'{image_path}: first.' in launch.explain(error)
+    assert 'Traceback' not in explain(error)
+    assert f'{image_path}: first.' in explain(error)
     error, image_path = failure(sample_data, 'memory', 1)
-    assert launch.explain(error).startswith(f'{image_path}: memory ran out')
+    assert explain(error).startswith(f'{image_path}: memory ran out')
 
 
 def test_bug_in_a_transform_names_the_image(sample_data: Path) -> None:
     error, image_path = failure(sample_data, 'bug', 2)
-    assert launch.explain(error) is None  # a traceback is shown, and in it the image
+    assert explain(error) is None  # a traceback is shown, and in it the image
     assert str(image_path) in str(error)
     assert 'ZeroDivisionError: in a transform' in str(error)
 
@@ -144,7 +146,7 @@ def test_ctrl_c_says_how_to_go_on(
     ],
 )
 def test_the_next_command_looks_at_the_same_run(words: str, expected: str) -> None:
-    assert launch.same_run(shlex.split(words)) == expected
+    assert same_run(shlex.split(words)) == expected
 
 
 def test_misspelt_key_of_a_constructor_is_one_sentence(
@@ -154,11 +156,11 @@ def test_misspelt_key_of_a_constructor_is_one_sentence(
     with pytest.raises(TypeError) as caught:
         LOOPS.build(loop)
     monkeypatch.setattr(sys, 'argv', ['train.py', '--cfg-options', 'train_cfg.max_itres=3'])
-    sentence = launch.explain(caught.value)
+    sentence = explain(caught.value)
     assert 'train_cfg.max_itres' in sentence
     assert "IterBasedTrainLoop has no setting 'max_itres'" in sentence
     monkeypatch.setattr(sys, 'argv', ['train.py', 'c.py'])
-    assert launch.explain(caught.value) is None  # somebody's bug: the traceback is wanted
+    assert explain(caught.value) is None  # somebody's bug: the traceback is wanted
 
 
 def test_notes_of_another_process_are_not_taken_for_ours() -> None:
@@ -183,7 +185,7 @@ def test_device_memory_says_which_setting_to_change() -> None:
 
     with pytest.raises(RuntimeError) as caught:
         train()
-    sentence = launch.explain(caught.value)
+    sentence = explain(caught.value)
     assert 'ran out of memory (CUDA out of memory)' in sentence
     for setting in ('train_dataloader.batch_size', '--amp', 'rpn.max_per_img', '--tile'):
         assert setting in sentence
@@ -194,13 +196,13 @@ def test_tool_ends_with_the_sentence(capsys: pytest.CaptureFixture) -> None:
         raise OSError(28, 'No space left on device', 'work_dirs/fold0/iter_2.pth')
 
     with pytest.raises(SystemExit) as caught:
-        launch.run_tool(main)
+        run_tool(main)
     assert caught.value.code == 2
     text = capsys.readouterr().err
     assert text.startswith('error: work_dirs/fold0/iter_2.pth: cannot be written')
     assert 'No space left on device' in text
     with pytest.raises(OSError, match='connection'):  # not the disk: a traceback is right
-        launch.run_tool(lambda: (_ for _ in ()).throw(OSError(104, 'connection reset')))
+        run_tool(lambda: (_ for _ in ()).throw(OSError(104, 'connection reset')))
 
 
 def write_folds(folder: Path) -> None:
@@ -224,7 +226,7 @@ def write_predictions(folder: Path) -> None:
 
 
 def write_checkpoint(folder: Path) -> None:
-    checkpoints.AtomicLocalBackend().put(bytes(200_000), folder / 'a.pth')
+    AtomicLocalBackend().put(bytes(200_000), folder / 'a.pth')
 
 
 def write_json(folder: Path) -> None:
@@ -243,7 +245,7 @@ def in_child(work: Callable[[], None]) -> str:
         try:
             work()
         except BaseException as problem:
-            text = f'{type(problem).__name__}: {launch.explain(problem)}'
+            text = f'{type(problem).__name__}: {explain(problem)}'
         os.write(write_end, text.encode())
         os._exit(0)
     os.close(write_end)

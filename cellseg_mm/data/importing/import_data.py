@@ -18,7 +18,7 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,9 +27,13 @@ from numpy.typing import NDArray
 
 from cellseg_mm.core.errors import CellSegError
 from cellseg_mm.core.files import write_text
-from cellseg_mm.data.importing.sources import FINDERS, Cell, Classes, Format, ImportParams, Job
 from cellseg_mm.core.progress import track
-from cellseg_mm.data.drawing.sample import write_case
+from cellseg_mm.data.case_writer import write_case
+from cellseg_mm.data.importing.coco import _find_coco
+from cellseg_mm.data.importing.label_maps import _find_label_maps
+from cellseg_mm.data.importing.mask_folders import _find_mask_folders
+from cellseg_mm.data.importing.monusac import _find_monusac
+from cellseg_mm.data.importing.sources import Cell, Classes, Format, ImportParams, Job
 
 MAX_NAME_LENGTH = 150
 
@@ -262,3 +266,11 @@ def _write_manifest(path: Path, columns: list[str], table: Mapping[str, dict[str
     writer.writeheader()
     writer.writerows(table[name] for name in sorted(table))
     write_text(path, stream.getvalue())
+
+
+FINDERS: Mapping[str, Callable[[Path, ImportParams], tuple[list[Job], Classes]]] = {
+    'monusac': _find_monusac,
+    'coco': _find_coco,
+    'label-map': _find_label_maps,
+    'mask-folders': _find_mask_folders,
+}

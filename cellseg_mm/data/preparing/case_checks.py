@@ -1,7 +1,8 @@
 """What one case's files hold, and everything that is odd about them.
 
-In: a :class:`~cellseg_mm.data.labels.Case`. Out: :class:`CaseFacts`, small enough to keep for 10,000
-cases and to send between processes. Invariant: the result depends on the files' content only.
+In: a :class:`~cellseg_mm.data.cases.Case`. Out: :class:`CaseFacts`, small enough to keep for
+10,000 cases and to send between processes. Invariant: the result depends on the files' content
+only.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from cellseg_mm.core.errors import CellSegError, ImageError, LabelMapError
 from cellseg_mm.data import tiff
 from cellseg_mm.data.cases import Case
-from cellseg_mm.core.errors import CellSegError, ImageError, LabelMapError
 from cellseg_mm.data.labels import LabelLayers, read_image, read_label_layers, read_label_map
 
 THUMB_PX = 16

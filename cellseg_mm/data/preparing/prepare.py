@@ -9,157 +9,35 @@ exclude.txt names it.
 
 from __future__ import annotations
 
-import csv
-import json
 import multiprocessing
 import os
-import re
-import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from cellseg_mm.data import folds as fold_files
-from cellseg_mm.data.preparing.case_checks import CaseFacts, Finding, check_case, near_duplicates
-from cellseg_mm.data.cases import Case, Scan, read_exclude, scan_cases
-from cellseg_mm.core.errors import CellSegError, ConfigError, DataError, FoldError
+from cellseg_mm.core.errors import CellSegError, DataError, FoldError
 from cellseg_mm.core.files import write_json, write_text
-from cellseg_mm.data.folds import ORIGINAL_SEED, Folds, Method
 from cellseg_mm.core.progress import track
-from cellseg_mm.data.tiff import DEFAULT_MAX_PIXELS
+from cellseg_mm.data import folds as fold_files
+from cellseg_mm.data.cases import Case, Scan, read_exclude, scan_cases
+from cellseg_mm.data.folds import Folds
+from cellseg_mm.data.preparing.case_checks import CaseFacts, Finding, check_case
+from cellseg_mm.data.preparing.groups import _alike, find_groups
+from cellseg_mm.data.preparing.index import _Index
+from cellseg_mm.data.preparing.records import PrepareParams, PrepareReport
+from cellseg_mm.data.preparing.text import full_text
 
-INDEX_VERSION = 1
-DEFAULT_CLASSES = ('epithelial', 'lymphocyte', 'neutrophil', 'macrophage')
 FEW_CASES = 24  # starting processes takes as long as checking these
-SHOWN = 5  # names of a group of findings on the screen; the report file has all
-SIZE_STEPS_PX = (64, 256, 512, 1024, 2048)  # longer side
 NO_GROUPS = 'folds without groups'
 NO_GROUPS_TEXT = (
     'neither --groups-csv nor --groups-regex: images of one patient may be in different folds; if '
     'patients gave several images, out-of-fold scores will be better than the models are.'
 )
-
-
-@dataclass(frozen=True, slots=True)
-class GroupRule:
-    """How to know which cases belong together (one patient, one slide).
-
-    Attributes:
-        csv_path: Table with a header row, or None.
-        name_column: Its column of case names.
-        group_column: Its column of groups; an empty cell means unknown.
-        regex: Pattern searched in the CSV's group where there is a CSV, else in the case name;
-            the first bracket (or the whole match) is the group. Empty: not used.
-        alike: Whether images that look alike are one group too.
-
-    Raises:
-        ConfigError: ``regex`` is no regular expression.
-    """
-
-    csv_path: Path | None = None
-    name_column: str = 'uuid'
-    group_column: str = 'patient'
-    regex: str = ''
-    alike: bool = True
-
-    @property
-    def is_given(self) -> bool:
-        """Whether a table or an expression says which cases belong together."""
-        return self.csv_path is not None or bool(self.regex)
-
-    def __post_init__(self) -> None:
-        try:
-            re.compile(self.regex)
-        except re.error as problem:
-            raise ConfigError(
-                f'--groups-regex {self.regex!r}: not a regular expression ({problem}); '
-                "expected one such as '(TCGA-..-....)'."
-            ) from problem
-
-
-@dataclass(frozen=True, slots=True)
-class PrepareParams:
-    """Settings of :func:`prepare`.
-
-    Attributes:
-        class_names: In the order of ``class1.tif``, ``class2.tif``, ...
-        out_dir: Where the results go; None means the data folder.
-        exclude_file: See ``cases.find_cases``; the folds file records what it lists.
-        groups: See :class:`GroupRule`.
-        n_folds: Number of folds.
-        seed: Seed of the folds.
-        method: See ``folds.make_folds``.
-        new_folds: Whether an existing folds file that differs may be replaced.
-        n_workers: Processes; 0 means one per core, at most 8.
-        max_pixels: Most pixels of an image that are accepted.
-        use_index: Whether facts of unchanged files are taken from ``index.json``.
-    """
-
-    class_names: tuple[str, ...] = DEFAULT_CLASSES
-    out_dir: Path | None = None
-    exclude_file: Path | None = None
-    groups: GroupRule = field(default_factory=GroupRule)
-    n_folds: int = 5
-    seed: int = ORIGINAL_SEED
-    method: Method = 'grouped'
-    new_folds: bool = False
-    n_workers: int = 0
-    max_pixels: int = DEFAULT_MAX_PIXELS
-    use_index: bool = True
-
-    def __post_init__(self) -> None:
-        if not self.class_names or len(set(self.class_names)) < len(self.class_names):
-            raise ConfigError(f'classes: {self.class_names}; expected at least one, all different.')
-        for key, low in (('n_workers', 0), ('max_pixels', 1)):
-            if getattr(self, key) < low:
-                raise ConfigError(f'{key} is {getattr(self, key)}; expected at least {low}.')
-
-
-@dataclass(frozen=True, slots=True)
-class PrepareReport:
-    """What :func:`prepare` found and made.
-
-    Attributes:
-        data_root: The data folder.
-        class_names: Names of the K classes.
-        train: Facts of the training cases, sorted by name.
-        test: Facts of the test images, sorted by name.
-        errors: Sentences about what must be repaired; with any, there are no folds.
-        warnings: Oddities, in the order of cases.
-        excluded: Names of the cases that exclude.txt leaves out.
-        groups: Group of each case that shares one, by name.
-        folds: The folds, or None where there are errors.
-        folds_path: The folds file.
-        is_folds_kept: Whether ``folds`` were there before and their file was left alone.
-        n_reused: Cases whose facts came from ``index.json``.
-    """
-
-    data_root: Path
-    class_names: tuple[str, ...]
-    train: tuple[CaseFacts, ...]
-    test: tuple[CaseFacts, ...]
-    errors: tuple[str, ...]
-    warnings: tuple[Finding, ...]
-    excluded: tuple[str, ...]
-    groups: Mapping[str, str]
-    folds: Folds | None
-    folds_path: Path
-    is_folds_kept: bool
-    n_reused: int
-
-    def raise_for_errors(self) -> None:
-        """Raise all errors together.
-
-        Raises:
-            DataError: There are errors.
-        """
-        if self.errors:
-            raise DataError(list(self.errors))
 
 
 def prepare(data_root: Path | str, params: PrepareParams | None = None) -> PrepareReport:
@@ -248,94 +126,6 @@ def _scan_both(root: Path, params: PrepareParams) -> tuple[Scan, Scan]:
 # ---- checking, in parallel and only what changed
 
 
-@dataclass(slots=True)
-class _Index:
-    """Facts of an earlier run, by case; see :func:`_fingerprint` for when they count."""
-
-    entries: dict[str, dict]
-    n_reused: int = 0
-
-    @classmethod
-    def load(cls, path: Path, params: PrepareParams) -> _Index:
-        """Read an index; one that is missing, damaged or of other settings counts as empty."""
-        try:
-            content = json.loads(path.read_bytes())
-            if content['settings'] != _index_settings(params):
-                return cls({})
-            return cls({str(key): dict(entry) for key, entry in content['cases'].items()})
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            return cls({})
-
-    def find(self, case: Case, *, is_labelled: bool) -> CaseFacts | None:
-        """Return a case's facts if not one of its files changed."""
-        entry = self.entries.get(_index_key(case, is_labelled))
-        if entry is None or entry.get('files') != _fingerprint(case):
-            return None
-        try:
-            facts = _facts_from_json(entry['facts'], case)
-        except (ValueError, TypeError, KeyError, AttributeError):
-            return None
-        self.n_reused += 1
-        return facts
-
-    def content(
-        self,
-        cases: Sequence[tuple[Case, bool]],
-        all_facts: Sequence[CaseFacts],
-        params: PrepareParams,
-    ) -> dict:
-        """Return the JSON value of a new index; cases with errors are read again next time."""
-        entries = {
-            _index_key(case, is_labelled): {'files': _fingerprint(case), 'facts': asdict(facts)}
-            for (case, is_labelled), facts in zip(cases, all_facts, strict=True)
-            if not facts.errors
-        }
-        return {'settings': _index_settings(params), 'cases': dict(sorted(entries.items()))}
-
-
-def _index_settings(params: PrepareParams) -> dict:
-    return {
-        'version': INDEX_VERSION,
-        'n_classes': len(params.class_names),
-        'max_pixels': params.max_pixels,
-    }
-
-
-def _index_key(case: Case, is_labelled: bool) -> str:
-    return f'{"train" if is_labelled else "test"}/{case.name}'
-
-
-def _fingerprint(case: Case) -> dict[str, list[int | str]]:
-    """Return path, size in bytes and time of change in ns of each file of a case."""
-    paths = {'image': case.image_path, **{str(k): p for k, p in case.label_paths.items()}}
-    result: dict[str, list[int | str]] = {}
-    for key, path in paths.items():
-        try:
-            status = path.stat()
-        except OSError:  # removed meanwhile; reading it reports that
-            result[key] = [str(path), -1, -1]
-            continue
-        result[key] = [str(path), status.st_size, status.st_mtime_ns]
-    return result
-
-
-def _facts_from_json(value: dict, case: Case) -> CaseFacts:
-    facts = CaseFacts(
-        name=case.name,
-        image_hw=case.image_hw,
-        counts=tuple(int(n) for n in value['counts']),
-        area_sums=tuple(int(n) for n in value['area_sums']),
-        pixel_hash=str(value['pixel_hash']),
-        thumb=str(value['thumb']),
-        warnings=tuple(
-            Finding(str(w['kind']), int(w['count']), str(w['text'])) for w in value['warnings']
-        ),
-    )
-    if len(bytes.fromhex(facts.thumb)) != 256 or len(facts.counts) != len(facts.area_sums):
-        raise ValueError('not what was written')
-    return facts
-
-
 def _check_all(
     cases: Sequence[Case], index: _Index, params: PrepareParams, *, is_labelled: bool
 ) -> list[CaseFacts]:
@@ -396,12 +186,6 @@ def _all_warnings(
     return found
 
 
-def _alike(train: Sequence[CaseFacts]) -> list[tuple[int, int]]:
-    """Return pairs of indices of readable images that look alike."""
-    usable = [i for i, facts in enumerate(train) if facts.thumb]
-    return [(usable[i], usable[j]) for i, j in near_duplicates([train[i] for i in usable])]
-
-
 def _duplicates(
     root: Path,
     train: Sequence[CaseFacts],
@@ -425,107 +209,6 @@ def _duplicates(
             text = f'{root}: train/{train[i].name} and train/{train[j].name} look alike.'
             found.append(Finding('near-duplicate image', 2, text))
     return found
-
-
-def find_groups(
-    facts: Sequence[CaseFacts], rule: GroupRule, alike: Sequence[tuple[int, int]]
-) -> tuple[dict[str, str], list[Finding]]:
-    """Find out which cases belong together.
-
-    Equal images are always one group. A case without a known group is alone, unless it looks like
-    another one. Where likeness joins two known groups, both become one, named ``a+b``.
-
-    Args:
-        facts: Facts of the training cases.
-        rule: Where groups come from.
-        alike: Pairs of indices of images that look alike; see ``case_checks.near_duplicates``.
-
-    Returns:
-        Group by case name, only for cases whose group is known or shared; and warnings.
-
-    Raises:
-        DataError: The CSV is missing, has not the columns, or names a case twice with two groups.
-    """
-    known, warnings = _known_groups([f.name for f in facts], rule)
-    parent = list(range(len(facts)))
-
-    def top(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    first_with: dict[tuple[str, str], int] = {}
-    for i, one in enumerate(facts):
-        keys = [('pixels', one.pixel_hash)]
-        keys += [('group', known[one.name])] if one.name in known else []
-        for key in keys:
-            parent[top(i)] = top(first_with.setdefault(key, i))
-    for i, j in alike if rule.alike else []:
-        parent[top(j)] = top(i)
-    members: dict[int, list[str]] = {}
-    for i, one in enumerate(facts):
-        members.setdefault(top(i), []).append(one.name)
-    groups: dict[str, str] = {}
-    for names in members.values():
-        labels = sorted({known[name] for name in names if name in known})
-        if labels or len(names) > 1:
-            group = '+'.join(labels) or f'alike:{min(names)}'
-            groups.update(dict.fromkeys(names, group))
-        if len(labels) > 1:
-            text = f'{" and ".join(labels)}: images of these groups look alike; they are one group.'
-            warnings.append(Finding('groups joined', len(labels), text))
-    return groups, warnings
-
-
-def _known_groups(names: Sequence[str], rule: GroupRule) -> tuple[dict[str, str], list[Finding]]:
-    if not rule.is_given:
-        return {}, []
-    source = {name: name for name in names}
-    if rule.csv_path is not None:
-        table = _read_groups_csv(rule.csv_path, rule)
-        source = {name: table.get(name, '') for name in names}
-    if rule.regex:
-        matches = {name: re.search(rule.regex, text) for name, text in source.items()}
-        source = {
-            name: (match[1] or '' if match.re.groups else match[0]) if match else ''
-            for name, match in matches.items()
-        }
-    known = {name: group for name, group in source.items() if group}
-    without = [name for name in names if name not in known]
-    if not without:
-        return known, []
-    text = f'{len(without)} case(s) without a known group, such as {without[0]}; each is alone.'
-    return known, [Finding('no group', len(without), text)]
-
-
-def _read_groups_csv(path: Path, rule: GroupRule) -> dict[str, str]:
-    try:
-        with path.open(encoding='utf-8-sig', newline='') as stream:
-            reader = csv.DictReader(stream)
-            columns = reader.fieldnames or []
-            missing = [c for c in (rule.name_column, rule.group_column) if c not in columns]
-            if missing:
-                raise DataError(
-                    [
-                        f'{path}: no column {" and ".join(missing)}; the columns are '
-                        f'{", ".join(columns) or "none"}; '
-                        'name the right ones with --name-column and --group-column.'
-                    ]
-                )
-            rows = [(row[rule.name_column], row[rule.group_column]) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as problem:
-        raise DataError(
-            [f'{path}: cannot be read ({problem}); expected a CSV table in UTF-8.']
-        ) from problem
-    table: dict[str, str] = {}
-    for name, group in rows:
-        name, group = (name or '').strip(), (group or '').strip()
-        if table.setdefault(name, group) != group:
-            raise DataError(
-                [f'{path}: {name} has the groups {table[name]} and {group}; expected one.']
-            )
-    return table
 
 
 def _with_folds(
@@ -597,120 +280,3 @@ def _write_results(report: PrepareReport, out_dir: Path, index: dict) -> None:
 
 
 # ---- texts
-
-
-def next_command(report: PrepareReport, environment: Mapping[str, str]) -> str:
-    """Return what to type next, so that the configs find these data and these folds.
-
-    Args:
-        report: Of a data folder without errors.
-        environment: Variables that are set now; the configs read two of them.
-    """
-    root, folds = report.data_root, report.folds_path
-    exports = []
-    if Path(environment.get('CELLSEG_DATA', 'data')).resolve() != root.resolve():
-        exports.append(f'CELLSEG_DATA={shlex.quote(str(root.resolve()))}')
-    named = environment.get('CELLSEG_FOLDS', 'auto')
-    if (root / 'folds.json' if named == 'auto' else Path(named)).resolve() != folds.resolve():
-        exports.append(f'CELLSEG_FOLDS={shlex.quote(str(folds.resolve()))}')
-    train = 'python tools/train.py configs/fold0.py'
-    return f'export {" ".join(exports)} && {train}' if exports else train
-
-
-def full_text(report: PrepareReport) -> str:
-    """Return everything: tables, all errors and all warnings, one a line."""
-    return _text(report, shown=None)
-
-
-def screen_text(report: PrepareReport) -> str:
-    """Return tables, all errors, and of each kind of warning the count and the first few."""
-    return _text(report, shown=SHOWN)
-
-
-def _text(report: PrepareReport, *, shown: int | None) -> str:
-    parts = [_head(report), class_table(report), size_table(report)]
-    if report.folds is not None:
-        parts.append(fold_table(report))
-    parts.append(_warning_text(report.warnings, shown))
-    if report.errors:
-        lines = '\n'.join(f'  {text}' for text in report.errors)
-        parts.append(
-            f'{len(report.errors)} error(s); no folds were written. Repair what is named, or list '
-            f'its case in exclude.txt:\n{lines}'
-        )
-    return '\n\n'.join(part for part in parts if part) + '\n'
-
-
-def _head(report: PrepareReport) -> str:
-    n_cells = sum(sum(facts.counts) for facts in report.train)
-    line = (
-        f'{report.data_root}: {len(report.train)} training cases with {n_cells} cells, '
-        f'{len(report.test)} test images, {len(report.excluded)} excluded'
-    )
-    if report.excluded:
-        line += f' ({", ".join(report.excluded)})'
-    return line + '.'
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Align columns: the first to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    lines = []
-    for row in (head, *rows):
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append('  '.join(cells).rstrip())
-    return '\n'.join(lines)
-
-
-def class_table(report: PrepareReport) -> str:
-    """Return cells, images and mean size of each class as text."""
-    rows = []
-    for k, name in enumerate(report.class_names):
-        counts = [facts.counts[k] for facts in report.train]
-        area = sum(facts.area_sums[k] for facts in report.train)
-        n = sum(counts)
-        mean = f'{area / n:.0f}' if n else '-'
-        rows.append(
-            [name, str(n), str(sum(c > 0 for c in counts)), str(max(counts, default=0)), mean]
-        )
-    return _table(['class', 'cells', 'images', 'most in one', 'mean px'], rows)
-
-
-def size_table(report: PrepareReport) -> str:
-    """Return how many images there are by their longer side, as text."""
-    steps = (0, *SIZE_STEPS_PX)
-    names = [f'to {high} px' for high in SIZE_STEPS_PX] + [f'above {SIZE_STEPS_PX[-1]} px']
-    columns = []
-    for all_facts in (report.train, report.test):
-        sides = [max(facts.image_hw) for facts in all_facts]
-        columns.append(np.bincount(np.searchsorted(steps[1:], sides), minlength=len(names)))
-    rows = [[name, str(a), str(b)] for name, a, b in zip(names, *columns, strict=True)]
-    return _table(['longer side', 'train', 'test'], rows)
-
-
-def fold_table(report: PrepareReport) -> str:
-    """Return images, groups and cells of each class in each fold, as text."""
-    if report.folds is None:
-        return ''
-    by_name = {facts.name: facts for facts in report.train}
-    rows = []
-    for fold, names in enumerate(report.folds.names_by_fold):
-        counts = np.array([by_name[name].counts for name in names]).sum(axis=0)
-        n_groups = len({report.groups.get(name, f'case:{name}') for name in names})
-        rows.append([str(fold), str(len(names)), str(n_groups), *map(str, counts.tolist())])
-    return _table(['fold', 'images', 'groups', *report.class_names], rows)
-
-
-def _warning_text(warnings: Sequence[Finding], shown: int | None) -> str:
-    by_kind: dict[str, list[Finding]] = {}
-    for warning in warnings:
-        by_kind.setdefault(warning.kind, []).append(warning)
-    blocks = []
-    for kind, found in by_kind.items():
-        lines = [f'Warning, {kind}: {sum(w.count for w in found)} in {len(found)} place(s).']
-        lines += [f'  {warning.text}' for warning in found[:shown]]
-        if shown is not None and len(found) > shown:
-            lines.append(f'  ... and {len(found) - shown} more in data_report.txt')
-        blocks.append('\n'.join(lines))
-    return '\n'.join(blocks)

@@ -1,7 +1,6 @@
-"""Files that people open, of the instances of an ensemble: exports per image and overlays.
+"""The formats that people ask for, by one word each.
 
-In: a prediction file and the images. Out: one file per image and format below the result folder,
-in the formats of tools/predict.py. Invariant: what is written is what the prediction file holds.
+In: an InstanceSet and words. Out: files. Invariant: predict and ensembles write the same.
 """
 
 from __future__ import annotations
@@ -16,11 +15,20 @@ from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.core.progress import track
 from cellseg_mm.data.image_reader import open_image
-from cellseg_mm.ensemble.fuse_files import Images
-from cellseg_mm.predict.predict import FORMATS
+from cellseg_mm.data.images import Images
 from cellseg_mm.results import export, overlay
 from cellseg_mm.results.measure import measure
 from cellseg_mm.results.predictions import load_predictions
+
+# What a format's file is called after the image's name.
+FORMATS = {
+    'label-map': '.labels.tif',
+    'geojson': '.geojson',
+    'imagej': '.rois.zip',
+    'csv': '.cells.csv',
+    'coco': '.coco.json',
+    'overlay': '.overlay.png',
+}
 
 OVERLAY = 'overlay'
 

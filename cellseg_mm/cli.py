@@ -1,0 +1,151 @@
+"""How every tool starts and ends: shared arguments, error sentences, exit codes.
+
+In: a tool's main function. Out: an exit status. Invariant: what a person can mend is one sentence;
+a traceback means a fault of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+from mmengine.config import DictAction
+
+from cellseg_mm.core import worker_watch
+from cellseg_mm.core.errors import CellSegError
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that MMDetection's train and test tools share."""
+    parser.add_argument('--work-dir', help='folder for logs, checkpoints and results')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        help='override settings, key=value; lists as key="[a,b]" or key=a,b without spaces',
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='job launcher',
+    )
+    # torch.distributed.launch passes it; torchrun sets LOCAL_RANK itself
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+
+
+def same_run(words: Sequence[str]) -> str:
+    """Return what of a command line another tool needs in order to look at the same run.
+
+    Args:
+        words: A command line with the options of :func:`add_config_arguments`.
+
+    Returns:
+        ``--work-dir`` and ``--cfg-options`` with their values, after a space; '' without any.
+    """
+    kept: list[str] = []
+    is_wanted = False
+    for word in words:
+        if word.startswith('--'):
+            is_wanted = word.split('=')[0] in ('--work-dir', '--cfg-options')
+        kept += [word] * is_wanted
+    return f' {shlex.join(kept)}' if kept else ''
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and what led to it, outermost first."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def root_error(error: BaseException) -> CellSegError | None:
+    """Return the innermost CellSegError; mmengine's registries wrap what a constructor raises."""
+    return next((e for e in reversed(list(causes(error))) if isinstance(e, CellSegError)), None)
+
+
+# What a machine, not the code, is to blame for.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
+
+OUT_OF_MEMORY = (
+    'the device ran out of memory ({reason}); expected the model and a batch to fit; when training '
+    'lower train_dataloader.batch_size (and the learning rate with it) or the image size, or add '
+    '--amp; when testing lower model.test_cfg.rpn.max_per_img, or cut large images into tiles with '
+    'tools/predict.py --tile'
+)
+
+
+def explain(error: BaseException) -> str | None:
+    """Return one sentence for an error that a user can do something about, else None."""
+    known = root_error(error)
+    if known is not None:
+        return _without_worker_traceback(str(known))
+    for one in causes(error):
+        if type(one).__name__ == 'OutOfMemoryError':  # torch's; torch may not be imported
+            return OUT_OF_MEMORY.format(reason=str(one).split('. ')[0][:200])
+        if isinstance(one, RuntimeError) and 'DefaultCPUAllocator' in str(one):
+            return OUT_OF_MEMORY.format(reason=str(one).split('DefaultCPUAllocator: ')[-1][:200])
+        misspelt = _misspelt_option(one, sys.argv)
+        if misspelt is not None:
+            return misspelt
+        death = worker_watch.explain_death(str(one)) if isinstance(one, RuntimeError) else None
+        if death is not None:
+            return death
+        if isinstance(one, OSError) and one.errno in DISK_ERRORS:
+            where = one.filename or 'a result file'
+            return (
+                f'{where}: cannot be written or read ({one.strerror}); expected a folder with room '
+                'and permission; make room, or name another with --work-dir or --out; the same '
+                'command goes on from the last whole file (tools/train.py with --resume)'
+            )
+    return None
+
+
+def _misspelt_option(error: BaseException, words: Sequence[str]) -> str | None:
+    """Return one sentence for a ``--cfg-options`` key that a constructor did not know."""
+    pattern = r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'"
+    found = re.search(pattern, str(error)) if isinstance(error, TypeError) else None
+    for word in words if found else ():
+        key = word.split('=')[0]
+        if '=' in word and key.split('.')[-1] == found[2]:
+            return (
+                f'--cfg-options: {key}: {found[1]} has no setting {found[2]!r}; expected one of '
+                "those in its documentation and in the config; correct the key's spelling"
+            )
+    return None
+
+
+def _without_worker_traceback(text: str) -> str:
+    """Return the sentence of an error that torch brought from a worker with its traceback."""
+    if not re.search(r'Caught \w+ in DataLoader worker', text):
+        return text
+    return re.split(r'\ncellseg_mm\.core\.errors\.\w+: ', text)[-1].strip()
+
+
+def run_tool(
+    main: Callable[[], int | None], *, go_on: str = 'start the same command again to go on'
+) -> None:
+    """Run a tool's ``main`` and exit: 0 or its number, 2 with one sentence for a user's error.
+
+    Args:
+        main: What the tool does.
+        go_on: What to type after Ctrl-C.
+    """
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        print(f'interrupted; {go_on}', file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        sentence = explain(error)
+        if sentence is None:
+            raise
+        print(f'error: {sentence}', file=sys.stderr)
+        sys.exit(2)
+    sys.exit(code or 0)

@@ -1,0 +1,59 @@
+"""Write cases in the project's own layout.
+
+In: pixels and label maps. Out: image.tif and class{k}.tif. Invariant: files appear whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import tifffile
+from numpy.typing import NDArray
+
+from cellseg_mm.core.files import atomic_path
+
+
+def write_case(
+    case_dir: Path | str, image: NDArray[np.uint8], label_maps: Mapping[int, NDArray[np.integer]]
+) -> None:
+    """Write one training case as the real collection stores it.
+
+    Args:
+        case_dir: Folder to make, named like the case.
+        image: (H, W, 3) uint8 RGB as it is to be stored; alpha is added.
+        label_maps: Class number (1-based) to an (H, W) label map. A map without any instance is
+            not written.
+    """
+    case_dir = Path(case_dir)
+    case_dir.mkdir(parents=True, exist_ok=True)
+    write_image(case_dir / 'image.tif', image)
+    for class_number, label_map in sorted(label_maps.items()):
+        if label_map.any():
+            with atomic_path(case_dir / f'class{class_number}.tif') as temporary:
+                tifffile.imwrite(
+                    temporary,
+                    label_map.astype(np.float64),
+                    compression='lzw',
+                    photometric='minisblack',
+                    metadata=None,
+                    software=False,
+                )
+
+
+def write_image(path: Path | str, image: NDArray[np.uint8]) -> None:
+    """Write (H, W, 3) uint8 as an RGBA TIFF: LZW with predictor, strips of about 8 KiB."""
+    alpha = np.full((*image.shape[:2], 1), 255, dtype=np.uint8)
+    with atomic_path(path) as temporary:
+        tifffile.imwrite(
+            temporary,
+            np.concatenate([image, alpha], axis=2),
+            photometric='rgb',
+            extrasamples=['unassalpha'],
+            compression='lzw',
+            predictor=True,
+            rowsperstrip=max(1, 8192 // (4 * image.shape[1])),
+            metadata=None,
+            software=False,
+        )

@@ -1,0 +1,223 @@
+"""What is made as large as possible: AP50 or mPQ, for many thresholds at once.
+
+In: samples of ground truth and predictions. Out: a number a choice. Invariant: equal to scoring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellseg_mm.core.errors import PredictionError
+from cellseg_mm.core.instances import InstanceSet, canonical_order
+from cellseg_mm.fusion.settings import InferenceSettings, cut_masks
+from cellseg_mm.scores.average_precision import RankedClass, mean_defined, rank_class, weighted_ap
+from cellseg_mm.scores.bootstrap import sampling_units
+from cellseg_mm.scores.matching import Compared, compare
+from cellseg_mm.selection.disjoint_sweep import PqTally, Scene, make_scene
+
+Int = NDArray[np.int64]
+
+Float = NDArray[np.float64]
+
+Folds = tuple[int, ...]
+
+SCORE_THRS = tuple(round(0.05 * i, 2) for i in range(1, 20))
+
+MIN_AREAS_PX = (10, 20, 30, 40, 60, 80, 100, 140, 200)  # beside 0; 200 px is 16 px wide
+
+LEAST_GAIN = 1e-9  # between values of one setting, less is a tie
+
+EVERYTHING = 1 << 31  # no cap on detections
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Images with their truth and predictions, sorted by image id.
+
+    Attributes:
+        gt_sets: Ground truth.
+        views: Predictions of the same images in the same order, by TTA and fusion rule.
+        fold_of: (I,) int64, fold that held each image out.
+        class_names: K names.
+        groups: Group (patient, slide) by image name, where one is known; resampling draws the
+            images of a group together.
+
+    Raises:
+        PredictionError: A view has other images.
+    """
+
+    gt_sets: tuple[InstanceSet, ...]
+    views: Mapping[tuple[str | None, str], tuple[InstanceSet, ...]]
+    fold_of: Int
+    class_names: tuple[str, ...]
+    groups: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        ids = [gt.image_id for gt in self.gt_sets]
+        for name, sets in self.views.items():
+            if [s.image_id for s in sets] != ids:
+                raise PredictionError(
+                    f'selection: the predictions {name} are of other images than the truth; all '
+                    'views must have the same images; test the folds again'
+                )
+        order = np.argsort(ids, kind='stable').tolist()
+        set_ = object.__setattr__
+        set_(self, 'gt_sets', tuple(self.gt_sets[i] for i in order))
+        set_(self, 'views', {k: tuple(v[i] for i in order) for k, v in self.views.items()})
+        set_(self, 'fold_of', np.asarray(self.fold_of, dtype=np.int64)[order])
+
+    @property
+    def interval_unit(self) -> str:
+        """What resampling draws: ``images``, or ``groups`` of them."""
+        return sampling_units([gt.name for gt in self.gt_sets], self.groups)[0]
+
+    @property
+    def folds(self) -> Folds:
+        """The folds that have images, rising."""
+        return tuple(np.unique(self.fold_of).tolist())
+
+    def sets(self, settings: InferenceSettings) -> tuple[InstanceSet, ...]:
+        """Return the predictions that the settings start from, masks cut, best first."""
+        chosen = self.views[settings.tta, settings.fusion]
+        cut = [cut_masks(s, settings.mask_thr) for s in chosen]
+        return tuple(s[canonical_order(s)] for s in cut)
+
+    def has_probs(self, settings: InferenceSettings) -> bool:
+        """Tell whether masks can be cut at other thresholds."""
+        chosen = [s for s in self.views[settings.tta, settings.fusion] if len(s)]
+        return bool(chosen) and all('mask_probs' in s.extra for s in chosen)
+
+
+class Contributions(Protocol):
+    """What each image adds to a score."""
+
+    def values(self, weights: NDArray) -> Float:
+        """Return the score (B,) when image i is there ``weights[b, i]`` times."""
+
+
+class Objective(Protocol):
+    """A score, and how to get it for any settings.
+
+    Attributes:
+        name: Of the score.
+        samples: What is scored.
+    """
+
+    name: str
+    samples: Samples
+
+    def measure(self, settings: InferenceSettings) -> Contributions:
+        """Return what each image adds."""
+
+    def mixed(self, parts: Sequence[Contributions], part_of: Int) -> Contributions:
+        """Take image i from ``parts[part_of[i]]``."""
+
+
+@dataclass(frozen=True, slots=True)
+class ApContributions:
+    """Detections in the order of the precision-recall curve, per class."""
+
+    classes: tuple[RankedClass, ...]
+
+    def values(self, weights: NDArray) -> Float:
+        """Return AP50 (B,), mean over defined classes."""
+        return mean_defined(np.stack([weighted_ap(r, weights)[:, 0] for r in self.classes]))
+
+
+class Ap50:
+    """Mask AP50 with all detections; masks are compared once per view and mask threshold."""
+
+    name = 'segm_AP50'
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+        self._known: dict[tuple, dict[int, ApContributions]] = {}
+
+    def measure(self, settings: InferenceSettings) -> ApContributions:
+        """Return what each image adds; score thresholds and overlaps are left alone."""
+        key = (settings.tta, settings.fusion, settings.mask_thr)
+        if key not in self._known:
+            # All least areas at once, because the IoU tables are too large to be kept.
+            images = [
+                compare(gt, pred)
+                for gt, pred in zip(self.samples.gt_sets, self.samples.sets(settings), strict=True)
+            ]
+            areas = (0, *MIN_AREAS_PX)
+            self._known[key] = {area: self._ranked(images, area) for area in areas}
+        return self._known[key][settings.min_area_px]
+
+    def _ranked(self, images: Sequence[Compared], min_area_px: int) -> ApContributions:
+        kept = [_at_least(c, min_area_px) for c in images]
+        thr = np.array([0.5])
+        return ApContributions(
+            tuple(
+                rank_class(kept, k, thr, cap=EVERYTHING)
+                for k in range(len(self.samples.class_names))
+            )
+        )
+
+    def mixed(self, parts: Sequence[ApContributions], part_of: Int) -> ApContributions:
+        """Take image i from ``parts[part_of[i]]``."""
+        by_class = zip(*(part.classes for part in parts), strict=True)
+        return ApContributions(tuple(_mixed_class(rows, part_of) for rows in by_class))
+
+
+def _at_least(c: Compared, min_area_px: int) -> Compared:
+    if not min_area_px:
+        return c
+    keep = np.flatnonzero(c.pred_areas >= min_area_px)
+    return replace(
+        c,
+        pred=c.pred[keep],
+        pred_areas=c.pred_areas[keep],
+        mask_iou=c.mask_iou[keep],
+        box_iou=c.box_iou[keep],
+    )
+
+
+def _mixed_class(parts: Sequence[RankedClass], part_of: Int) -> RankedClass:
+    chosen = [part_of[part.image_index] == i for i, part in enumerate(parts)]
+    image_index = np.concatenate([p.image_index[c] for p, c in zip(parts, chosen, strict=True)])
+    scores = np.concatenate([p.scores[c] for p, c in zip(parts, chosen, strict=True)])
+    is_tp = np.concatenate([p.is_tp[:, c] for p, c in zip(parts, chosen, strict=True)], axis=1)
+    order = np.lexsort((image_index, -scores))  # as rank_class: of equal scores the earlier image
+    return RankedClass(image_index[order], scores[order], is_tp[:, order], parts[0].n_gt)
+
+
+class Mpq:
+    """mPQ+ of disjoint masks; masks are taken apart once per view and mask threshold."""
+
+    name = 'mPQ'
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+        self._scene = lru_cache(maxsize=4)(self._make_scene)
+        self._known: dict[InferenceSettings, PqTally] = {}
+
+    def _make_scene(self, settings: InferenceSettings) -> Scene:
+        return make_scene(
+            self.samples.gt_sets,
+            self.samples.sets(settings),
+            len(self.samples.class_names),
+            floor=SCORE_THRS[0],
+        )
+
+    def measure(self, settings: InferenceSettings) -> PqTally:
+        """Return what each image adds."""
+        if settings not in self._known:
+            neutral = replace(
+                settings, score_thr=(SCORE_THRS[0],) * len(settings.score_thr), min_area_px=0
+            )
+            scene = self._scene(neutral)
+            self._known[settings] = scene.tally(settings.score_thr, settings.min_area_px)
+        return self._known[settings]
+
+    def mixed(self, parts: Sequence[PqTally], part_of: Int) -> PqTally:
+        """Take image i from ``parts[part_of[i]]``."""
+        return PqTally.mixed(parts, part_of)
