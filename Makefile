@@ -14,13 +14,13 @@ test:  ## install, run the tests
 	$(PYTHON) tools/bootstrap.py test
 
 test-browser: setup  ## the report in a headless Chromium; fails where there is none
-	CELLSEG_REQUIRE_BROWSER=1 $(VENV_PYTHON) -m pytest -q tests/test_report.py
+	CELLSEG_REQUIRE_BROWSER=1 $(VENV_PYTHON) -m pytest -q tests/report/test_report.py
 
 test-gpu: setup  ## the CUDA paths; fails where there is no CUDA device
 	CELLSEG_REQUIRE_GPU=1 $(VENV_PYTHON) -m pytest -m gpu
 
 test-slow: setup  ## cross-validation killed at three random moments, to the same end
-	$(VENV_PYTHON) -m pytest -q tests/slow_cross_validation.py
+	$(VENV_PYTHON) -m pytest -q tests/whole/slow_cross_validation.py
 
 faults: setup  ## kill -9 each job at random moments until it ends, 50 times
 	$(VENV_PYTHON) -m tests.faults.kill

@@ -81,7 +81,7 @@ case $STEP in
   tests)
     "$PYTHON" -c 'import torch, torchvision; print(torch.__version__, torchvision.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA")' || true
     CELLSEG_REQUIRE_GPU=1 timeout 280 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu \
-      tests/test_cuda.py 2>&1 | tee "$OUT/test_cuda.log"
+      tests/whole/test_cuda.py 2>&1 | tee "$OUT/test_cuda.log"
     ;;
   bench)
     need 1 "$CELLSEG_DATA/train/*/image.tif" 'call 1'
