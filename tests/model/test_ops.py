@@ -9,6 +9,7 @@ import pytest
 
 torch = pytest.importorskip('torch')
 
+from cellseg_mm.model import nms as nms_module  # noqa: E402
 from cellseg_mm.model import roi_align as torch_ops  # noqa: E402
 from cellseg_mm.model.nms import nms, softnms  # noqa: E402
 
@@ -252,7 +253,7 @@ def random_boxes(
 @pytest.mark.parametrize('seed', range(20))
 def test_nms_equals_loop(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(seed)
-    monkeypatch.setattr(torch_ops, 'NMS_BLOCK', int(rng.choice([1, 3, 16, 256])))
+    monkeypatch.setattr(nms_module, 'NMS_BLOCK', int(rng.choice([1, 3, 16, 256])))
     boxes, scores = random_boxes(rng, int(rng.integers(2, 90)), whole=bool(seed % 2))
     if seed % 3 == 0:  # classes moved apart, as batched_nms does
         boxes += 60.0 * torch.tensor(rng.integers(0, 3, (len(boxes), 1)))
