@@ -28,11 +28,8 @@ faults: setup  ## kill -9 each job at random moments until it ends, 50 times
 fuzz: setup  ## 20,000 damaged files for the readers
 	$(VENV_PYTHON) -m tests.fuzz.run --cases 20000
 
-check: setup  ## lint
-	$(VENV_PYTHON) -m pip install -q -c constraints.txt ruff mypy
-	$(VENV_PYTHON) -m ruff check .
-	$(VENV_PYTHON) -m ruff format --check .
+check:  ## ruff, and mypy on the wings without torch; `make test` begins with it
+	$(PYTHON) tools/bootstrap.py check
 
 fmt: setup  ## format
-	$(VENV_PYTHON) -m pip install -q -c constraints.txt ruff
 	$(VENV_PYTHON) -m ruff format .

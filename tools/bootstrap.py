@@ -1,7 +1,8 @@
 """Set everything up on a fresh machine and run the demo or the tests.
 
     python3 tools/bootstrap.py demo    install, make sample data, train two folds, ensemble, score
-    python3 tools/bootstrap.py test    install, run the tests
+    python3 tools/bootstrap.py test    install, check the code (ruff, mypy), run the tests
+    python3 tools/bootstrap.py check   install, check the code only
     python3 tools/bootstrap.py setup   install only
 
 Needs Python 3.10 to 3.13 and nothing else: no compiler, no network but the package index.
@@ -22,6 +23,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+CHECKS = [['-m', 'ruff', 'check', '.'], ['-m', 'ruff', 'format', '--check', '.'], ['-m', 'mypy']]
 TORCH = '2.13.0'
 TORCH_CPU_INDEX = 'https://download.pytorch.org/whl/cpu'
 
@@ -85,7 +87,7 @@ def install(folder: Path) -> Path:
     say('installing torch')
     install_torch(python)
     say('installing the rest')
-    extras = f'{ROOT}[test]'
+    extras = f'{ROOT}[test,dev]'
     pip(python, '-q', '-c', str(ROOT / 'constraints.txt'), '-e', extras)
     stamp.write_text(fingerprint())
     say('installed')
@@ -97,7 +99,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('what', choices=['setup', 'demo', 'test'])
+    parser.add_argument('what', choices=['setup', 'demo', 'test', 'check'])
     parser.add_argument('rest', nargs=argparse.REMAINDER, help='passed on to the demo or pytest')
     args = parser.parse_args()
     if not (3, 10) <= sys.version_info[:2] <= (3, 13):
@@ -106,8 +108,17 @@ def main() -> int:
     if args.what == 'setup':
         print(f'activate it with: source {python.parent / "activate"}')
         return 0
-    command = {'demo': ['tools/demo.py'], 'test': ['-m', 'pytest']}[args.what]
-    return subprocess.run([str(python), *command, *args.rest], cwd=ROOT, check=False).returncode
+    commands = {
+        'demo': [['tools/demo.py', *args.rest]],
+        'check': CHECKS,
+        'test': [*CHECKS, ['-m', 'pytest', *args.rest]],
+    }[args.what]
+    for words in commands:
+        say(' '.join(words))
+        done = subprocess.run([str(python), *words], cwd=ROOT, check=False)
+        if done.returncode:
+            return done.returncode
+    return 0
 
 
 if __name__ == '__main__':
