@@ -36,7 +36,7 @@ def test_named_files_exist(page: Path) -> None:
 def options_of(tool: Path) -> set[str]:
     """Options that a script adds to its parser, and those of the scripts and modules it shares."""
     text = tool.read_text(encoding='utf-8')
-    found = set(re.findall(r"'(--[a-z][a-z-]*)'", text))
+    found = {'--help', *re.findall(r"'(--[a-z][a-z-]*)'", text)}
     if 'add_config_arguments' in text or tool.suffix == '.sh':
         found |= SHARED_OPTIONS
     for name in re.findall(r'^\s*(?:import|from) (\w+)', text, re.MULTILINE):
