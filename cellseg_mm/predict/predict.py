@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,9 +29,8 @@ from cellseg_mm.data.image_reader import SUFFIXES, ImageReader, open_image
 from cellseg_mm.data.preparing.case_checks import DIM_SHARE
 from cellseg_mm.predict.items import Item
 from cellseg_mm.predict.tiling import StitchParams, StitchReport, Tile, plan_tiles, stitch
-from cellseg_mm.results import export, overlay
-from cellseg_mm.results.formats import FORMATS
-from cellseg_mm.results.measure import CellFeatures, measure
+from cellseg_mm.results import export
+from cellseg_mm.results.formats import Look, check_words, path_of, write_formats
 from cellseg_mm.results.predictions import Predictions, load_predictions, save_predictions
 
 logger = logging.getLogger(__name__)
@@ -98,17 +97,22 @@ class PredictParams:
     again: bool = False
 
     def __post_init__(self) -> None:
-        unknown = [word for word in self.formats if word not in FORMATS]
-        if unknown:
-            raise ConfigError(
-                f'--format: found {", ".join(unknown)}; expected some of {", ".join(FORMATS)}'
-            )
+        check_words(self.formats)
         if not 0 <= self.score_thr <= 1 or self.n_workers < 0:
             raise ConfigError(
                 f'predict: score_thr {self.score_thr}, workers {self.n_workers}; expected a '
                 'threshold in 0..1 and 0 or more workers'
             )
         plan_tiles((1, 1), self.tile_px, self.overlap_px)
+
+    @property
+    def look(self) -> Look:
+        """How cells look in the formats."""
+        return Look(
+            class_names=self.class_names,
+            class_colours=self.class_colours,
+            red_blue_swapped=self.red_blue_swapped,
+        )
 
     @property
     def how_cut(self) -> dict:
@@ -389,7 +393,8 @@ class _Run:
         return [
             word
             for word in self.params.formats
-            if known.get(word) != self.formats_hash or not self._path(item, FORMATS[word]).is_file()
+            if known.get(word) != self.formats_hash
+            or not path_of(self.params.out_dir, item.name, word).is_file()
         ]
 
     def _is_done(self, item: Item) -> bool:
@@ -413,42 +418,9 @@ class _Run:
         if not missing:
             return {}
         with open_image(item.path, level=self.params.level) as reader:
-            read = self._true_colours(reader)
-            features = None
-            if {'csv', 'geojson'} & set(missing):
-                features = measure(shown, read)
-            done = {w: self._write(w, item, shown, read, features) for w in missing}
-        note = export.describe({w: e for w, e in done.items() if e is not None})
+            done = write_formats(self.params.out_dir, missing, shown, reader, self.params.look)
+        note = export.describe(done)
         if note:
             before = self.summary.notes.get(item.name)
             self.summary.notes[item.name] = f'{before}; {note}' if before else note
         return dict.fromkeys(missing, self.formats_hash)
-
-    def _true_colours(self, reader: ImageReader) -> Callable[[int, int, int, int], Picture]:
-        if not self.params.red_blue_swapped:
-            return reader.read
-        return lambda *region: np.ascontiguousarray(reader.read(*region)[..., ::-1])
-
-    def _write(
-        self,
-        word: str,
-        item: Item,
-        shown: InstanceSet,
-        read: Callable[[int, int, int, int], Picture],
-        features: CellFeatures | None,
-    ) -> export.Exported | None:
-        path, params = self._path(item, FORMATS[word]), self.params
-        names, colours = params.class_names, params.class_colours
-        if word == 'label-map':
-            return export.write_label_map(path, shown)
-        if word == 'geojson':
-            return export.write_geojson(path, shown, names, colours, features=features)
-        if word == 'imagej':
-            return export.write_imagej_rois(path, shown, names, class_colours=colours)
-        if word == 'csv':
-            return export.write_cells_csv(path, shown, names, features=features)
-        if word == 'coco':
-            return export.write_coco(path, [shown])
-        picture = overlay.draw_large(read, shown, colours, class_names=names)
-        overlay.write_png(path, picture)
-        return None

@@ -123,7 +123,7 @@ def test_inputs_that_make_no_sense(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ('setting', 'message'),
     [
-        ({'formats': ('csv', 'pdf')}, '--format: found pdf; expected some of label-map'),
+        ({'formats': ('csv', 'pdf')}, 'formats: found pdf; expected some of label-map'),
         ({'score_thr': 2.0}, 'expected a threshold in 0..1'),
         ({'tile_px': 100, 'overlap_px': 60}, 'expected 0 to 50'),
     ],
@@ -228,7 +228,7 @@ def test_all_formats_hold_the_cells_above_the_threshold(tmp_path: Path) -> None:
     (everything,) = load_predictions(out / 'a.npz').sets
     assert len(everything) == len(np.unique(label_map)) - 1
     assert sorted(p.name for p in out.iterdir()) == sorted(
-        ['a.npz', 'a.state.json', *(f'a{suffix}' for suffix in FORMATS.values())]
+        ['a.npz', 'a.state.json', *(f'a{suffix}' for suffix, _ in FORMATS.values())]
     )
 
 

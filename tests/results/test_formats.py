@@ -15,7 +15,7 @@ from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.data.config import CLASS_NAMES
 from cellseg_mm.data.drawing.sample import make_sample
 from cellseg_mm.data.images import find_images
-from cellseg_mm.results.formats import FORMATS, Outputs, write_outputs
+from cellseg_mm.results.formats import FORMATS, Outputs, path_of, write_outputs
 from cellseg_mm.results.predictions import Predictions, save_predictions
 
 COLOURS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 9, 9))
@@ -48,22 +48,22 @@ def test_every_image_gets_every_format(
     ]
     save_predictions(tmp_path / 'p.npz', Predictions(tuple(sets)))
     outputs = Outputs(formats=formats, n_overlays=n_overlays, class_colours=COLOURS)
-    text = write_outputs(tmp_path / 'p.npz', images, tmp_path, outputs)
+    text = write_outputs(tmp_path / 'p.npz', images, tmp_path, outputs).describe()
     written = sorted(path.name for path in (tmp_path / 'exports').iterdir())
-    wanted = {f'{case.name}{FORMATS[word]}' for case in images.cases for word in formats}
-    wanted |= {f'{case.name}{FORMATS["overlay"]}' for case in images.cases[:n_overlays]}
+    wanted = {f'{case.name}{FORMATS[word][0]}' for case in images.cases for word in formats}
+    wanted |= {f'{case.name}{FORMATS["overlay"][0]}' for case in images.cases[:n_overlays]}
     assert written == sorted(wanted)
     assert f'exports: {len(written)} files' in text
+    folder = tmp_path / 'exports'
     for case in images.cases:
-        base = tmp_path / 'exports' / case.name
-        rows = list(csv.DictReader(base.with_name(f'{base.name}{FORMATS["csv"]}').open()))
+        rows = list(csv.DictReader(path_of(folder, case.name, 'csv').open()))
         assert [(r['class'], r['score']) for r in rows] == [
             (CLASS_NAMES[0], '0.9'),  # the cell of score 0.4 is below the threshold
             (CLASS_NAMES[3], '0.6'),
         ]
-        records = json.loads(base.with_name(f'{base.name}{FORMATS["coco"]}').read_text())
+        records = json.loads(path_of(folder, case.name, 'coco').read_text())
         assert [r['category_id'] for r in records] == [1, 4]
-        labels = tifffile.imread(base.with_name(f'{base.name}{FORMATS["label-map"]}'))
+        labels = tifffile.imread(path_of(folder, case.name, 'label-map'))
         assert labels.shape == case.image_hw
         assert (labels[10, 20], labels[0, 0], labels[30, 2]) == (1, 2, 0)
 
