@@ -190,11 +190,12 @@ def score_files(data: Path, work_root: Path) -> None:
     from cellseg_mm.data.folds import load_folds
     from cellseg_mm.ensemble.oof import pool_predictions
     from cellseg_mm.scores.score import score
+    from cellseg_mm.scores.table import score_table
 
     paths = sorted((work_root / 'sample').glob('fold*/val.predictions.npz'))
     pool = pool_predictions(paths, load_folds(data / 'folds.json'), data)
     scores = score(pool.gt_sets, pool.pred_sets, pool.class_names)
-    print(scores.table())
+    print(score_table(scores))
 
 
 def run_scene(args: argparse.Namespace) -> list[Stage]:

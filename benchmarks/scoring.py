@@ -32,6 +32,7 @@ from pycocotools.cocoeval import COCOeval
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.scores.records import ScoreParams, Scores
 from cellseg_mm.scores.score import score
+from cellseg_mm.scores.table import score_table
 
 CLASS_NAMES = ('epithelial', 'lymphocyte', 'neutrophil', 'macrophage')
 
@@ -272,7 +273,7 @@ def main() -> None:
         'mPQ',
     )
     print()
-    print(ours.table())
+    print(score_table(ours))
 
 
 if __name__ == '__main__':

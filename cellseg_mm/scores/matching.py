@@ -1,6 +1,6 @@
 """Compares the ground truth and the predictions of one image, once, for every score.
 
-In: two InstanceSets of one image. Out: IoU tables, matches and counts, which ``scoring`` pools.
+In: two InstanceSets of one image. Out: IoU tables, matches and counts, which ``score`` pools.
 Invariant: nothing after this stage looks at a mask again, so resampling images costs only sums.
 
 Two views of the predictions are compared. AP, the confusion matrix and the error breakdown see the

@@ -1,4 +1,4 @@
-"""What scoring is told and what it answers.
+"""What ``score`` is told and what it answers.
 
 In and out: records. Invariant: validated when made.
 """
@@ -25,6 +25,13 @@ Int = NDArray[np.int64]
 Float = NDArray[np.float64]
 
 LARGEST_AREA = 1e5**2  # COCO's "all" ends there
+
+# Names that people know from CocoMetric, for ``save_best`` and curves; the others keep theirs.
+COCO_NAMES = {
+    f'{kind}_{ours}': f'{kind}_{theirs}'
+    for kind in ('segm', 'bbox')
+    for ours, theirs in (('AP', 'mAP'), ('AP50', 'mAP_50'), ('AP75', 'mAP_75'))
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,30 +119,30 @@ class Counted:
     @property
     def f1(self) -> Float:
         """TP / (TP + FP / 2 + FN / 2), which PQ calls detection quality (DQ)."""
-        return _ratio(self.tp, self.tp + 0.5 * self.fp + 0.5 * self.fn, self.tp + self.fn)
+        return ratio(self.tp, self.tp + 0.5 * self.fp + 0.5 * self.fn, self.tp + self.fn)
 
     @property
     def precision(self) -> Float:
         """TP / (TP + FP); NaN without predictions."""
-        return _ratio(self.tp, self.tp + self.fp, self.tp + self.fp)
+        return ratio(self.tp, self.tp + self.fp, self.tp + self.fp)
 
     @property
     def recall(self) -> Float:
         """TP / (TP + FN); NaN without instances."""
-        return _ratio(self.tp, self.tp + self.fn, self.tp + self.fn)
+        return ratio(self.tp, self.tp + self.fn, self.tp + self.fn)
 
     @property
     def sq(self) -> Float:
         """Segmentation quality: mean IoU of the pairs; NaN without pairs."""
-        return _ratio(self.iou_sum, self.tp, self.tp)
+        return ratio(self.iou_sum, self.tp, self.tp)
 
     @property
     def pq(self) -> Float:
         """Panoptic quality SQ * DQ; 0 when instances are there but no pair."""
-        return _ratio(self.iou_sum, self.tp + 0.5 * self.fp + 0.5 * self.fn, self.tp + self.fn)
+        return ratio(self.iou_sum, self.tp + 0.5 * self.fp + 0.5 * self.fn, self.tp + self.fn)
 
 
-def _ratio(top: NDArray, bottom: NDArray, evidence: NDArray) -> Float:
+def ratio(top: NDArray, bottom: NDArray, evidence: NDArray) -> Float:
     """Divide; NaN where ``evidence`` is 0."""
     top, bottom = np.asarray(top, dtype=np.float64), np.asarray(bottom, dtype=np.float64)
     return np.divide(top, bottom, out=np.full(top.shape, np.nan), where=np.asarray(evidence) > 0)
@@ -297,12 +304,6 @@ class Scores:
         record['n_undefined_classes'] = self.n_undefined_classes
         record['n_undefined_images'] = self.n_undefined_images
         return record
-
-    def table(self) -> str:
-        """Return the scores as a compact text table, the same for the same scores."""
-        from cellseg_mm.scores.table import score_table
-
-        return score_table(self)
 
 
 def _json(value: object) -> JsonValue:

@@ -46,7 +46,7 @@ from cellseg_mm.scores.records import (
     PerImage,
     ScoreParams,
     Scores,
-    _ratio,
+    ratio,
 )
 
 
@@ -148,7 +148,7 @@ def _pooled(
     ranked = [rank_class(images, k, thrs, cap=cap) for k in range(n_classes)]
     tallies = Tallies.of(images, flats, n_classes, params.f1_iou_thrs)
     unit, unit_of = sampling_units([c.gt.name for c in images], groups)
-    aji = _ratio(tallies.aji_shared, tallies.aji_union, tallies.aji_union)
+    aji = ratio(tallies.aji_shared, tallies.aji_union, tallies.aji_union)
     return Scores(
         class_names=class_names,
         params=params,
@@ -159,7 +159,7 @@ def _pooled(
         bbox_at_100=tables['bbox'][CONVENTIONAL_CAP],
         counted=tallies.counted(params.f1_iou_thrs),
         detected=tallies.detected(params.f1_iou_thrs),
-        aji=float(_ratio(*[np.sum(v) for v in (tallies.aji_shared, *[tallies.aji_union] * 2)])),
+        aji=float(ratio(*[np.sum(v) for v in (tallies.aji_shared, *[tallies.aji_union] * 2)])),
         aji_image_mean=float(mean_defined(aji)),
         confusion=sum(confusion_of(c, n_classes, score_thr=params.pq_score_thr) for c in images),
         errors=sum(
@@ -299,8 +299,8 @@ def _calibration(ranked: list[RankedClass], thr_index: int, params: ScoreParams)
     return Calibration(
         edges=np.linspace(0.0, 1.0, n_bins + 1),
         n=n,
-        mean_score=_ratio(np.bincount(bins, weights=scores, minlength=n_bins), n, n),
-        share_tp=_ratio(np.bincount(bins, weights=is_tp, minlength=n_bins), n, n),
+        mean_score=ratio(np.bincount(bins, weights=scores, minlength=n_bins), n, n),
+        share_tp=ratio(np.bincount(bins, weights=is_tp, minlength=n_bins), n, n),
     )
 
 
@@ -331,7 +331,7 @@ def _intervals(
         fp, fn = n_pred.sum(axis=1) - tp, n_gt.sum(axis=1) - tp
         samples[f'F1_{percent}_detection'] = Counted(thr, tp, fp, fn, np.zeros(len(tp))).f1
     union = weights @ tallies.aji_union
-    samples['AJI'] = _ratio(weights @ tallies.aji_shared, union, union)
+    samples['AJI'] = ratio(weights @ tallies.aji_shared, union, union)
     for name, values in per_class.items():
         samples['mPQ' if name == 'PQ' else name] = mean_defined(values)
         samples |= {f'{name}_{c}': v for c, v in zip(class_names, values, strict=True)}

@@ -1,7 +1,7 @@
 """Panoptic quality of disjoint predictions at any thresholds, without looking at a mask again.
 
 In: ground truth and detections of many images. Out: :class:`Scene`, whose :meth:`Scene.tally` is
-what ``fusion.postprocess`` (disjoint) and ``scoring.score`` would count, in milliseconds.
+what ``fusion.postprocess`` (disjoint) and ``score`` would count, in milliseconds.
 Invariant: the counts are exactly theirs, for any thresholds per class and any least area.
 
 Pixels covered by the same masks behave alike under every threshold: they are one *atom*. Which

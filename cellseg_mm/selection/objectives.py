@@ -1,6 +1,6 @@
 """What is made as large as possible: AP50 or mPQ, for many thresholds at once.
 
-In: samples of ground truth and predictions. Out: a number a choice. Invariant: equal to scoring.
+In: samples of ground truth and predictions. Out: a number a choice. Invariant: equal to ``score``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Int = NDArray[np.int64]
 
 Float = NDArray[np.float64]
 
-Folds = tuple[int, ...]
+FoldNumbers = tuple[int, ...]
 
 SCORE_THRS = tuple(round(0.05 * i, 2) for i in range(1, 20))
 
@@ -78,7 +78,7 @@ class Samples:
         return sampling_units([gt.name for gt in self.gt_sets], self.groups)[0]
 
     @property
-    def folds(self) -> Folds:
+    def folds(self) -> FoldNumbers:
         """The folds that have images, rising."""
         return tuple(np.unique(self.fold_of).tolist())
 

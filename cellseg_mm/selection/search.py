@@ -26,7 +26,7 @@ from cellseg_mm.selection.objectives import (
     MIN_AREAS_PX,
     SCORE_THRS,
     Float,
-    Folds,
+    FoldNumbers,
     Int,
     Mpq,
     Objective,
@@ -187,7 +187,7 @@ class Search:
                 interval_unit=self.objective.samples.interval_unit,
             )
         found, steps = self._stepwise(start, folds)
-        without = {fold: self._stepwise(start, _but(folds, fold))[0] for fold in folds}
+        without = {fold: self._stepwise(start, _all_but(folds, fold))[0] for fold in folds}
         gains = self._gains(start, without, folds, n=N_BOOTSTRAP)
         by_fold = {
             fold: (chosen, self._value(chosen, w) - self._value(start, w))
@@ -211,7 +211,7 @@ class Search:
         )
 
     def _stepwise(
-        self, start: InferenceSettings, folds: Folds
+        self, start: InferenceSettings, folds: FoldNumbers
     ) -> tuple[InferenceSettings, tuple[StepEvidence, ...]]:
         """Look at one setting after the other; keep what nested folds confirm."""
         now, evidence = start, []
@@ -219,10 +219,7 @@ class Search:
             best, tried = self._best(options, now, folds)
             gain = error = 0.0
             if best != now:
-                inner = {
-                    fold: self._best(options, now, _but(folds, fold))[0] if len(folds) > 1 else best
-                    for fold in folds
-                }
+                inner = {fold: self._best(options, now, _all_but(folds, fold))[0] for fold in folds}
                 gains = self._gains(now, inner, folds, n=N_FOR_ERROR)
                 gain, error = float(gains[0]), _error(gains)
             kept = best != now and gain > max(error, WORTH_IT)
@@ -231,7 +228,7 @@ class Search:
         return now, tuple(evidence)
 
     def _best(
-        self, options: Options, now: InferenceSettings, folds: Folds
+        self, options: Options, now: InferenceSettings, folds: FoldNumbers
     ) -> tuple[InferenceSettings, dict[str, float]]:
         """Return the best option, ``now`` and then the earlier one on ties, and all scores."""
         weights = self._weights(folds)
@@ -248,12 +245,15 @@ class Search:
         self,
         base: InferenceSettings,
         chosen: Mapping[int, InferenceSettings],
-        folds: Folds,
+        folds: FoldNumbers,
         *,
         n: int,
     ) -> Float:
-        """Return the gain of each fold's settings over ``base``, pooled: first as it is, then n
-        times with images of ``folds`` (or their groups) drawn with replacement; (n + 1,)."""
+        """Return the gain of each fold's settings over ``base``, pooled, (n + 1,).
+
+        First as it is, then n times with images of ``folds``, or their groups, drawn with
+        replacement.
+        """
         if all(settings == base for settings in chosen.values()):
             return np.zeros(n + 1)
         fold_of = self.objective.samples.fold_of
@@ -263,11 +263,11 @@ class Search:
         weights = np.concatenate([self._weights(folds), self._drawn(folds, n)])
         return self.objective.mixed(parts, part_of).values(weights) - parts[0].values(weights)
 
-    def _weights(self, folds: Folds) -> Int:
+    def _weights(self, folds: FoldNumbers) -> Int:
         """Return (1, I): 1 for each image of the folds."""
         return np.isin(self.objective.samples.fold_of, folds).astype(np.int64)[None]
 
-    def _drawn(self, folds: Folds, n: int) -> Int:
+    def _drawn(self, folds: FoldNumbers, n: int) -> Int:
         """Return (n, I): how often each image of the folds is drawn, groups together."""
         samples = self.objective.samples
         images = np.flatnonzero(np.isin(samples.fold_of, folds))
@@ -281,7 +281,7 @@ class Search:
         return float(self.objective.measure(settings).values(weights)[0])
 
 
-def _but(folds: Folds, fold: int) -> Folds:
+def _all_but(folds: FoldNumbers, fold: int) -> FoldNumbers:
     return tuple(f for f in folds if f != fold) or folds
 
 
