@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 from cellseg_mm.cli import run_tool
+from cellseg_mm.core.layout import REPOSITORY, ensemble_dir, scores_path, work_dir_of
 
-ROOT = Path(__file__).resolve().parents[1]
 LEARNED_AP50 = 0.5
 
 
@@ -45,7 +45,7 @@ def main() -> int:
     print(screen_text(report), flush=True)
     # The configs read where the data are from here, in this process and in the steps' processes.
     os.environ['CELLSEG_DATA'] = str(data)
-    configs = sorted((ROOT / 'configs/sample').glob('fold*.py'))
+    configs = sorted((REPOSITORY / 'configs/sample').glob('fold*.py'))
     devices = cv.visible_devices()
     if devices == ['']:
         # Without a GPU the folds train side by side: a small model gains next to nothing from a
@@ -53,10 +53,11 @@ def main() -> int:
         devices = [''] * min(len(configs), os.cpu_count() or 1)
         os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // len(devices))))
     cv.run_plan(cv.make_plan(configs, work_root=args.out), devices)
-    scores_path = args.out / 'sample/ensemble/oof.scores.json'
-    ap50 = json.loads(scores_path.read_text())['headline']['segm_AP50']
-    print(f'out-of-fold mask AP50 {ap50:.3f} ({scores_path})')
-    print(f'pictures and submission: {scores_path.parent}')
+    work_dirs = [work_dir_of(path, args.out) for path in configs]
+    path = scores_path(ensemble_dir(work_dirs), 'oof')
+    ap50 = json.loads(path.read_text())['headline']['segm_AP50']
+    print(f'out-of-fold mask AP50 {ap50:.3f} ({path})')
+    print(f'pictures and submission: {path.parent}')
     if ap50 < LEARNED_AP50:
         print(f'error: expected at least {LEARNED_AP50}', file=sys.stderr)
     return int(ap50 < LEARNED_AP50)

@@ -29,11 +29,11 @@ def main() -> None:
     args = parse_args()
     from mmengine.config import Config
 
-    from cellseg_mm.core.layout import ensemble_dir, work_dirs_of
+    from cellseg_mm.core.layout import ensemble_dir, work_dir_of
     from cellseg_mm.data.config import dataset_settings, folds_path
     from cellseg_mm.selection.find_best import Inputs, find_best
 
-    work_dirs = work_dirs_of(args.configs, args.work_root)
+    work_dirs = [work_dir_of(path, args.work_root) for path in args.configs]
     data = dataset_settings(Config.fromfile(args.configs[0]), 'test_dataloader')
     inputs = Inputs(
         configs=tuple(args.configs),

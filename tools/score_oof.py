@@ -39,14 +39,15 @@ def main() -> None:
     from mmengine.config import Config
 
     from cellseg_mm.core import files
-    from cellseg_mm.core.layout import augmented_name, ensemble_dir, work_dirs_of
+    from cellseg_mm.core.layout import ensemble_dir, predictions_path, scores_path, work_dir_of
     from cellseg_mm.data import folds
     from cellseg_mm.data.config import dataset_settings, folds_path
     from cellseg_mm.data.images import find_images
     from cellseg_mm.ensemble import oof
     from cellseg_mm.ensemble.fusion_gain import fusion_gain
+    from cellseg_mm.scores.table import score_table
 
-    work_dirs = work_dirs_of(args.configs, args.work_root)
+    work_dirs = [work_dir_of(path, args.work_root) for path in args.configs]
     out = Path(args.out or ensemble_dir(work_dirs))
     data = dataset_settings(Config.fromfile(args.configs[0]), 'test_dataloader')
     if args.held_out is not None:
@@ -67,12 +68,12 @@ def main() -> None:
     in_force = folds.load_folds(folds_path(data))
     pool = oof.pool_predictions(paths, in_force, data.data_root, folds_path=folds_path(data))
     scores = oof.score_pool(pool)
-    stem = f'oof.{augmented_name(args.tta)}' if args.tta else 'oof'
-    oof.save_pool(out / f'{stem}.predictions.npz', pool)
+    paths = predictions_path(out, 'oof', args.tta), scores_path(out, 'oof', args.tta)
+    oof.save_pool(paths[0], pool)
     record = {**scores.to_dict(), 'provenance': oof.pool_origin(pool)}
-    files.write_json(out / f'{stem}.scores.json', record)
-    print(f'{scores.table()}\n\n{oof.describe(pool, scores, data.data_root)}')
-    print(f'written: {out / f"{stem}.scores.json"}, {out / f"{stem}.predictions.npz"}')
+    files.write_json(paths[1], record)
+    print(f'{score_table(scores)}\n\n{oof.describe(pool, scores, data.data_root)}')
+    print(f'written: {paths[1]}, {paths[0]}')
 
 
 if __name__ == '__main__':

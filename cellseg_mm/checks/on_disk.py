@@ -19,7 +19,7 @@ from mmengine.config import Config
 from cellseg_mm.checks.lines import Line, _guarded, error, ok, warn
 from cellseg_mm.core import files, provenance
 from cellseg_mm.core.errors import CellSegError
-from cellseg_mm.core.layout import FINISHED
+from cellseg_mm.core.layout import DATA_REPORT, FINISHED, INDEX, SCORES_SUFFIX
 from cellseg_mm.data.config import dataset_settings, folds_path
 from cellseg_mm.data.folds import excluded_by, load_folds
 from cellseg_mm.data.images import _cases_of
@@ -58,9 +58,9 @@ def check_data(cfg: Config) -> Iterator[Line]:
     data = dataset_settings(cfg)
     root, path = Path(data.data_root), folds_path(data)
     with tempfile.TemporaryDirectory() as folder:
-        for index in (path.parent / 'index.json', root / 'index.json'):
+        for index in (path.parent / INDEX, root / INDEX):
             if index.is_file():
-                shutil.copy(index, Path(folder) / 'index.json')
+                shutil.copy(index, Path(folder) / INDEX)
                 break
         manifest = root / 'manifest.csv'
         listed, exclude_file = excluded_by(path), None
@@ -86,7 +86,7 @@ def check_data(cfg: Config) -> Iterator[Line]:
         kinds[finding.kind] = kinds.get(finding.kind, 0) + 1
     if kinds:
         listed = ', '.join(f'{n} x {kind}' for kind, n in sorted(kinds.items()))
-        yield warn('data', f'{root}: {listed}; look at data_report.txt of tools/prepare_data.py')
+        yield warn('data', f'{root}: {listed}; look at {DATA_REPORT} of tools/prepare_data.py')
     n_cells = sum(sum(facts.counts) for facts in report.train)
     if not report.errors:
         yield ok(
@@ -269,7 +269,7 @@ def _check_json(path: Path) -> Iterator[Line]:
                 'train again',
             )
             return
-    if path.name.endswith('.scores.json') and not content.get('provenance'):
+    if path.name.endswith(SCORES_SUFFIX) and not content.get('provenance'):
         yield warn('result', f'{path}: does not say where it comes from; score again')
         return
     yield ok('result', f'{path}: opens')

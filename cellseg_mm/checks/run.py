@@ -21,13 +21,13 @@ from cellseg_mm import runtime
 from cellseg_mm.checks.lines import Line, _guarded, error, ok, warn
 from cellseg_mm.checks.on_disk import _now, check_data, check_work_dir
 from cellseg_mm.core.errors import CellSegError
-from cellseg_mm.core.layout import default_work_dir
+from cellseg_mm.core.layout import REPOSITORY, WORK_ROOT, work_dir_of
 from cellseg_mm.core.progress import track
 from cellseg_mm.data.config import dataset_settings, folds_path
 from cellseg_mm.data.images import _cases_of
 from cellseg_mm.data.labels import read_gt
 
-CONSTRAINTS = Path(__file__).resolve().parents[2] / 'constraints.txt'
+CONSTRAINTS = REPOSITORY / 'constraints.txt'
 MIN_FREE_GB = 5.0
 
 
@@ -39,7 +39,7 @@ def run_checks(config_paths: Sequence[str], *, work_root: str | None = None) -> 
         work_root: Folder of the work folders; None for ``work_dirs``.
     """
     yield from _guarded('environment', check_environment)
-    yield from _guarded('disk', functools.partial(check_disk, Path(work_root or 'work_dirs')))
+    yield from _guarded('disk', functools.partial(check_disk, Path(work_root or WORK_ROOT)))
     truths: dict[tuple, object] = {}
     for path in config_paths:
         yield ok('config', path)
@@ -48,11 +48,8 @@ def run_checks(config_paths: Sequence[str], *, work_root: str | None = None) -> 
         except Exception as problem:  # a config is a program: anything may come out of it
             yield error('config', f'{path}: cannot be read ({problem}); correct it')
             continue
-        work_dir = default_work_dir(path)
-        if work_root is not None:
-            work_dir = Path(work_root) / work_dir.relative_to('work_dirs')
         with DefaultScope.overwrite_default_scope('mmdet'):  # where types are looked up
-            yield from check_config(cfg, work_dir, truths)
+            yield from check_config(cfg, work_dir_of(path, work_root), truths)
 
 
 def check_config(cfg: Config, work_dir: Path, truths: dict[tuple, object]) -> Iterator[Line]:

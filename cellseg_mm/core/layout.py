@@ -9,38 +9,37 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
+REPOSITORY = Path(__file__).resolve().parents[2]
+WORK_ROOT = Path('work_dirs')
+
+# In a data folder.
+FOLDS = 'folds.json'
+INDEX = 'index.json'
+DATA_REPORT = 'data_report.txt'
+ID_MAP = 'test_image_name_to_ids.json'
+
+# In a work folder, or in the ensemble's.
+STARTED = 'started.json'
+FINISHED = 'finished.json'
+INFERENCE = 'inference.json'
+PREDICTIONS_SUFFIX = '.predictions.npz'
+SCORES_SUFFIX = '.scores.json'
 
 
-def default_work_dir(config_path: str | Path) -> Path:
-    """Return ``work_dirs/<path below configs, without suffix>``.
+def work_dir_of(config_path: str | Path, work_root: str | Path | None = None) -> Path:
+    """Return a config's work folder: ``<work_root>/<path below configs, without suffix>``.
 
     MMDetection takes the file's name alone; ``configs/fold0.py`` and ``configs/strong/fold0.py``
     would then write into the same folder.
+
+    Args:
+        config_path: For example ``configs/strong/fold0.py``.
+        work_root: Folder of the work folders; None for ``work_dirs``.
     """
     parts = Path(config_path).resolve().with_suffix('').parts
     last = len(parts) - 1 - parts[::-1].index('configs') if 'configs' in parts else len(parts) - 2
-    return Path('work_dirs', *parts[last + 1 :])
-
-
-STARTED = 'started.json'
-
-
-FINISHED = 'finished.json'
-
-
-ID_MAP = 'test_image_name_to_ids.json'
-
-
-def work_dirs_of(config_paths: Sequence[str], work_root: Path | str | None) -> list[Path]:
-    """Return the work folder of each config, below ``work_root`` or MMDetection's ``work_dirs``."""
-    pass
-
-    below = [default_work_dir(path).relative_to('work_dirs') for path in config_paths]
-    return [Path('work_dirs' if work_root is None else work_root) / path for path in below]
+    return Path(WORK_ROOT if work_root is None else work_root, *parts[last + 1 :])
 
 
 def ensemble_dir(work_dirs: Sequence[Path]) -> Path:
@@ -48,12 +47,53 @@ def ensemble_dir(work_dirs: Sequence[Path]) -> Path:
     return Path(os.path.commonpath([str(path.parent) for path in work_dirs])) / 'ensemble'
 
 
+def folds_file(data_root: str | Path, named: str | Path | None = None) -> Path:
+    """Return the folds file: ``folds.json`` of the data folder if None or ``auto`` is named."""
+    return Path(data_root) / FOLDS if named in (None, 'auto') else Path(str(named))
+
+
 def augmented_name(tta: str) -> str:
     """Return test-time augmentation as a part of a file's name: letters, digits and hyphens."""
     return re.sub(r'[^A-Za-z0-9]+', '-', tta).strip('-')
 
 
-VAL_FILE = 'val.predictions.npz'
+def result_name(split: str, tta: str = '') -> str:
+    """Return how the names of a split's results begin: ``val``, ``val.flips``.
+
+    Args:
+        split: ``train``, ``val``, ``test``, ``all``, or ``oof`` for all folds together.
+        tta: Test-time augmentation, as on the command line; '' for none.
+    """
+    return f'{split}.{augmented_name(tta)}' if tta else split
 
 
-TEST_FILE = 'test.predictions.npz'
+def predictions_path(folder: str | Path, split: str, tta: str = '') -> Path:
+    """Return ``<folder>/<split>.<tta>.predictions.npz``; see :func:`result_name`."""
+    return Path(folder) / f'{result_name(split, tta)}{PREDICTIONS_SUFFIX}'
+
+
+def scores_path(folder: str | Path, split: str, tta: str = '') -> Path:
+    """Return ``<folder>/<split>.<tta>.scores.json``; see :func:`result_name`."""
+    return Path(folder) / f'{result_name(split, tta)}{SCORES_SUFFIX}'
+
+
+def scores_beside(predictions: Path) -> Path:
+    """Return where the scores of a file of predictions go."""
+    return predictions.with_name(predictions.name.removesuffix(PREDICTIONS_SUFFIX) + SCORES_SUFFIX)
+
+
+def augmentations_of(work_dir: Path, split: str) -> list[str]:
+    """Return the augmentations, as in files' names, that a work folder has predictions of."""
+    paths = work_dir.glob(f'{split}.*{PREDICTIONS_SUFFIX}')
+    names = (p.name.removeprefix(f'{split}.').removesuffix(PREDICTIONS_SUFFIX) for p in paths)
+    return sorted(name for name in names if name and '.' not in name)
+
+
+def mark_of_test(work_dir: Path, tta: str = '') -> Path:
+    """Return the mark that says with which settings a fold was tested."""
+    return work_dir / f'{result_name("tested", tta)}.json'
+
+
+def on_fold_dir(work_dir: str | Path, fold: int) -> Path:
+    """Return where a member's results on a fold that it was not trained on go."""
+    return Path(work_dir) / f'on_fold{fold}'

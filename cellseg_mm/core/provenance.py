@@ -11,6 +11,8 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
+from cellseg_mm.core.layout import REPOSITORY
+
 PACKAGES = (
     'cellseg-mm',
     'torch',
@@ -30,14 +32,13 @@ PACKAGES = (
 @functools.cache
 def code_commit() -> str:
     """Return the commit of this code, with ``+`` when files differ; '' outside a clone or git."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / '.git').exists():
+    if not (REPOSITORY / '.git').exists():
         return ''
 
     def git(*words: str) -> str:
         try:
             result = subprocess.run(
-                ['git', '-C', str(root), *words], capture_output=True, text=True, check=False
+                ['git', '-C', str(REPOSITORY), *words], capture_output=True, text=True, check=False
             )
         except OSError:  # a container with the clone but without git
             return ''

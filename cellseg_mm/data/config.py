@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cellseg_mm.core.errors import ConfigError
+from cellseg_mm.core.layout import folds_file
 
 if TYPE_CHECKING:
     from mmengine.config import Config, ConfigDict
@@ -36,5 +37,4 @@ def dataset_settings(cfg: Config, loader: str = 'train_dataloader') -> ConfigDic
 
 def folds_path(settings: ConfigDict) -> Path:
     """Return where a CellDataset's settings say the folds are."""
-    named = settings.get('folds_file', 'auto')
-    return Path(settings.data_root) / 'folds.json' if named in (None, 'auto') else Path(named)
+    return folds_file(settings.data_root, settings.get('folds_file'))

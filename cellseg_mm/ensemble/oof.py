@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cellseg_mm.core.errors import FoldError, PredictionError
 from cellseg_mm.core.instances import InstanceSet
-from cellseg_mm.core.layout import augmented_name
+from cellseg_mm.core.layout import on_fold_dir, predictions_path
 from cellseg_mm.core.progress import track
 from cellseg_mm.core.provenance import code_commit, versions
 from cellseg_mm.data.folds import Folds
@@ -24,7 +24,7 @@ from cellseg_mm.scores.score import score
 
 
 @dataclass(frozen=True, slots=True)
-class Pool:
+class OofPool:
     """Out-of-fold predictions beside the truth.
 
     Attributes:
@@ -55,7 +55,7 @@ class Pool:
 
 def pool_predictions(
     paths: Sequence[Path | str], folds: Folds, data_root: Path | str, *, folds_path: Path | str = ''
-) -> Pool:
+) -> OofPool:
     """Join the validation predictions of several folds.
 
     Args:
@@ -94,7 +94,7 @@ def pool_predictions(
     for name, fold, predicted in rows:
         _check_case(cases.get(name), predicted, fold, data_root)
     gt = [read_gt(cases[name]) for name, _, _ in track(rows, description='ground truth')]
-    return Pool(
+    return OofPool(
         pred_sets=tuple(row[2] for row in rows),
         gt_sets=tuple(gt),
         fold_of=tuple(row[1] for row in rows),
@@ -106,7 +106,7 @@ def pool_predictions(
     )
 
 
-def score_pool(pool: Pool, params: ScoreParams | None = None) -> Scores:
+def score_pool(pool: OofPool, params: ScoreParams | None = None) -> Scores:
     """Score a pool; intervals resample groups of images where the folds know any."""
     return score(pool.gt_sets, pool.pred_sets, pool.class_names, params, groups=pool.groups)
 
@@ -167,7 +167,7 @@ def _check_trained(path: Path, trained: object, fold: int, fold_hash: str) -> No
         )
 
 
-def describe(pool: Pool, scores: Scores, data_root: Path | str) -> str:
+def describe(pool: OofPool, scores: Scores, data_root: Path | str) -> str:
     """Return the headline and what it rests on, for a terminal."""
     value = scores.headline()['segm_AP50']
     low, high = scores.intervals.get('segm_AP50', (float('nan'), float('nan')))
@@ -185,7 +185,7 @@ def describe(pool: Pool, scores: Scores, data_root: Path | str) -> str:
     )
 
 
-def save_pool(path: Path | str, pool: Pool) -> None:
+def save_pool(path: Path | str, pool: OofPool) -> None:
     """Write the pooled predictions as one prediction file; see docs/formats.md."""
     members = {
         str(fold): {
@@ -206,7 +206,7 @@ def save_pool(path: Path | str, pool: Pool) -> None:
     save_predictions(path, Predictions(sets, provenance))
 
 
-def pool_origin(pool: Pool) -> dict:
+def pool_origin(pool: OofPool) -> dict:
     """Return where a pool's predictions and scores come from, as JSON values without paths."""
     hashes = {str(p.get('data_hash') or '') for p in pool.provenance.values()}
     return {
@@ -234,9 +234,8 @@ def validation_files(
     Raises:
         PredictionError: Some are missing; names the commands that make them.
     """
-    name = f'val.{augmented_name(tta)}' if tta else 'val'
     return _existing(
-        [work_dir / f'{name}.predictions.npz' for work_dir in work_dirs],
+        [predictions_path(work_dir, 'val', tta) for work_dir in work_dirs],
         [
             f'python tools/test.py {config} --work-dir {work_dir}'
             + (f' --tta {tta}' if tta else '')
@@ -252,9 +251,10 @@ def held_out_files(configs: Sequence[str], work_dirs: Sequence[Path], fold: int)
         PredictionError: Some are missing; names the commands that make them.
     """
     return _existing(
-        [work_dir / f'on_fold{fold}' / 'val.predictions.npz' for work_dir in work_dirs],
+        [predictions_path(on_fold_dir(work_dir, fold), 'val') for work_dir in work_dirs],
         [
-            f'python tools/test.py {config} --work-dir {work_dir} --out {work_dir}/on_fold{fold} '
+            f'python tools/test.py {config} --work-dir {work_dir} '
+            f'--out {on_fold_dir(work_dir, fold)} '
             f'--cfg-options test_dataloader.dataset.fold={fold}'
             for config, work_dir in zip(configs, work_dirs, strict=True)
         ],

@@ -16,7 +16,7 @@ from mmdet.datasets.base_det_dataset import BaseDetDataset
 from mmdet.registry import DATASETS
 from mmengine.logging import print_log
 
-from cellseg_mm.core import worker_watch
+from cellseg_mm.core import layout, worker_watch
 from cellseg_mm.core.errors import CellSegError, ConfigError, FoldError
 from cellseg_mm.core.files import text_hash
 from cellseg_mm.data.folds import excluded_by, load_folds
@@ -75,8 +75,7 @@ class CellDataset(BaseDetDataset):
         self.split = split
         self.fold = fold
         self.exclude_folds = tuple(sorted(set(exclude_folds)))
-        is_auto = folds_file in (None, 'auto')
-        self.folds_file = Path(data_root) / 'folds.json' if is_auto else Path(folds_file)
+        self.folds_file = layout.folds_file(data_root, folds_file)
         self.fold_hash = ''
         self.data_hash = ''
         worker_watch.prepare()

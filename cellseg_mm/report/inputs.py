@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cellseg_mm.core.errors import ConfigError, DataError, PredictionError
-from cellseg_mm.core.layout import TEST_FILE, VAL_FILE
+from cellseg_mm.core.layout import FINISHED, ensemble_dir, predictions_path, work_dir_of
 from cellseg_mm.data.cases import find_cases
 from cellseg_mm.data.folds import Folds, excluded_by, load_folds
-from cellseg_mm.ensemble.oof import Pool, pool_predictions
+from cellseg_mm.ensemble.oof import OofPool, pool_predictions
 from cellseg_mm.report.logs import TrainingLog, read_training_log, step_of_checkpoint
 from cellseg_mm.results.overlay import default_colours
 from cellseg_mm.results.predictions import Predictions, load_predictions
@@ -80,7 +80,7 @@ class ReportInputs:
     palette: tuple[Rgb, ...]
     red_blue_swapped: bool
     data_root: Path | None
-    pool: Pool | None
+    pool: OofPool | None
     ensemble: Predictions | None
     ensemble_path: Path
     notes: tuple[str, ...] = ()
@@ -119,20 +119,15 @@ def from_configs(
     """
     from mmengine.config import Config
 
-    from cellseg_mm.core.layout import default_work_dir, ensemble_dir
-
     if not config_paths:
         raise ConfigError('report: no configs given; expected for example configs/*.py')
     runs, configs = [], []
     for path in sorted(map(str, config_paths)):
         if not Path(path).is_file():
             raise ConfigError(f'{path}: no such config file; check the path')
-        work_dir = default_work_dir(path)
-        if work_root is not None:
-            work_dir = Path(work_root) / work_dir.relative_to('work_dirs')
         cfg = Config.fromfile(path)
         configs.append(cfg)
-        runs.append(_fold_run(cfg, work_dir, path))
+        runs.append(_fold_run(cfg, work_dir_of(path, work_root), path))
     ensemble = Path(out_dir) if out_dir is not None else ensemble_dir([r.work_dir for r in runs])
     names = sorted({run.work_dir.parent.name for run in runs} - {'work_dirs', ''})
     title = f'Report on {len(runs)} folds' + (f' of {", ".join(names)}' if names else '')
@@ -149,9 +144,10 @@ def from_work_dir(work_dir: Path | str) -> ReportInputs:
 
     work_dir = Path(work_dir)
     own = _newest_config(work_dir)
-    if own is None and not (work_dir / TEST_FILE).is_file():
+    if own is None and not predictions_path(work_dir, 'test').is_file():
         raise ConfigError(
-            f'{work_dir}: found neither a config (*.py) nor {TEST_FILE}; expected the work folder '
+            f'{work_dir}: found neither a config (*.py) nor '
+            f'{predictions_path(work_dir, "test").name}; expected the work folder '
             'of a fold or of an ensemble; check the path'
         )
     if own is not None and not _is_ensemble(work_dir):
@@ -168,8 +164,9 @@ def from_work_dir(work_dir: Path | str) -> ReportInputs:
 
 
 def _is_ensemble(folder: Path) -> bool:
-    marks = ('finished.json', 'last_checkpoint', VAL_FILE)
-    return (folder / TEST_FILE).is_file() and not any((folder / name).exists() for name in marks)
+    marks = (folder / FINISHED, folder / 'last_checkpoint', predictions_path(folder, 'val'))
+    is_fused = predictions_path(folder, 'test').is_file()
+    return is_fused and not any(mark.exists() for mark in marks)
 
 
 def _newest_config(folder: Path) -> Path | None:
@@ -178,14 +175,13 @@ def _newest_config(folder: Path) -> Path | None:
 
 
 def _fold_run(cfg: Config, work_dir: Path, config_path: str) -> FoldRun:
-    from cellseg_mm.core.layout import FINISHED
     from cellseg_mm.data.config import dataset_settings
 
     dumped = _newest_config(work_dir) if work_dir.is_dir() else None
     mark = work_dir / FINISHED
     finished = json.loads(mark.read_text()) if mark.is_file() else {}
     best = str(finished.get('best', ''))
-    predictions = work_dir / VAL_FILE
+    predictions = predictions_path(work_dir, 'val')
     missing = ''
     if not mark.is_file():
         missing = f'training has not finished: python tools/train.py {config_path} --resume'
@@ -207,15 +203,15 @@ def _fold_run(cfg: Config, work_dir: Path, config_path: str) -> FoldRun:
 
 
 def _gathered(
-    title: str, runs: Sequence[FoldRun], cfg: Config | None, ensemble_dir: Path
+    title: str, runs: Sequence[FoldRun], cfg: Config | None, out_dir: Path
 ) -> ReportInputs:
-    ensemble_path = ensemble_dir / TEST_FILE
+    ensemble_path = predictions_path(out_dir, 'test')
     ensemble = load_predictions(ensemble_path) if ensemble_path.is_file() else None
     notes = [f'{run.name}: {run.missing}' for run in runs if run.missing]
     class_names, palette, swapped, data_root = _data_settings(cfg, ensemble)
     if cfg is None:
         notes.append(
-            f'No config beside {ensemble_dir}: the data folder is unknown, so no picture is shown, '
+            f'No config beside {out_dir}: the data folder is unknown, so no picture is shown, '
             'and colours are the default ones.'
         )
     pool = _pool(runs, cfg, data_root)
@@ -256,7 +252,7 @@ def _excluded(cfg: Config | None) -> tuple[str, ...] | None:
     return excluded_by(folds_path(dataset_settings(cfg, 'val_dataloader')))
 
 
-def _stale(runs: Sequence[FoldRun], pool: Pool | None) -> list[str]:
+def _stale(runs: Sequence[FoldRun], pool: OofPool | None) -> list[str]:
     """Return a sentence for each fold whose predictions are not of its chosen checkpoint."""
     by_name = {f'fold {fold}': p for fold, p in pool.provenance.items()} if pool else {}
     return [
@@ -301,7 +297,7 @@ def _palette(named: Sequence[Sequence[int]], n_classes: int) -> tuple[Rgb, ...]:
     return tuple(colours)
 
 
-def _pool(runs: Sequence[FoldRun], cfg: Config | None, data_root: Path | None) -> Pool | None:
+def _pool(runs: Sequence[FoldRun], cfg: Config | None, data_root: Path | None) -> OofPool | None:
     paths = [run.predictions_path for run in runs if run.predictions_path is not None]
     if not paths or cfg is None or data_root is None:
         return None

@@ -17,6 +17,7 @@ import numpy as np
 from cellseg_mm.core import files
 from cellseg_mm.core.errors import PredictionError
 from cellseg_mm.core.files import JsonValue
+from cellseg_mm.core.layout import INFERENCE, augmentations_of, on_fold_dir, predictions_path
 from cellseg_mm.core.progress import track
 from cellseg_mm.data.folds import Folds, load_folds
 from cellseg_mm.data.images import find_images
@@ -44,7 +45,6 @@ from cellseg_mm.selection.search import (
     difference,
 )
 
-FILE_NAME = 'inference.json'
 N_PARTS = 5  # of a held-out fold on which fusion rules are compared
 OBJECTIVES: dict[Profile, tuple[type[Ap50] | type[Mpq], dict[str, Options]]] = {
     'submission': (Ap50, AP_STEPS),
@@ -97,7 +97,7 @@ def find_best(inputs: Inputs, out_dir: Path | str) -> str:
     for profile, choice in fusions.items():
         fusion, score_thr = choice.settings.fusion, choice.settings.score_thr
         settings[profile] = replace(settings[profile], fusion=fusion, score_thr=score_thr)
-    path = Path(out_dir) / FILE_NAME
+    path = Path(out_dir) / INFERENCE
     commands = _commands(inputs, path)
     record = {
         'version': VERSION,
@@ -149,9 +149,9 @@ def read_samples(inputs: Inputs, folds: Folds) -> tuple[Samples, dict[str, str]]
         )
     views = {(None, DEFAULT_FUSION): pool.pred_sets}
     notes: dict[str, str] = {}
-    names = sorted({name for d in inputs.work_dirs for name in _tta_names(d)})
+    names = sorted({name for d in inputs.work_dirs for name in augmentations_of(d, 'val')})
     for name in names:
-        paths = [d / f'val.{name}.predictions.npz' for d in inputs.work_dirs]
+        paths = [predictions_path(d, 'val', name) for d in inputs.work_dirs]
         missing = [str(path) for path in paths if not path.is_file()]
         if missing:
             notes[f'tta {name}'] = f'{len(missing)} folds lack it, for example {missing[0]}'
@@ -182,7 +182,7 @@ def read_samples(inputs: Inputs, folds: Folds) -> tuple[Samples, dict[str, str]]
     return Samples(pool.gt_sets, views, fold_of, pool.class_names, pool.groups), notes
 
 
-def _not_comparable(plain: oof.Pool, augmented: oof.Pool) -> str:
+def _not_comparable(plain: oof.OofPool, augmented: oof.OofPool) -> str:
     """Return why a difference would not be due to the augmentation; '' if it would."""
     for fold, origin in augmented.provenance.items():
         ours, theirs = (o.get('checkpoint_hash') for o in (origin, plain.provenance[fold]))
@@ -197,11 +197,6 @@ def _not_comparable(plain: oof.Pool, augmented: oof.Pool) -> str:
     return ''
 
 
-def _tta_names(work_dir: Path) -> list[str]:
-    parts = [path.name.split('.') for path in sorted(work_dir.glob('val.*.predictions.npz'))]
-    return [words[1] for words in parts if len(words) == 4]
-
-
 def read_fusion_samples(inputs: Inputs, folds: Folds) -> tuple[Samples | None, str]:
     """Fuse the members' predictions of a fold that none of them saw, by every rule.
 
@@ -214,7 +209,7 @@ def read_fusion_samples(inputs: Inputs, folds: Folds) -> tuple[Samples | None, s
     held_out = [
         fold
         for fold in range(folds.n_folds)
-        if all((d / f'on_fold{fold}' / 'val.predictions.npz').is_file() for d in inputs.work_dirs)
+        if all(predictions_path(on_fold_dir(d, fold), 'val').is_file() for d in inputs.work_dirs)
     ]
     if not held_out or len(inputs.work_dirs) < 2:
         return None, (
@@ -232,10 +227,9 @@ def read_fusion_samples(inputs: Inputs, folds: Folds) -> tuple[Samples | None, s
     views = {}
     for name in track(rules, description='fuse'):
         rule = from_spec(name)
-        if not rule.needs_models:
-            views[None, name] = tuple(
-                fuse([sets[i] for sets in sets_of], rule) for i in range(len(images.cases))
-            )
+        views[None, name] = tuple(
+            fuse([sets[i] for sets in sets_of], rule) for i in range(len(images.cases))
+        )
     groups = [folds.groups.get(case.name, case.name) for case in images.cases]
     part_of = {group: i % N_PARTS for i, group in enumerate(sorted(set(groups)))}
     samples = Samples(
@@ -245,11 +239,7 @@ def read_fusion_samples(inputs: Inputs, folds: Folds) -> tuple[Samples | None, s
         inputs.class_names,
         folds.groups,
     )
-    left_out = sorted(name for name, rule in FUSION_RULES.items() if rule.needs_models)
-    return samples, (
-        f'compared on {len(images.cases)} images of fold {fold} that no member saw; '
-        f'{", ".join(left_out)} work on models and were not compared'
-    )
+    return samples, f'compared on {len(images.cases)} images of fold {fold} that no member saw'
 
 
 def _commands(inputs: Inputs, path: Path) -> list[str]:

@@ -24,7 +24,16 @@ from mmengine.config import Config
 from cellseg_mm.cli import add_config_arguments
 from cellseg_mm.core import files
 from cellseg_mm.core.errors import ConfigError, PredictionError
-from cellseg_mm.core.layout import FINISHED, default_work_dir, ensemble_dir
+from cellseg_mm.core.layout import (
+    FINISHED,
+    INFERENCE,
+    REPOSITORY,
+    ensemble_dir,
+    mark_of_test,
+    predictions_path,
+    result_name,
+    work_dir_of,
+)
 from cellseg_mm.data.config import dataset_settings
 from cellseg_mm.model.tta import file_name
 from cellseg_mm.results.predictions import load_predictions
@@ -32,7 +41,7 @@ from cellseg_mm.training.load_config import refuse_unknown_keys
 from cellseg_mm.training.marks import finished_state, fold_hash_of, read_mark
 from cellseg_mm.training.step_runner import StepRunner, locked
 
-TOOLS = Path(__file__).resolve().parents[2] / 'tools'
+TOOLS = REPOSITORY / 'tools'
 # What decides a fold's predictions, given its checkpoint.
 TEST_KEYS = ('model', 'test_dataloader', 'test_cfg')
 
@@ -147,10 +156,7 @@ def _fold(path: str, work_root: Path | str | None, changes: dict) -> _Fold:
     cfg = Config.fromfile(path)
     refuse_unknown_keys(cfg, changes)
     cfg.merge_from_dict(changes)
-    work_dir = default_work_dir(path)
-    if work_root is not None:
-        work_dir = Path(work_root) / work_dir.relative_to('work_dirs')
-    return _Fold(path, cfg, int(dataset_settings(cfg).fold), work_dir)
+    return _Fold(path, cfg, int(dataset_settings(cfg).fold), work_dir_of(path, work_root))
 
 
 def _tool(name: str, *words: str | Path) -> tuple[str, ...]:
@@ -173,20 +179,20 @@ def _fold_steps(fold: _Fold, options: Sequence[str], ttas: Sequence[str]) -> tup
 
 
 def _test_step(fold: _Fold, tta: str, extra: Sequence[str | Path], *, is_trained: bool) -> Step:
-    name = f'.{file_name(tta)}' if tta else ''
+    name = file_name(tta) if tta else ''
     is_tested, why = _is_tested(fold, name, is_trained=is_trained)
     return Step(
         f'test fold {fold.fold}' + (f' with {tta}' if tta else ''),
         _tool('test.py', fold.config, *(['--tta', tta] if tta else []), *extra),
         is_tested,
         why,
-        fold.work_dir / 'cross_validation' / f'test{name}.log',
+        fold.work_dir / 'cross_validation' / f'{result_name("test", name)}.log',
         partial(_mark_tested, fold, name),
     )
 
 
 def _is_tested(fold: _Fold, name: str, *, is_trained: bool) -> tuple[bool, str]:
-    path = fold.work_dir / f'val{name}.predictions.npz'
+    path = predictions_path(fold.work_dir, 'val', name)
     if not is_trained:
         return False, 'needs the trained fold'
     if not path.is_file():
@@ -199,15 +205,11 @@ def _is_tested(fold: _Fold, name: str, *, is_trained: bool) -> tuple[bool, str]:
         return False, f'{path} is of another checkpoint'
     if provenance.get('fold_hash') != fold_hash_of(fold.cfg):
         return False, f'{path} is of other folds'
-    mark = _tested_mark(fold, name)
+    mark = mark_of_test(fold.work_dir, name)
     # Without the mark the user has tested by hand; the checkpoint and the folds are right.
     if mark.is_file() and _read_tested(mark) != _test_hash(fold.cfg):
         return False, f'{path} was made with other settings'
     return True, f'{path}'
-
-
-def _tested_mark(fold: _Fold, name: str) -> Path:
-    return fold.work_dir / f'tested{name}.json'
 
 
 def _test_hash(cfg: Config) -> str:
@@ -217,7 +219,7 @@ def _test_hash(cfg: Config) -> str:
 
 
 def _mark_tested(fold: _Fold, name: str) -> None:
-    files.write_json(_tested_mark(fold, name), {'settings': _test_hash(fold.cfg)})
+    files.write_json(mark_of_test(fold.work_dir, name), {'settings': _test_hash(fold.cfg)})
 
 
 def _read_tested(path: Path) -> str:
@@ -241,7 +243,7 @@ def _final_steps(
         (
             'ensemble on the test images',
             'ensemble.py',
-            ['--settings', out / 'inference.json', '--overlays', '8', *changes],
+            ['--settings', out / INFERENCE, '--overlays', '8', *changes],
         ),
         ('report', 'report.py', []),
     ]

@@ -17,7 +17,7 @@ from mmengine.logging import print_log
 from mmengine.utils.dl_utils import set_multi_processing
 
 from cellseg_mm.core.errors import ConfigError
-from cellseg_mm.core.layout import default_work_dir
+from cellseg_mm.core.layout import work_dir_of
 
 # What Runner, MMDetection's tools or our own read. Any other name in a config is a variable that
 # was used while the file was read: to change it afterwards changes nothing.
@@ -47,7 +47,7 @@ def load_config(args: argparse.Namespace) -> Config:
         refuse_unknown_keys(cfg, args.cfg_options)
         cfg.merge_from_dict(args.cfg_options)
     cfg.launcher = args.launcher
-    cfg.work_dir = str(args.work_dir or cfg.get('work_dir') or default_work_dir(args.config))
+    cfg.work_dir = str(args.work_dir or cfg.get('work_dir') or work_dir_of(args.config))
     adapt_to_machine(cfg)
     return cfg
 

@@ -19,20 +19,15 @@ from mmengine.logging import print_log
 from cellseg_mm.core.errors import ConfigError, PredictionError
 from cellseg_mm.core.files import write_json
 from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.core.layout import PREDICTIONS_SUFFIX, SCORES_SUFFIX
 from cellseg_mm.core.provenance import code_commit, versions
 from cellseg_mm.data.labels import Case, read_gt
 from cellseg_mm.model.caps import count_truncation
 from cellseg_mm.model.detections import to_instance_set
 from cellseg_mm.results.predictions import Predictions, save_predictions
-from cellseg_mm.scores.records import ScoreParams, Scores
+from cellseg_mm.scores.records import COCO_NAMES, ScoreParams, Scores
 from cellseg_mm.scores.score import score
-
-# Names that people know from CocoMetric, for ``save_best`` and curves; the others keep theirs.
-COCO_NAMES = {
-    f'{kind}_{ours}': f'{kind}_{theirs}'
-    for kind in ('segm', 'bbox')
-    for ours, theirs in (('AP', 'mAP'), ('AP50', 'mAP_50'), ('AP75', 'mAP_75'))
-}
+from cellseg_mm.scores.table import score_table
 
 
 @METRICS.register_module()
@@ -138,7 +133,7 @@ class CellMetric(BaseMetric):
             )
         preds, gts = zip(*(by_id[image_id] for image_id in sorted(by_id)), strict=True)
         scores = score(gts, preds, self._class_names(), self.params, groups=self.groups)
-        print_log('\n' + scores.table(), logger='current')
+        print_log('\n' + score_table(scores), logger='current')
         if self.max_per_img is not None:
             report = count_truncation(preds, self.max_per_img, score_thr=self.score_thr)
             print_log(report.describe(), logger='current')
@@ -162,8 +157,8 @@ class CellMetric(BaseMetric):
             'max_per_img': self.max_per_img,
             'versions': versions(),
         }
-        predictions_path = Path(f'{self.outfile_prefix}.predictions.npz')
-        scores_path = Path(f'{self.outfile_prefix}.scores.json')
+        predictions_path = Path(f'{self.outfile_prefix}{PREDICTIONS_SUFFIX}')
+        scores_path = Path(f'{self.outfile_prefix}{SCORES_SUFFIX}')
         origin = {**known, **self.provenance}
         save_predictions(predictions_path, Predictions(preds, origin))
         write_json(scores_path, {**scores.to_dict(), 'provenance': origin})

@@ -18,7 +18,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from cellseg_mm.core.errors import CheckpointError, ConfigError, FoldError
-from cellseg_mm.core.layout import STARTED
+from cellseg_mm.core.layout import FOLDS, STARTED, result_name
 from cellseg_mm.data.config import dataset_settings, folds_path
 from cellseg_mm.data.preparing import prepare
 from cellseg_mm.data.preparing.groups import GroupRule
@@ -135,7 +135,7 @@ def ensure_folds(cfg: Config) -> None:
     settings = dataset_settings(cfg)
     data_root = Path(settings.data_root)
     path = folds_path(settings)
-    if not path.is_file() and path.name != 'folds.json':
+    if not path.is_file() and path.name != FOLDS:
         raise FoldError(
             f'{path}: no such file; expected folds; prepare_data.py writes them as folds.json '
             'into the folder of --out; correct CELLSEG_FOLDS (or folds_file), or rename the file'
@@ -183,7 +183,7 @@ def score_checkpoint(
     path = Path(checkpoint) if checkpoint not in (None, 'best') else best_checkpoint(cfg.work_dir)
     cfg.load_from, cfg.resume = str(path), False
     split = dataset_settings(cfg, 'test_dataloader').split
-    named = f'{split}.{tta.file_name(tta_spec)}' if tta_spec else split
+    named = result_name(split, tta.file_name(tta_spec) if tta_spec else '')
     _metric_of(cfg).outfile_prefix = str(Path(out_dir or cfg.work_dir) / named)
     if tta_spec:
         _augment_test(cfg, tta_spec)

@@ -22,6 +22,7 @@ import numpy as np
 
 from cellseg_mm.core.errors import CellSegError, DataError, FoldError
 from cellseg_mm.core.files import write_json, write_text
+from cellseg_mm.core.layout import DATA_REPORT, FOLDS, INDEX
 from cellseg_mm.core.progress import track
 from cellseg_mm.data import folds as fold_files
 from cellseg_mm.data.cases import Case, Scan, read_exclude, scan_cases
@@ -62,7 +63,7 @@ def prepare(data_root: Path | str, params: PrepareParams | None = None) -> Prepa
     out_dir = params.out_dir or root
     _check_writable(root, out_dir)
     train_scan, test_scan = _scan_both(root, params)
-    index = _Index.load(out_dir / 'index.json', params) if params.use_index else _Index({})
+    index = _Index.load(out_dir / INDEX, params) if params.use_index else _Index({})
     train = _check_all(train_scan.cases, index, params, is_labelled=True)
     test = _check_all(test_scan.cases, index, params, is_labelled=False)
     errors = [*train_scan.problems, *test_scan.problems]
@@ -80,7 +81,7 @@ def prepare(data_root: Path | str, params: PrepareParams | None = None) -> Prepa
         excluded=tuple(sorted({*train_scan.excluded, *test_scan.excluded})),
         groups={},
         folds=None,
-        folds_path=out_dir / 'folds.json',
+        folds_path=out_dir / FOLDS,
         is_folds_kept=False,
         n_reused=index.n_reused,
     )
@@ -104,7 +105,7 @@ def _check_writable(root: Path, out_dir: Path) -> None:
     nearest = next(p for p in (out_dir, *out_dir.absolute().parents) if p.exists())
     if not os.access(nearest, os.W_OK | os.X_OK) or not nearest.is_dir():
         raise CellSegError(
-            f'{out_dir}: cannot be written; expected a folder for folds.json and index.json; '
+            f'{out_dir}: cannot be written; expected a folder for {FOLDS} and {INDEX}; '
             'name another with --out.'
         )
 
@@ -263,8 +264,8 @@ def _existing_folds(path: Path, made: Folds, params: PrepareParams) -> Folds | N
 
 def _write_results(report: PrepareReport, out_dir: Path, index: dict) -> None:
     try:
-        write_json(out_dir / 'index.json', index, indent=None)
-        write_text(out_dir / 'data_report.txt', full_text(report))
+        write_json(out_dir / INDEX, index, indent=None)
+        write_text(out_dir / DATA_REPORT, full_text(report))
         folds = report.folds
         if folds is not None and (
             not report.is_folds_kept
@@ -275,7 +276,7 @@ def _write_results(report: PrepareReport, out_dir: Path, index: dict) -> None:
     except OSError as problem:
         raise CellSegError(
             f'{out_dir}: cannot be written ({problem.strerror}); expected a folder with space for '
-            'folds.json and index.json; make room, or name another with --out.'
+            f'{FOLDS} and {INDEX}; make room, or name another with --out.'
         ) from problem
 
 

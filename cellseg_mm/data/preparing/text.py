@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cellseg_mm.core.layout import DATA_REPORT, folds_file
 from cellseg_mm.core.text_table import _table
 from cellseg_mm.data.preparing.case_checks import Finding
 from cellseg_mm.data.preparing.records import PrepareReport
@@ -32,7 +33,7 @@ def next_command(report: PrepareReport, environment: Mapping[str, str]) -> str:
     if Path(environment.get('CELLSEG_DATA', 'data')).resolve() != root.resolve():
         exports.append(f'CELLSEG_DATA={shlex.quote(str(root.resolve()))}')
     named = environment.get('CELLSEG_FOLDS', 'auto')
-    if (root / 'folds.json' if named == 'auto' else Path(named)).resolve() != folds.resolve():
+    if folds_file(root, named).resolve() != folds.resolve():
         exports.append(f'CELLSEG_FOLDS={shlex.quote(str(folds.resolve()))}')
     train = 'python tools/train.py configs/fold0.py'
     return f'export {" ".join(exports)} && {train}' if exports else train
@@ -121,6 +122,6 @@ def _warning_text(warnings: Sequence[Finding], shown: int | None) -> str:
         lines = [f'Warning, {kind}: {sum(w.count for w in found)} in {len(found)} place(s).']
         lines += [f'  {warning.text}' for warning in found[:shown]]
         if shown is not None and len(found) > shown:
-            lines.append(f'  ... and {len(found) - shown} more in data_report.txt')
+            lines.append(f'  ... and {len(found) - shown} more in {DATA_REPORT}')
         blocks.append('\n'.join(lines))
     return '\n'.join(blocks)
