@@ -24,7 +24,8 @@ from mmengine.runner import Runner
 from torch import nn
 
 from cellseg_mm.core.instances import InstanceSet
-from cellseg_mm.predict.predict import LIKELY_PROPOSAL
+
+LIKELY_PROPOSAL = 0.9  # a region proposal that scores so much most likely shows a cell
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cellseg_mm.core.errors import ConfigError
+from cellseg_mm.core.files import JsonValue
 from cellseg_mm.data.image_reader import SUFFIXES
 
 DOUBLE_SUFFIX = re.compile(r'\.ome\.tiff?$', re.IGNORECASE)
@@ -38,7 +39,7 @@ class Item:
         """A COCO image id that depends on the name alone."""
         return int(hashlib.sha256(self.name.encode()).hexdigest()[:8], 16) >> 1
 
-    def fingerprint(self) -> dict:
+    def fingerprint(self) -> dict[str, JsonValue]:
         """Return what changes when the file changes."""
         status = self.path.stat()
         return {'path': str(self.path), 'bytes': status.st_size, 'mtime_ns': status.st_mtime_ns}

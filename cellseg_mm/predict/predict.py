@@ -8,10 +8,9 @@ a file that cannot be read costs its own result and nothing else.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,47 +19,52 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cellseg_mm.core import files
-from cellseg_mm.core.errors import CellSegError, ConfigError, PredictionError
+from cellseg_mm.core.errors import CellSegError, ConfigError
+from cellseg_mm.core.files import JsonValue
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.core.progress import track
 from cellseg_mm.core.provenance import code_commit, versions
 from cellseg_mm.data.image_reader import SUFFIXES, ImageReader, open_image
 from cellseg_mm.data.preparing.case_checks import DIM_SHARE
 from cellseg_mm.predict.items import Item
+from cellseg_mm.predict.state import Journal, State
 from cellseg_mm.predict.tiling import StitchParams, StitchReport, Tile, plan_tiles, stitch
 from cellseg_mm.results import export
-from cellseg_mm.results.formats import Look, check_words, path_of, write_formats
-from cellseg_mm.results.predictions import Predictions, load_predictions, save_predictions
+from cellseg_mm.results.formats import Look, check_words, write_formats
+from cellseg_mm.results.predictions import Predictions, save_predictions
 
 logger = logging.getLogger(__name__)
 
 Picture = NDArray[np.uint8]
 
-LIKELY_PROPOSAL = 0.9  # a region proposal that scores so much most likely shows a cell
 VERSION = 1  # of this module's results; raise it when the same settings give other files
 
 
 class Detector(Protocol):
-    """What finds cells in pictures.
+    """What finds cells in pictures: the port that models, and whatever else finds cells, fill.
 
     Attributes:
         identity: JSON values that change whenever the same picture could give other instances.
         provenance: Further JSON values for the result files.
-        batch_size: Pictures that it takes at once.
+        batch_size: Pictures that it takes at once; may change while it works.
         cap: Most instances that it returns for a picture; 0 if it has no limit.
-        proposal_cut: Highest score of region proposals that a cap may have cut since it was set to
-            0; see ``proposal_caps``.
+        notes: Sentences that a person should know of the image that ``detect`` was last given,
+            about all of its pictures so far; another ``name`` begins anew.
     """
 
-    identity: Mapping
-    provenance: Mapping
+    identity: Mapping[str, JsonValue]
+    provenance: Mapping[str, JsonValue]
     batch_size: int
     cap: int
-    proposal_cut: float
+    notes: Sequence[str]
 
     def detect(self, pictures: Sequence[Picture], name: str) -> list[InstanceSet]:
-        """Return the instances of each picture, (h, w, 3) uint8 in the files' channel order."""
+        """Return the instances of each picture.
+
+        Args:
+            pictures: At most ``batch_size``, (h, w, 3) uint8 in the channel order of the files.
+            name: Of the image that they are parts of.
+        """
         ...
 
 
@@ -115,13 +119,13 @@ class PredictParams:
         )
 
     @property
-    def how_cut(self) -> dict:
+    def how_cut(self) -> dict[str, JsonValue]:
         """What decides about the instances."""
         keys = ('tile_px', 'overlap_px', 'whole_px', 'level', 'red_blue_swapped')
         return {'version': VERSION, **{key: getattr(self, key) for key in keys}}
 
     @property
-    def how_written(self) -> dict:
+    def how_written(self) -> dict[str, JsonValue]:
         """What decides about the formats."""
         keys = ('score_thr', 'class_names', 'class_colours', 'red_blue_swapped')
         return {'version': VERSION, **{key: getattr(self, key) for key in keys}}
@@ -216,16 +220,17 @@ class _Run:
     def __init__(self, detector: Detector, params: PredictParams) -> None:
         self.detector, self.params = detector, params
         self.summary = Summary(score_thr=params.score_thr)
-        settings = {**params.how_cut, 'detector': detector.identity}
-        self.settings_hash = files.text_hash(json.dumps(settings, sort_keys=True))
-        self.formats_hash = files.text_hash(json.dumps(params.how_written, sort_keys=True))
-
-    # ----------------------------------------------------------------------------- steps
+        self.journal = Journal.of(
+            params.out_dir,
+            params.formats,
+            settings={**params.how_cut, 'detector': dict(detector.identity)},
+            how_written=params.how_written,
+        )
 
     def count_tiles(self, item: Item) -> int:
         """Return how many tiles an image has, for the progress bar; 1 if it cannot be told."""
         try:
-            if item.path.suffix.lower() not in SUFFIXES[:7] or self._is_done(item):
+            if item.path.suffix.lower() not in SUFFIXES[:7] or self._look_up(item).is_done:
                 return 1
             # whole_px=0: no pixels are read
             with open_image(item.path, level=self.params.level, whole_px=0) as reader:
@@ -251,28 +256,31 @@ class _Run:
             for _ in range(n - n_done):
                 yield
 
+    def _look_up(self, item: Item) -> State:
+        return self.journal.nothing() if self.params.again else self.journal.look_up(item)
+
     def _one(self, item: Item) -> Iterator[None]:
-        state = self._read_state(item)
-        known = self._fits(item, state) and not self.params.again
-        if known and not self._missing_formats(item, state):
+        state = self._look_up(item)
+        if state.is_done:
             self.summary.skipped.append(item.name)
             return
-        instances = self._load(item) if known else None
+        instances = self.journal.load(item) if state.is_predicted else None
         was_loaded = instances is not None
         if instances is None:
+            state = self.journal.nothing()
             instances = yield from self._predict(item)
-            state = {}
-        written = self._export(item, instances, state)
-        self._write_state(item, {**state.get('formats', {}), **written})
+        shown = instances[instances.scores >= self.params.score_thr]
+        if state.missing:
+            self._write(item, state.missing, shown)
+        self.journal.close(item, state)
         self.summary.n_cells += len(instances)
-        self.summary.n_shown += int((instances.scores >= self.params.score_thr).sum())
+        self.summary.n_shown += len(shown)
         (self.summary.rewritten if was_loaded else self.summary.predicted).append(item.name)
 
-    def _predict(self, item: Item) -> Iterator[None]:
+    def _predict(self, item: Item) -> Generator[None, None, InstanceSet]:
         """Predict and save one image; returns its instances."""
-        self._state_path(item).unlink(missing_ok=True)
+        self.journal.begin(item)
         found: list[tuple[InstanceSet, Tile]] = []
-        self.detector.proposal_cut = 0.0
         brightest = 0
         with open_image(item.path, level=self.params.level) as reader:
             tiles = tiles_of(reader.image_hw, self.params)
@@ -286,15 +294,11 @@ class _Run:
         instances, report = stitch(
             found, hw, name=item.name, image_id=item.image_id, params=StitchParams()
         )
-        self._note_losses(item, [tile_set for tile_set, _ in found], report)
-        if brightest < DIM_SHARE * 255:
-            self._note(
-                item,
-                f'the image is nearly black (brightest value {brightest} of 255); 12-bit values in '
-                'a 16-bit file need rescaling',
-            )
+        notes = [_note_of_cap([tile_set for tile_set, _ in found], self.detector.cap)]
+        self._note(item, ', '.join([*filter(None, notes), *self.detector.notes, *_seams(report)]))
+        self._note(item, _note_of_light(brightest))
         provenance = self._provenance(item, downsample, report)
-        save_predictions(self._path(item, '.npz'), Predictions([instances], provenance))
+        save_predictions(self.journal.instances_path(item), Predictions((instances,), provenance))
         return instances
 
     def _batches(
@@ -310,7 +314,7 @@ class _Run:
         if not self.params.n_workers:
             yield from ((batch, read(batch)) for batch in batches)
             return
-        waiting: deque[tuple[list[Tile], Future]] = deque()
+        waiting: deque[tuple[list[Tile], Future[list[Picture]]]] = deque()
         with ThreadPoolExecutor(self.params.n_workers) as pool:
             for batch in batches:
                 waiting.append((batch, pool.submit(read, batch)))
@@ -321,106 +325,57 @@ class _Run:
                 first, future = waiting.popleft()
                 yield first, future.result()
 
-    def _note_losses(
-        self, item: Item, tile_sets: Sequence[InstanceSet], report: StitchReport
-    ) -> None:
-        notes, cap = [], self.detector.cap
-        lowest = [float(s.scores.min()) for s in tile_sets if 0 < cap <= len(s)]
-        if lowest:
-            notes.append(
-                f'{len(lowest)} of {len(tile_sets)} tiles hit the cap of {cap} instances, whatever '
-                f'was lost scored no more than {max(lowest):.4f}'
-            )
-        if self.detector.proposal_cut >= LIKELY_PROPOSAL:
-            notes.append(
-                f'region proposals were cut at a score of {self.detector.proposal_cut:.3f}, so '
-                'cells in dense parts are most likely lost: use smaller tiles (--tile), or raise '
-                'model.test_cfg.rpn.max_per_img'
-            )
-        if report.n_left_cut:
-            notes.append(f'{report.n_left_cut} cells are cut at a tile border')
-        if report.n_empty:
-            notes.append(f'{report.n_empty} cells without a pixel were dropped')
-        for note in notes:
-            self._note(item, note)
-
-    def _note(self, item: Item, note: str) -> None:
-        before = self.summary.notes.get(item.name)
-        self.summary.notes[item.name] = f'{before}, {note}' if before else note
-
-    def _provenance(self, item: Item, downsample: float, report: StitchReport) -> dict:
+    def _provenance(
+        self, item: Item, downsample: float, report: StitchReport
+    ) -> dict[str, JsonValue]:
         return {
             'split': '',
             'class_names': list(self.params.class_names),
             'code_commit': code_commit(),
-            'versions': versions(),
-            'settings_hash': self.settings_hash,
+            'versions': {**versions()},
+            'settings_hash': self.journal.settings_hash,
             'input': item.fingerprint(),
             'downsample': downsample,
-            'tiles': report.to_json(),
+            'tiles': {**report.to_json()},
             **self.params.how_cut,
             **self.detector.identity,
             **self.detector.provenance,
         }
 
-    # ----------------------------------------------------------------------------- state
-
-    def _path(self, item: Item, suffix: str) -> Path:
-        return self.params.out_dir / f'{item.name}{suffix}'
-
-    def _state_path(self, item: Item) -> Path:
-        return self._path(item, '.state.json')
-
-    def _read_state(self, item: Item) -> dict:
-        try:
-            state = json.loads(self._state_path(item).read_text(encoding='utf-8'))
-        except (OSError, ValueError):
-            return {}
-        return state if isinstance(state, dict) else {}
-
-    def _write_state(self, item: Item, formats: Mapping[str, str]) -> None:
-        state = {'settings': self.settings_hash, 'input': item.fingerprint(), 'formats': formats}
-        files.write_json(self._state_path(item), state)
-
-    def _fits(self, item: Item, state: Mapping) -> bool:
-        """Tell whether the instances on disk are those of this input and these settings."""
-        if state.get('settings') != self.settings_hash or not item.path.is_file():
-            return False
-        return state.get('input') == item.fingerprint() and self._path(item, '.npz').is_file()
-
-    def _missing_formats(self, item: Item, state: Mapping) -> list[str]:
-        known = state.get('formats', {})
-        return [
-            word
-            for word in self.params.formats
-            if known.get(word) != self.formats_hash
-            or not path_of(self.params.out_dir, item.name, word).is_file()
-        ]
-
-    def _is_done(self, item: Item) -> bool:
-        state = self._read_state(item)
-        is_there = self._fits(item, state) and not self._missing_formats(item, state)
-        return is_there and not self.params.again
-
-    def _load(self, item: Item) -> InstanceSet | None:
-        try:
-            (instances,) = load_predictions(self._path(item, '.npz')).sets
-        except (PredictionError, ValueError):
-            return None  # damaged since: predict again
-        return instances
-
-    # ---------------------------------------------------------------------------- export
-
-    def _export(self, item: Item, instances: InstanceSet, state: Mapping) -> dict[str, str]:
-        """Write the formats that are not there, and return what the state file says of them."""
-        shown = instances[instances.scores >= self.params.score_thr]
-        missing = self._missing_formats(item, state)
-        if not missing:
-            return {}
+    def _write(self, item: Item, words: Sequence[str], shown: InstanceSet) -> None:
         with open_image(item.path, level=self.params.level) as reader:
-            done = write_formats(self.params.out_dir, missing, shown, reader, self.params.look)
-        note = export.describe(done)
+            done = write_formats(self.params.out_dir, words, shown, reader, self.params.look)
+        self._note(item, export.describe(done))
+
+    def _note(self, item: Item, note: str) -> None:
+        before = self.summary.notes.get(item.name)
         if note:
-            before = self.summary.notes.get(item.name)
             self.summary.notes[item.name] = f'{before}; {note}' if before else note
-        return dict.fromkeys(missing, self.formats_hash)
+
+
+def _note_of_cap(tile_sets: Sequence[InstanceSet], cap: int) -> str:
+    lowest = [float(s.scores.min()) for s in tile_sets if 0 < cap <= len(s)]
+    if not lowest:
+        return ''
+    return (
+        f'{len(lowest)} of {len(tile_sets)} tiles hit the cap of {cap} instances, whatever was '
+        f'lost scored no more than {max(lowest):.4f}'
+    )
+
+
+def _seams(report: StitchReport) -> list[str]:
+    """Return what a person should know of the seams between tiles."""
+    counts = [
+        (report.n_left_cut, 'cells are cut at a tile border'),
+        (report.n_empty, 'cells without a pixel were dropped'),
+    ]
+    return [f'{n} {what}' for n, what in counts if n]
+
+
+def _note_of_light(brightest: int) -> str:
+    if brightest >= DIM_SHARE * 255:
+        return ''
+    return (
+        f'the image is nearly black (brightest value {brightest} of 255); 12-bit values in a '
+        '16-bit file need rescaling'
+    )

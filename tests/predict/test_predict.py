@@ -33,7 +33,7 @@ class PaintedCells:
 
     batch_size = 2
     cap = 0
-    proposal_cut = 0.0
+    notes = ()
 
     def __init__(self, tag: str = 'a') -> None:
         self.identity, self.provenance, self.calls = {'tag': tag}, {'members': []}, []
@@ -180,21 +180,18 @@ def test_a_cap_that_was_hit_is_told(tmp_path: Path) -> None:
         assert (text in summary.describe()) == told
 
 
-@pytest.mark.parametrize(('cut', 'told'), [(0.95, True), (0.85, False)])
-def test_region_proposals_that_were_cut_are_told(tmp_path: Path, cut: float, told: bool) -> None:
-    class Capped(PaintedCells):
+def test_what_a_detector_notes_of_an_image_is_told(tmp_path: Path) -> None:
+    class Noting(PaintedCells):
         def detect(self, pictures: Sequence[np.ndarray], name: str) -> list[InstanceSet]:
-            if name == 'b':
-                self.proposal_cut = max(self.proposal_cut, cut)
+            self.notes = ['half of it was out of focus'] if name == 'b' else []
             return super().detect(pictures, name)
 
     for name in ('a', 'b', 'c'):
         paint(tmp_path / 'in' / f'{name}.tif')
     items = find_items([str(tmp_path / 'in')])
-    notes = predict.predict(items, Capped(), params_for(tmp_path)).notes
-    assert list(notes) == (['b'] if told else [])
-    if told:
-        assert 'region proposals were cut at a score of 0.950' in notes['b']
+    summary = predict.predict(items, Noting(), params_for(tmp_path))
+    assert summary.notes == {'b': 'half of it was out of focus'}
+    assert '  b: half of it was out of focus' in summary.describe()
 
 
 def test_an_image_that_is_nearly_black_is_told(tmp_path: Path) -> None:
@@ -441,6 +438,49 @@ def test_less_memory_per_batch() -> None:
 
 
 @pytest.mark.mm
+def test_a_model_notes_where_region_proposals_were_cut() -> None:
+    """The highest cut of all of an image's pictures counts, and none of another image's."""
+    torch = pytest.importorskip('torch')
+    from mmdet.structures import DetDataSample
+    from mmengine.structures import InstanceData
+
+    from cellseg_mm.detectors.detector import ModelDetector
+    from cellseg_mm.model.detections import to_pred_instances
+
+    class Head(torch.nn.Module):
+        test_cfg = {'max_per_img': 3}
+        lowest = 0.0
+
+        def predict(self) -> list[InstanceData]:
+            return [InstanceData(scores=torch.tensor([1.0, 0.99, self.lowest]))]
+
+    class Proposing(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rpn_head = Head()
+
+        def test_step(self, data: dict) -> list[DetDataSample]:
+            self.rpn_head.predict()
+            for sample in data['data_samples']:
+                empty = InstanceSet.empty('a', 0, sample.metainfo['ori_shape'])
+                sample.pred_instances = to_pred_instances(empty)
+            return data['data_samples']
+
+    pipeline = [
+        {'type': 'PackDetInputs', 'meta_keys': ('img_id', 'name', 'ori_shape', 'img_shape')}
+    ]
+    model = Proposing()
+    detector = ModelDetector(model, pipeline, red_blue_swapped=False, identity={})
+    told = []
+    for name, lowest in [('a', 0.91), ('a', 0.95), ('a', 0.2), ('b', 0.89), ('c', 0.901)]:
+        model.rpn_head.lowest = lowest
+        detector.detect([np.zeros((8, 8, 3), np.uint8)], name)
+        told.append([note.split(',')[0] for note in detector.notes])
+    cut = 'region proposals were cut at a score of '
+    assert told == [[f'{cut}0.910'], [f'{cut}0.950'], [f'{cut}0.950'], [], [f'{cut}0.901']]
+
+
+@pytest.mark.mm
 def test_a_model_sees_pictures_as_its_pipeline_reads_files(tmp_path: Path) -> None:
     """Detector on pixels = the config's own data pipeline on the file, bit for bit."""
     torch = pytest.importorskip('torch')
@@ -450,7 +490,7 @@ def test_a_model_sees_pictures_as_its_pipeline_reads_files(tmp_path: Path) -> No
     from mmengine.registry import DefaultScope
 
     from cellseg_mm.detectors.detector import build_detector
-    from cellseg_mm.detectors.member_models import Source, load_member
+    from cellseg_mm.detectors.member_models import MemberSource, load_member
     from cellseg_mm.model.detections import to_instance_set
 
     cfg = Config.fromfile('configs/sample/fold0.py')
@@ -459,7 +499,7 @@ def test_a_model_sees_pictures_as_its_pipeline_reads_files(tmp_path: Path) -> No
     torch.save({'state_dict': weights, 'meta': {}}, tmp_path / 'a.pth')
     picture = np.random.default_rng(0).integers(0, 256, (96, 80, 3)).astype(np.uint8)
     tifffile.imwrite(tmp_path / 'a.tif', picture, photometric='rgb')
-    source = Source(cfg, 'fold0.py', tmp_path / 'a.pth')
+    source = MemberSource(cfg, 'fold0.py', tmp_path / 'a.pth')
     (found,) = build_detector([source]).detect([picture], 'a')
     with DefaultScope.overwrite_default_scope('mmdet'):
         pipeline = Compose(cfg.test_dataloader.dataset.pipeline)
