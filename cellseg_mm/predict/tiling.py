@@ -15,7 +15,7 @@ share out the image along the middles of the overlaps.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -240,7 +240,8 @@ class _Seams:
         self.windows = np.array([t.window_yxyx for t in tiles], dtype=np.int64).reshape(-1, 4)
         cores = np.array([t.core_yxyx for t in tiles], dtype=np.int64).reshape(-1, 4)[tile_of]
         twice = np.stack([boxes[:, 1] + boxes[:, 3], boxes[:, 0] + boxes[:, 2]], axis=1)
-        self.is_own = ((twice >= 2 * cores[:, :2]) & (twice < 2 * cores[:, 2:])).all(axis=1)
+        inside = (twice >= 2 * cores[:, :2]) & (twice < 2 * cores[:, 2:])
+        self.is_own: Bool = inside[:, 0] & inside[:, 1]
         self.is_cut = self._touches_inner_border()
 
     def _touches_inner_border(self) -> Bool:
@@ -248,50 +249,50 @@ class _Seams:
         y0, x0, y1, x1 = self.windows[self.tile_of].T
         left, top, right, bottom = self.boxes.T
         margin = self.params.margin_px
-        return (
-            ((x0 > 0) & (left <= x0 + margin))
-            | ((y0 > 0) & (top <= y0 + margin))
-            | ((x1 < width) & (right >= x1 - margin))
-            | ((y1 < height) & (bottom >= y1 - margin))
-        )
+        touches: Bool = (x0 > 0) & (left <= x0 + margin)
+        touches |= (y0 > 0) & (top <= y0 + margin)
+        touches |= (x1 < width) & (right >= x1 - margin)
+        touches |= (y1 < height) & (bottom >= y1 - margin)
+        return touches
 
     def close(self) -> tuple[InstanceSet, StitchReport]:
         """Merge; see the module's text."""
         partners = self._partners()
-        n = len(self.instances)
-        keep, absorbed = np.zeros(n, dtype=bool), np.zeros(n, dtype=bool)
-        order = np.lexsort(
-            [self.tile_of, *self.boxes.T, -self.instances.scores, ~self.is_own, self.is_cut]
-        )
-        whole = [i for i in order.tolist() if not self.is_cut[i]]
-        for i in whole:
-            if absorbed[i]:
-                continue
-            others = [j for j in partners.get(i, ()) if not keep[j]]
-            absorbed[others] = True
-            # A view from outside the core counts when a second tile confirms it.
-            keep[i] = self.is_own[i] or len(others) > 0
-        parts = np.argsort(-self.instances.scores, kind='stable')
-        parts = [i for i in parts.tolist() if self.is_cut[i] and not absorbed[i]]
-        joined = []
-        n_left_cut = 0
-        for group in _groups(parts, partners):
-            if len(group) > 1:
-                joined.append(group)
-            elif self.is_own[group[0]]:
-                keep[group[0]] = True
-                n_left_cut += 1
-        in_parts = np.zeros(n, dtype=bool)
+        keep, absorbed = self._choose_views(partners)
+        by_score = np.argsort(-self.instances.scores, kind='stable').tolist()
+        parts = [i for i in by_score if self.is_cut[i] and not absorbed[i]]
+        groups = _groups(parts, partners)
+        joined = [group for group in groups if len(group) > 1]
+        left_cut = [group[0] for group in groups if len(group) == 1 and self.is_own[group[0]]]
+        keep[left_cut] = True
+        in_parts = np.zeros(len(self.instances), dtype=bool)
         in_parts[[i for group in joined for i in group]] = True
         report = StitchReport(
             n_duplicates=int(absorbed.sum()),
             n_parts=int(in_parts.sum()),
             n_joined=len(joined),
             n_unconfirmed=int((~(keep | absorbed | in_parts)).sum()),
-            n_left_cut=n_left_cut,
+            n_left_cut=len(left_cut),
         )
         kept = self.instances[np.flatnonzero(keep)]
         return concatenate([kept, self._join(joined)]), report
+
+    def _choose_views(self, partners: Mapping[int, Sequence[int]]) -> tuple[Bool, Bool]:
+        """Of each cell that a tile saw whole, tell which view stays and which it absorbs."""
+        n = len(self.instances)
+        keep: Bool = np.zeros(n, dtype=bool)
+        absorbed: Bool = np.zeros(n, dtype=bool)
+        order = np.lexsort(
+            [self.tile_of, *self.boxes.T, -self.instances.scores, ~self.is_own, self.is_cut]
+        )
+        for i in order.tolist():
+            if self.is_cut[i] or absorbed[i]:
+                continue
+            others = [j for j in partners.get(i, ()) if not keep[j]]
+            absorbed[others] = True
+            # A view from outside the core counts when a second tile confirms it.
+            keep[i] = self.is_own[i] or len(others) > 0
+        return keep, absorbed
 
     def _partners(self) -> dict[int, list[int]]:
         """Return for each instance those of other tiles that show the same cell."""
@@ -361,7 +362,7 @@ class _Seams:
         return replace(leads, rles=tuple(rle.encode_runs(union)), boxes_xyxy=boxes)
 
 
-def _groups(parts: Sequence[int], partners: dict[int, list[int]]) -> list[list[int]]:
+def _groups(parts: Sequence[int], partners: Mapping[int, Sequence[int]]) -> list[list[int]]:
     """Return cut parts that belong together, each group in the order of ``parts``."""
     waiting = set(parts)
     place = {part: k for k, part in enumerate(parts)}
