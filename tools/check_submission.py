@@ -10,10 +10,9 @@ compared.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from cellseg_mm.core.errors import CellSegError
+from cellseg_mm.cli import run_tool
 from cellseg_mm.data.config import N_CLASSES
 from cellseg_mm.data.labels import read_id_map
 from cellseg_mm.results.submission_check import diff_submissions, format_diff, lint_submission
@@ -33,24 +32,20 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(words: list[str] | None = None) -> int:
-    """Print findings and, for two files, the table of differences."""
+    """Print remarks and, for two files, the table of differences; 1 if a remark is an error."""
     args = parse_args(words)
-    try:
-        id_map = read_id_map(args.id_map)
-        n_errors = 0
-        for path in filter(None, (args.file, args.other)):
-            findings = lint_submission(path, id_map, n_classes=args.n_classes)
-            n_errors += sum(finding.severity == 'error' for finding in findings)
-            for finding in findings:
-                print(f'{path}: {finding.severity}: {finding.code}: {finding.message}')
-            print(f'{path}: {"no finding" if not findings else f"{len(findings)} finding(s)"}')
-        if args.other:
-            print(format_diff(diff_submissions(args.file, args.other, id_map), args.class_names))
-    except CellSegError as problem:
-        print(f'error: {problem}', file=sys.stderr)
-        return 2
-    return 1 if n_errors else 0
+    id_map = read_id_map(args.id_map)
+    has_errors = False
+    for path in filter(None, (args.file, args.other)):
+        remarks = lint_submission(path, id_map, n_classes=args.n_classes)
+        has_errors |= any(remark.severity == 'error' for remark in remarks)
+        for remark in remarks:
+            print(f'{path}: {remark.severity}: {remark.code}: {remark.message}')
+        print(f'{path}: {"no finding" if not remarks else f"{len(remarks)} finding(s)"}')
+    if args.other:
+        print(format_diff(diff_submissions(args.file, args.other, id_map), args.class_names))
+    return int(has_errors)
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    run_tool(main)

@@ -38,7 +38,7 @@ MATCH_IOU = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Remark:
     """One kind of fault of a submission.
 
     Attributes:
@@ -56,7 +56,7 @@ class Finding:
 
 def lint_submission(
     path: Path | str, id_map: Iterable[ImageLike], *, n_classes: int = N_CLASSES
-) -> list[Finding]:
+) -> list[Remark]:
     """Check a submission of any origin.
 
     Args:
@@ -65,23 +65,23 @@ def lint_submission(
         n_classes: Largest allowed ``category_id``.
 
     Returns:
-        Findings, errors first; an empty list when all is well.
+        Remarks, errors first; an empty list when all is well.
 
     Raises:
         PredictionError: The file is no zip and no JSON list.
     """
     results = read_results_file(path)
     records = parse_records(results.records, image_refs(id_map), n_classes=n_classes)
-    findings = _name_findings(results.inner_name, results.other_names)
+    remarks = _name_remarks(results.inner_name, results.other_names)
     counted: dict[str, list[str]] = {}
     for problem in records.problems:
         counted.setdefault(problem.code, []).append(f'record {problem.index}: {problem.message}')
-    findings += [
-        Finding('error', code, f'{len(texts)} record(s): {_examples(texts)}', len(texts))
+    remarks += [
+        Remark('error', code, f'{len(texts)} record(s): {_examples(texts)}', len(texts))
         for code, texts in sorted(counted.items())
     ]
-    findings += _mask_findings(records) + _box_findings(records) + _image_findings(records)
-    return sorted(findings, key=lambda finding: finding.severity)
+    remarks += _mask_remarks(records) + _box_remarks(records) + _image_remarks(records)
+    return sorted(remarks, key=lambda remark: remark.severity)
 
 
 def _examples(texts: Sequence[str]) -> str:
@@ -89,34 +89,34 @@ def _examples(texts: Sequence[str]) -> str:
     return '; '.join(texts[:N_EXAMPLES]) + more
 
 
-def _name_findings(inner_name: str, other_names: Sequence[str]) -> list[Finding]:
-    findings = []
+def _name_remarks(inner_name: str, other_names: Sequence[str]) -> list[Remark]:
+    remarks = []
     if inner_name and inner_name != RESULTS_NAME:
-        findings.append(
-            Finding(
+        remarks.append(
+            Remark(
                 'error',
                 'file-name',
                 f'the file within the zip is {inner_name[:80]!r}; expected {RESULTS_NAME!r}',
             )
         )
     if other_names:
-        findings.append(
-            Finding(
+        remarks.append(
+            Remark(
                 'warning',
                 'other-files',
                 f'the zip also holds {_examples(other_names)}',
                 len(other_names),
             )
         )
-    return findings
+    return remarks
 
 
-def _mask_findings(records: Records) -> list[Finding]:
-    findings = []
+def _mask_remarks(records: Records) -> list[Remark]:
+    remarks = []
     empty = records.index[records.areas == 0]
     if len(empty):
         message = f'{len(empty)} mask(s) have no pixel: {_record_list(empty)}'
-        findings.append(Finding('error', 'area', message, len(empty)))
+        remarks.append(Remark('error', 'area', message, len(empty)))
     keys = Counter(
         zip(records.image.tolist(), records.class_ids.tolist(), records.rles, strict=True)
     )
@@ -127,21 +127,21 @@ def _mask_findings(records: Records) -> list[Finding]:
             f'image {records.refs[i].image_id} ({k} times)' for (i, _, _), k in doubles.items()
         ]
         message = f'{n} record(s) repeat mask and class of another: {_examples(images)}'
-        findings.append(Finding('warning', 'duplicate', message, n))
-    return findings
+        remarks.append(Remark('warning', 'duplicate', message, n))
+    return remarks
 
 
-def _box_findings(records: Records) -> list[Finding]:
+def _box_remarks(records: Records) -> list[Remark]:
     has_box = np.isfinite(records.boxes).all(axis=1)
-    findings = []
+    remarks = []
     if (~has_box).any():
         message = (
             f'{(~has_box).sum()} record(s) have no bbox: {_record_list(records.index[~has_box])}'
         )
-        findings.append(Finding('error', 'box', message, int((~has_box).sum())))
+        remarks.append(Remark('error', 'box', message, int((~has_box).sum())))
     if looks_like_xyxy(records):
         message = 'the boxes are corners (x0, y0, x1, y1); COCO wants x, y, width, height'
-        return [*findings, Finding('error', 'xyxy', message, int(has_box.sum()))]
+        return [*remarks, Remark('error', 'xyxy', message, int(has_box.sum()))]
     used = has_box & (records.areas > 0)
     boxes = xywh_to_xyxy(records.boxes[used])
     fits = box_iou(boxes, records.mask_boxes_xyxy[used]) >= MIN_BOX_MASK_IOU
@@ -150,7 +150,7 @@ def _box_findings(records: Records) -> list[Finding]:
             f'{(~fits).sum()} box(es) do not fit their mask (box IoU below {MIN_BOX_MASK_IOU}): '
             f'{_record_list(records.index[used][~fits])}'
         )
-        findings.append(Finding('warning', 'box-mask', message, int((~fits).sum())))
+        remarks.append(Remark('warning', 'box-mask', message, int((~fits).sum())))
     hw = np.array([ref.image_hw for ref in records.refs], dtype=float).reshape(-1, 2)
     wh = hw[records.image[used]][:, ::-1]
     # 1 px: detectors do not always clip again after scaling back.
@@ -159,23 +159,23 @@ def _box_findings(records: Records) -> list[Finding]:
         message = (
             f'{outside.sum()} box(es) leave the image: {_record_list(records.index[used][outside])}'
         )
-        findings.append(Finding('warning', 'box-outside', message, int(outside.sum())))
-    return findings
+        remarks.append(Remark('warning', 'box-outside', message, int(outside.sum())))
+    return remarks
 
 
 def _record_list(index: NDArray[np.int64]) -> str:
     return _examples([f'record {i}' for i in index.tolist()])
 
 
-def _image_findings(records: Records) -> list[Finding]:
+def _image_remarks(records: Records) -> list[Remark]:
     seen = set(records.image.tolist())
     without = [ref.name for i, ref in enumerate(records.refs) if i not in seen]
     if not without:
         return []
     if not seen:
-        return [Finding('error', 'images', 'no usable record for any image', len(without))]
+        return [Remark('error', 'images', 'no usable record for any image', len(without))]
     message = f'{len(without)} image(s) have no usable record: {_examples(without)}'
-    return [Finding('warning', 'images', message, len(without))]
+    return [Remark('warning', 'images', message, len(without))]
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.data.labels import IdEntry
 from cellseg_mm.results.submission import write_submission
 from cellseg_mm.results.submission_check import (
-    Finding,
+    Remark,
     diff_sets,
     diff_submissions,
     format_diff,
@@ -80,7 +80,7 @@ def test_written_records(tmp_path: Path) -> None:
     assert mask[5:8, 9:12].all()
     assert mask.sum() == 9
     assert lint_submission(summary.path, ID_MAP) == [
-        Finding('warning', 'images', '1 image(s) have no usable record: none', 1)
+        Remark('warning', 'images', '1 image(s) have no usable record: none', 1)
     ]
 
 
