@@ -8,7 +8,6 @@ Writes inference.json for tools/ensemble.py and tools/predict.py (--settings).
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from cellseg_mm.cli import run_tool
 
@@ -30,17 +29,17 @@ def main() -> None:
     from mmengine.config import Config
 
     from cellseg_mm.core.layout import ensemble_dir, work_dir_of
-    from cellseg_mm.data.config import dataset_settings, folds_path
+    from cellseg_mm.data.config import DataSettings
     from cellseg_mm.selection.find_best import Inputs, find_best
 
     work_dirs = [work_dir_of(path, args.work_root) for path in args.configs]
-    data = dataset_settings(Config.fromfile(args.configs[0]), 'test_dataloader')
+    data = DataSettings.from_config(Config.fromfile(args.configs[0]), 'test_dataloader')
     inputs = Inputs(
         configs=tuple(args.configs),
         work_dirs=tuple(work_dirs),
-        data_root=Path(data.data_root),
-        folds_path=folds_path(data),
-        class_names=tuple(data.metainfo.classes),
+        data_root=data.data_root,
+        folds_path=data.folds_path,
+        class_names=data.class_names,
         work_root=args.work_root,
     )
     print(find_best(inputs, args.out or ensemble_dir(work_dirs)))

@@ -41,7 +41,7 @@ def main() -> None:
     from cellseg_mm.core import files
     from cellseg_mm.core.layout import ensemble_dir, predictions_path, scores_path, work_dir_of
     from cellseg_mm.data import folds
-    from cellseg_mm.data.config import dataset_settings, folds_path
+    from cellseg_mm.data.config import DataSettings
     from cellseg_mm.data.images import find_images
     from cellseg_mm.ensemble import oof
     from cellseg_mm.ensemble.fusion_gain import fusion_gain
@@ -49,13 +49,13 @@ def main() -> None:
 
     work_dirs = [work_dir_of(path, args.work_root) for path in args.configs]
     out = Path(args.out or ensemble_dir(work_dirs))
-    data = dataset_settings(Config.fromfile(args.configs[0]), 'test_dataloader')
+    data = DataSettings.from_config(Config.fromfile(args.configs[0]), 'test_dataloader')
     if args.held_out is not None:
         images = find_images(
             data.data_root,
             'val',
-            data.metainfo.classes,
-            folds_path=folds_path(data),
+            data.class_names,
+            folds_path=data.folds_path,
             fold=args.held_out,
         )
         paths = oof.held_out_files(args.configs, work_dirs, args.held_out)
@@ -65,8 +65,8 @@ def main() -> None:
         print(f'{gain.table()}\nwritten: {path}')
         return
     paths = oof.validation_files(args.configs, work_dirs, tta=args.tta)
-    in_force = folds.load_folds(folds_path(data))
-    pool = oof.pool_predictions(paths, in_force, data.data_root, folds_path=folds_path(data))
+    in_force = folds.load_folds(data.folds_path)
+    pool = oof.pool_predictions(paths, in_force, data.data_root, folds_path=data.folds_path)
     scores = oof.score_pool(pool)
     paths = predictions_path(out, 'oof', args.tta), scores_path(out, 'oof', args.tta)
     oof.save_pool(paths[0], pool)

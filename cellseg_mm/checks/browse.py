@@ -24,13 +24,13 @@ from numpy.typing import NDArray
 from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.core.progress import track
+from cellseg_mm.data.config import classes_and_colours
 from cellseg_mm.data.labels import read_gt
 from cellseg_mm.pipeline.dataset import CellDataset, base_dataset, case_of
 from cellseg_mm.pipeline.label_map_masks import LabelMapMasks
 from cellseg_mm.results.overlay import (
     Picture,
     SheetParams,
-    default_colours,
     draw_contact_sheet,
     draw_legend,
     draw_overlay,
@@ -92,7 +92,7 @@ def browse_samples(cfg: Config, *, split: str = 'train', n: int = 16) -> Browsed
     if n < 1:
         raise ConfigError(f'browse: {n} samples; expected at least 1; give --n 16')
     dataset = DATASETS.build(loader.dataset)
-    names, colours = _classes(dataset)
+    names, colours = classes_and_colours(dataset.metainfo)
     pictures, titles = [], []
     indices = list(islice(_indices(cfg, loader, dataset), n))
     for index in track(indices, description='samples'):
@@ -124,13 +124,6 @@ def _indices(cfg: Config, loader: ConfigDict, dataset: object) -> Iterator[int]:
     seed = cfg.get('randomness', {}).get('seed')
     settings = {'dataset': dataset, 'seed': 0 if seed is None else int(seed)}
     yield from DATA_SAMPLERS.build(loader.sampler, default_args=settings)
-
-
-def _classes(dataset: BaseDataset) -> tuple[tuple[str, ...], Colours]:
-    metainfo = dataset.metainfo
-    names = tuple(map(str, metainfo['classes']))
-    palette = [(int(r), int(g), int(b)) for r, g, b in metainfo.get('palette') or ()]
-    return names, [*palette, *default_colours(len(names))[len(palette) :]]
 
 
 def _drawn(
@@ -219,7 +212,7 @@ def browse_dataset(cfg: Config, *, split: str = 'train', n: int = 16) -> Browsed
     """
     base, names, colours = _base_of(cfg, split)
     infos = [base.get_data_info(i) for i in range(len(base))]
-    swapped = _is_swapped(base)
+    swapped = base.settings.red_blue_swapped
     chosen = set(np.linspace(0, len(infos) - 1, min(max(n, 1), len(infos))).round().astype(int))
     sets, pictures, titles = [], [], []
     for i, info in enumerate(track(infos, description='reading labels')):
@@ -240,7 +233,7 @@ def browse_dataset(cfg: Config, *, split: str = 'train', n: int = 16) -> Browsed
 
 def _base_of(cfg: Config, split: str) -> tuple[CellDataset, tuple[str, ...], Colours]:
     dataset = DATASETS.build(_loader(cfg, split).dataset)
-    names, colours = _classes(dataset)
+    names, colours = classes_and_colours(dataset.metainfo)
     return _cells(dataset, split), names, colours
 
 
@@ -252,10 +245,6 @@ def _cells(dataset: BaseDataset, split: str) -> CellDataset:
             'browse samples instead'
         )
     return base
-
-
-def _is_swapped(base: CellDataset) -> bool:
-    return any(getattr(step, 'red_blue_swapped', False) for step in base.pipeline.transforms)
 
 
 def statistics_of(sets: Sequence[InstanceSet], names: Sequence[str]) -> list[ClassStatistics]:
@@ -329,7 +318,7 @@ def browse_augmentations(cfg: Config, *, n: int = 3) -> Browsed:
         n: Draws, each with another seed and image; transforms that act by chance may do nothing.
     """
     dataset = DATASETS.build(_loader(cfg, 'train').dataset)
-    names, colours = _classes(dataset)
+    names, colours = classes_and_colours(dataset.metainfo)
     changed: dict[tuple[int, str], int] = {}
     pictures, titles = [], []
     n_columns = 1

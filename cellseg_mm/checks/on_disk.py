@@ -20,9 +20,9 @@ from cellseg_mm.checks.lines import Line, _guarded, error, ok, warn
 from cellseg_mm.core import files, provenance
 from cellseg_mm.core.errors import CellSegError
 from cellseg_mm.core.layout import DATA_REPORT, FINISHED, INDEX, SCORES_SUFFIX
-from cellseg_mm.data.config import dataset_settings, folds_path
+from cellseg_mm.data.config import DataSettings
 from cellseg_mm.data.folds import excluded_by, load_folds
-from cellseg_mm.data.images import _cases_of
+from cellseg_mm.data.images import cases_of
 from cellseg_mm.data.preparing import prepare
 from cellseg_mm.data.preparing.groups import GroupRule
 from cellseg_mm.data.preparing.records import PrepareParams
@@ -55,8 +55,8 @@ class Now:
 
 def check_data(cfg: Config) -> Iterator[Line]:
     """Verify data as tools/prepare_data.py does, and the folds against them."""
-    data = dataset_settings(cfg)
-    root, path = Path(data.data_root), folds_path(data)
+    data = DataSettings.from_config(cfg)
+    root, path = data.data_root, data.folds_path
     with tempfile.TemporaryDirectory() as folder:
         for index in (path.parent / INDEX, root / INDEX):
             if index.is_file():
@@ -68,7 +68,7 @@ def check_data(cfg: Config) -> Iterator[Line]:
             exclude_file = Path(folder) / 'exclude.txt'
             exclude_file.write_text('\n'.join(listed), encoding='utf-8')
         params = PrepareParams(
-            class_names=tuple(data.metainfo.classes),
+            class_names=data.class_names,
             out_dir=Path(folder),
             exclude_file=exclude_file,
             groups=GroupRule(csv_path=manifest if manifest.is_file() else None),
@@ -126,16 +126,16 @@ def _check_folds(path: Path, data: Mapping, names: list[str], report: object) ->
 
 
 def _now(cfg: Config) -> Now:
-    data = dataset_settings(cfg)
+    data = DataSettings.from_config(cfg)
     hashes = set()
     for split in ('train', 'test'):
         try:
-            cases = _cases_of(data, split)
+            cases = cases_of(data, split)
         except CellSegError:
             continue  # said by check_data
         hashes.add(data_fingerprint(cases))
     try:
-        fold_hash = load_folds(folds_path(data)).hash
+        fold_hash = load_folds(data.folds_path).hash
     except CellSegError:
         fold_hash = ''
     return Now(frozenset(hashes), fold_hash)

@@ -23,8 +23,8 @@ from cellseg_mm.checks.on_disk import _now, check_data, check_work_dir
 from cellseg_mm.core.errors import CellSegError
 from cellseg_mm.core.layout import REPOSITORY, WORK_ROOT, work_dir_of
 from cellseg_mm.core.progress import track
-from cellseg_mm.data.config import dataset_settings, folds_path
-from cellseg_mm.data.images import _cases_of
+from cellseg_mm.data.config import DataSettings
+from cellseg_mm.data.images import cases_of
 from cellseg_mm.data.labels import read_gt
 
 CONSTRAINTS = REPOSITORY / 'constraints.txt'
@@ -56,13 +56,13 @@ def check_config(cfg: Config, work_dir: Path, truths: dict[tuple, object]) -> It
     """Check one config with its data and its work folder; ``truths`` remembers read data."""
     from cellseg_mm.checks import settings
 
-    data = dataset_settings(cfg)
-    key = (str(data.data_root), str(folds_path(data)), tuple(data.metainfo.classes))
+    data = DataSettings.from_config(cfg)
+    key = (data.data_root, data.folds_path, data.class_names)
     if key not in truths:
         yield from _guarded('data', functools.partial(check_data, cfg))
         truths[key] = None
         try:
-            cases = tuple(_cases_of(data, 'train'))
+            cases = tuple(cases_of(data, 'train'))
             rows = track(cases, description='reading cells', total=len(cases))
             truths[key] = settings.Truth(cases, tuple(read_gt(case) for case in rows))
         except CellSegError as problem:

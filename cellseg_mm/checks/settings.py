@@ -23,7 +23,7 @@ from cellseg_mm.checks.anchors import AnchorFit, AnchorLevel, best_ious
 from cellseg_mm.checks.lines import Line, error, ok, warn
 from cellseg_mm.core.errors import CellSegError
 from cellseg_mm.core.instances import InstanceSet
-from cellseg_mm.data.config import dataset_settings
+from cellseg_mm.data.config import DataSettings, dataset_settings
 from cellseg_mm.data.labels import Case, read_image, read_label_layers
 from cellseg_mm.training.fold_guard import refuse_other_class_count
 
@@ -77,7 +77,7 @@ def check_learning_rates(cfg: Config) -> Iterator[Line]:
             node['type'] = 'BN'  # the same parameters, and built without a process group
     model = MODELS.build(settings)
     try:
-        refuse_other_class_count(model, dataset_settings(cfg).metainfo.get('classes', ()))
+        refuse_other_class_count(model, DataSettings.from_config(cfg).class_names)
     except CellSegError as problem:
         yield error('classes', str(problem))
     try:
@@ -256,7 +256,7 @@ def check_anchors(cfg: Config, truth: Truth) -> Iterator[Line]:
     needed = min(low, high) if assigner.get('match_low_quality', True) else high
     fit = fit_anchors(cfg, 'train_dataloader', truth)
     share = fit.share_below(max(needed, 1e-12))
-    classes = tuple(dataset_settings(cfg).metainfo.classes)
+    classes = DataSettings.from_config(cfg).class_names
     table = fit.table(classes, sorted({max(needed, 1e-12), 0.3, 0.5, high}))
     text = (
         f'{100 * share:.2f} % of {len(fit.ious)} cells get no anchor (best IoU below {needed:g}), '
@@ -405,8 +405,7 @@ def check_colours(cfg: Config, truth: Truth) -> Iterator[Line]:
     Johnston 2001) and eosin hardly either (0.07, 0.11). So cells that are read rightly take more
     red than blue out of the light, compared with what surrounds them.
     """
-    steps = [s for s in dataset_settings(cfg).pipeline if s.get('type') == 'LoadCellImage']
-    swapped = bool(steps and steps[0].get('red_blue_swapped', False))
+    swapped = DataSettings.from_config(cfg).red_blue_swapped
     filled = [case for case, one in zip(truth.cases, truth.sets, strict=True) if len(one)]
     chosen = filled[:: max(1, len(filled) // N_HUE_CASES)]
     gaps = np.array([red_minus_blue(case) for case in chosen])

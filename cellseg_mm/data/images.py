@@ -5,12 +5,12 @@ In: folders, folds and an id map. Out: images in a stated order. Invariant: noth
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cellseg_mm.data.config import folds_path
+from cellseg_mm.data.config import DataSettings
 from cellseg_mm.data.folds import excluded_by, load_folds
 from cellseg_mm.data.labels import Case, find_cases
 
@@ -63,8 +63,12 @@ def find_images(
     return Images(root, split, classes, tuple(cases), Path(folds_path), fold)
 
 
-def _cases_of(data: Mapping, split: str) -> list[Case]:
-    """Find the cases of a split as the data set does."""
-    excluded = excluded_by(folds_path(data))
-    n_classes = len(data['metainfo']['classes'])
-    return find_cases(data['data_root'], split, n_classes, exclude_names=excluded)
+def cases_of(data: DataSettings, split: Literal['train', 'test']) -> list[Case]:
+    """Find the cases of a folder as the data set does.
+
+    Raises:
+        DataError: The data folder has errors.
+        FoldError: The folds file cannot be read.
+    """
+    excluded = excluded_by(data.folds_path)
+    return find_cases(data.data_root, split, len(data.class_names), exclude_names=excluded)

@@ -19,6 +19,7 @@ from mmengine.logging import print_log
 from cellseg_mm.core import layout, worker_watch
 from cellseg_mm.core.errors import CellSegError, ConfigError, FoldError
 from cellseg_mm.core.files import text_hash
+from cellseg_mm.data.config import DataSettings, classes_and_colours
 from cellseg_mm.data.folds import excluded_by, load_folds
 from cellseg_mm.data.labels import Case, find_cases
 
@@ -80,6 +81,21 @@ class CellDataset(BaseDetDataset):
         self.data_hash = ''
         worker_watch.prepare()
         super().__init__(*args, data_root=data_root, **kwargs)
+
+    @property
+    def settings(self) -> DataSettings:
+        """What :meth:`DataSettings.from_config` says of this data set."""
+        class_names, palette = classes_and_colours(self.metainfo)
+        steps = self.pipeline.transforms
+        return DataSettings(
+            data_root=Path(self.data_root),
+            folds_path=self.folds_file,
+            class_names=class_names,
+            palette=palette,
+            red_blue_swapped=any(getattr(step, 'red_blue_swapped', False) for step in steps),
+            split=self.split,
+            fold=self.fold,
+        )
 
     def load_data_list(self) -> list[dict]:
         """Find the cases of this split, in the order of their names."""

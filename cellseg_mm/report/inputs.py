@@ -15,17 +15,15 @@ from typing import TYPE_CHECKING
 
 from cellseg_mm.core.errors import ConfigError, DataError, PredictionError
 from cellseg_mm.core.layout import FINISHED, ensemble_dir, predictions_path, work_dir_of
-from cellseg_mm.data.cases import find_cases
-from cellseg_mm.data.folds import Folds, excluded_by, load_folds
+from cellseg_mm.data.config import DataSettings, Rgb, default_colours
+from cellseg_mm.data.folds import load_folds
+from cellseg_mm.data.images import cases_of
 from cellseg_mm.ensemble.oof import OofPool, pool_predictions
 from cellseg_mm.report.logs import TrainingLog, read_training_log, step_of_checkpoint
-from cellseg_mm.results.overlay import default_colours
 from cellseg_mm.results.predictions import Predictions, load_predictions
 
 if TYPE_CHECKING:
     from mmengine.config import Config
-
-Rgb = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +129,7 @@ def from_configs(
     ensemble = Path(out_dir) if out_dir is not None else ensemble_dir([r.work_dir for r in runs])
     names = sorted({run.work_dir.parent.name for run in runs} - {'work_dirs', ''})
     title = f'Report on {len(runs)} folds' + (f' of {", ".join(names)}' if names else '')
-    return _gathered(title, runs, configs[0], ensemble)
+    return _gathered(title, runs, DataSettings.from_config(configs[0], 'val_dataloader'), ensemble)
 
 
 def from_work_dir(work_dir: Path | str) -> ReportInputs:
@@ -153,14 +151,15 @@ def from_work_dir(work_dir: Path | str) -> ReportInputs:
     if own is not None and not _is_ensemble(work_dir):
         cfg = Config.fromfile(own)
         run = _fold_run(cfg, work_dir, str(own))
-        return _gathered(f'Report on {run.name} in {work_dir}', [run], cfg, work_dir)
+        data = DataSettings.from_config(cfg, 'val_dataloader')
+        return _gathered(f'Report on {run.name} in {work_dir}', [run], data, work_dir)
     # The ensemble's runner may have left a member's config; else the members lie beside it.
     beside = [own] + [
         _newest_config(p) for p in sorted(work_dir.resolve().parent.glob('*')) if p.is_dir()
     ]
     found = next((path for path in beside if path is not None), None)
-    cfg = Config.fromfile(found) if found else None
-    return _gathered(f'Report on the ensemble in {work_dir}', [], cfg, work_dir)
+    data = DataSettings.from_config(Config.fromfile(found), 'val_dataloader') if found else None
+    return _gathered(f'Report on the ensemble in {work_dir}', [], data, work_dir)
 
 
 def _is_ensemble(folder: Path) -> bool:
@@ -175,8 +174,7 @@ def _newest_config(folder: Path) -> Path | None:
 
 
 def _fold_run(cfg: Config, work_dir: Path, config_path: str) -> FoldRun:
-    from cellseg_mm.data.config import dataset_settings
-
+    fold = DataSettings.from_config(cfg).fold
     dumped = _newest_config(work_dir) if work_dir.is_dir() else None
     mark = work_dir / FINISHED
     finished = json.loads(mark.read_text()) if mark.is_file() else {}
@@ -190,7 +188,7 @@ def _fold_run(cfg: Config, work_dir: Path, config_path: str) -> FoldRun:
     if missing and not predictions.is_file():
         missing += f' --work-dir {work_dir}'
     return FoldRun(
-        name=f'fold {dataset_settings(cfg).get("fold", "?")}',
+        name=f'fold {"?" if fold is None else fold}',
         work_dir=work_dir,
         config_text=dumped.read_text(encoding='utf-8') if dumped else cfg.pretty_text,
         log=read_training_log(work_dir, val_interval=cfg.get('train_cfg', {}).get('val_interval')),
@@ -203,38 +201,35 @@ def _fold_run(cfg: Config, work_dir: Path, config_path: str) -> FoldRun:
 
 
 def _gathered(
-    title: str, runs: Sequence[FoldRun], cfg: Config | None, out_dir: Path
+    title: str, runs: Sequence[FoldRun], data: DataSettings | None, out_dir: Path
 ) -> ReportInputs:
     ensemble_path = predictions_path(out_dir, 'test')
     ensemble = load_predictions(ensemble_path) if ensemble_path.is_file() else None
     notes = [f'{run.name}: {run.missing}' for run in runs if run.missing]
-    class_names, palette, swapped, data_root = _data_settings(cfg, ensemble)
-    if cfg is None:
+    class_names = _names_in(ensemble) if data is None else data.class_names
+    if data is None:
         notes.append(
             f'No config beside {out_dir}: the data folder is unknown, so no picture is shown, '
             'and colours are the default ones.'
         )
-    pool = _pool(runs, cfg, data_root)
+    pool = None if data is None else _pool(runs, data)
     notes += _stale(runs, pool)
     train_paths: dict[str, Path] = {}
     test_paths: dict[str, Path] = {}
-    n_classes, excluded = len(class_names), _excluded(cfg)
-    if data_root is not None and pool is not None:
-        train_cases = find_cases(data_root, 'train', n_classes, exclude_names=excluded)
-        train_paths = _image_paths(train_cases)
-    if data_root is not None and ensemble is not None:
+    if data is not None and pool is not None:
+        train_paths = _image_paths(cases_of(data, 'train'))
+    if data is not None and ensemble is not None:
         try:
-            test_cases = find_cases(data_root, 'test', n_classes, exclude_names=excluded)
-            test_paths = _image_paths(test_cases)
+            test_paths = _image_paths(cases_of(data, 'test'))
         except DataError as problem:
             notes.append(f'Test images are not shown. {problem}')
     return ReportInputs(
         title=title,
         runs=tuple(runs),
         class_names=class_names,
-        palette=palette,
-        red_blue_swapped=swapped,
-        data_root=data_root,
+        palette=tuple(default_colours(len(class_names))) if data is None else data.palette,
+        red_blue_swapped=data is not None and data.red_blue_swapped,
+        data_root=None if data is None else data.data_root,
         pool=pool,
         ensemble=ensemble,
         ensemble_path=ensemble_path,
@@ -242,14 +237,6 @@ def _gathered(
         test_paths=test_paths,
         train_paths=train_paths,
     )
-
-
-def _excluded(cfg: Config | None) -> tuple[str, ...] | None:
-    if cfg is None:
-        return None
-    from cellseg_mm.data.config import dataset_settings, folds_path
-
-    return excluded_by(folds_path(dataset_settings(cfg, 'val_dataloader')))
 
 
 def _stale(runs: Sequence[FoldRun], pool: OofPool | None) -> list[str]:
@@ -268,41 +255,21 @@ def _image_paths(cases: Iterable) -> dict[str, Path]:
     return {case.name: case.image_path for case in cases}
 
 
-def _data_settings(
-    cfg: Config | None, ensemble: Predictions | None
-) -> tuple[tuple[str, ...], tuple[Rgb, ...], bool, Path | None]:
-    """Return class names, colours, whether red and blue are swapped, and the data folder."""
-    if cfg is None:
-        found = ensemble.provenance.get('class_names') if ensemble else None
-        names = tuple(map(str, found)) if isinstance(found, list) else ()
-        if not names:
-            raise PredictionError(
-                'report: the prediction file names no classes and there is no config; expected '
-                'one of them; predict again with tools/ensemble.py'
-            )
-        return names, _palette((), len(names)), False, None
-    from cellseg_mm.data.config import dataset_settings
-
-    settings = dataset_settings(cfg, 'val_dataloader')
-    names = tuple(map(str, settings.metainfo.classes))
-    steps = [step for step in settings.get('pipeline', ()) if step.get('type') == 'LoadCellImage']
-    swapped = any(step.get('red_blue_swapped', False) for step in steps)
-    palette = _palette(settings.metainfo.get('palette', ()), len(names))
-    return names, palette, swapped, Path(settings.data_root)
+def _names_in(ensemble: Predictions | None) -> tuple[str, ...]:
+    """Return the class names that a prediction file carries."""
+    found = ensemble.provenance.get('class_names') if ensemble else None
+    names = tuple(map(str, found)) if isinstance(found, list) else ()
+    if not names:
+        raise PredictionError(
+            'report: the prediction file names no classes and there is no config; expected '
+            'one of them; predict again with tools/ensemble.py'
+        )
+    return names
 
 
-def _palette(named: Sequence[Sequence[int]], n_classes: int) -> tuple[Rgb, ...]:
-    colours = [(int(r), int(g), int(b)) for r, g, b in named][:n_classes]
-    colours += default_colours(n_classes)[len(colours) :]
-    return tuple(colours)
-
-
-def _pool(runs: Sequence[FoldRun], cfg: Config | None, data_root: Path | None) -> OofPool | None:
+def _pool(runs: Sequence[FoldRun], data: DataSettings) -> OofPool | None:
     paths = [run.predictions_path for run in runs if run.predictions_path is not None]
-    if not paths or cfg is None or data_root is None:
+    if not paths:
         return None
-    from cellseg_mm.data.config import dataset_settings, folds_path
-
-    path = folds_path(dataset_settings(cfg, 'val_dataloader'))
-    folds: Folds = load_folds(path)
-    return pool_predictions(paths, folds, data_root, folds_path=path)
+    folds = load_folds(data.folds_path)
+    return pool_predictions(paths, folds, data.data_root, folds_path=data.folds_path)

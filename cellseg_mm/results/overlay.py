@@ -26,27 +26,11 @@ from cellseg_mm.results.measure import RegionReader
 Picture = NDArray[np.uint8]  # (H, W, 3) RGB
 Colour = Sequence[int]
 
-# Okabe and Ito's colours, which people with any colour vision can tell apart.
-OKABE_ITO: tuple[tuple[int, int, int], ...] = (
-    (0, 114, 178),
-    (213, 94, 0),
-    (240, 228, 66),
-    (0, 158, 115),
-    (204, 121, 167),
-    (86, 180, 233),
-    (230, 159, 0),
-    (0, 0, 0),
-)
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 STRIP_PX = 28
 GAP_PX = 8
 MAX_PICTURE_PX = 25_000_000  # 5000 x 5000: what viewers still open with ease
 BLOCK_PX = 2048
-
-
-def default_colours(n_classes: int) -> list[tuple[int, int, int]]:
-    """Return a colour per class; beyond 8 classes they repeat."""
-    return [OKABE_ITO[i % len(OKABE_ITO)] for i in range(n_classes)]
 
 
 def read_rgb(

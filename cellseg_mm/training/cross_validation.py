@@ -34,7 +34,7 @@ from cellseg_mm.core.layout import (
     result_name,
     work_dir_of,
 )
-from cellseg_mm.data.config import dataset_settings
+from cellseg_mm.data.config import DataSettings
 from cellseg_mm.model.tta import file_name
 from cellseg_mm.results.predictions import load_predictions
 from cellseg_mm.training.load_config import refuse_unknown_keys
@@ -146,7 +146,7 @@ def _parsed(options: Sequence[str]) -> dict:
 class _Fold:
     config: str
     cfg: Config
-    fold: int
+    fold: int | None
     work_dir: Path
 
 
@@ -156,7 +156,7 @@ def _fold(path: str, work_root: Path | str | None, changes: dict) -> _Fold:
     cfg = Config.fromfile(path)
     refuse_unknown_keys(cfg, changes)
     cfg.merge_from_dict(changes)
-    return _Fold(path, cfg, int(dataset_settings(cfg).fold), work_dir_of(path, work_root))
+    return _Fold(path, cfg, DataSettings.from_config(cfg).fold, work_dir_of(path, work_root))
 
 
 def _tool(name: str, *words: str | Path) -> tuple[str, ...]:
@@ -247,7 +247,7 @@ def _final_steps(
         ),
         ('report', 'report.py', []),
     ]
-    test_dir = Path(dataset_settings(folds[0].cfg).data_root) / 'test_release'
+    test_dir = DataSettings.from_config(folds[0].cfg).data_root / 'test_release'
     needless = {} if os.path.lexists(test_dir) else {'ensemble.py': f'{test_dir} is not there'}
     return tuple(
         Step(

@@ -14,7 +14,7 @@ from mmengine.logging import print_log
 from cellseg_mm.core import files
 from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.core.layout import FINISHED, STARTED
-from cellseg_mm.data.config import dataset_settings, folds_path
+from cellseg_mm.data.config import DataSettings
 from cellseg_mm.data.folds import load_folds
 
 MARK_VERSION = 2
@@ -66,7 +66,7 @@ def _recipe_part(node: object) -> object:
 
 def fold_hash_of(cfg: Config) -> str:
     """Return the hash of the folds in force, '' if there are none yet."""
-    path = folds_path(dataset_settings(cfg))
+    path = DataSettings.from_config(cfg).folds_path
     return load_folds(path).hash if path.is_file() else ''
 
 

@@ -22,7 +22,7 @@ from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.data.labels import read_gt
 from cellseg_mm.model.detections import to_instance_set
 from cellseg_mm.pipeline.dataset import CellDataset, base_dataset, case_of
-from cellseg_mm.results.overlay import default_colours, draw_pair, read_rgb, write_png
+from cellseg_mm.results.overlay import draw_pair, read_rgb, write_png
 
 
 @HOOKS.register_module()
@@ -107,17 +107,13 @@ class ValidationPictureHook(Hook):
 
     def _draw(self, runner: Runner, info: Mapping, pred: InstanceSet) -> None:
         dataset = self._dataset(runner)
-        steps = dataset.pipeline.transforms
-        swapped = any(getattr(step, 'red_blue_swapped', False) for step in steps)
-        names = tuple(map(str, dataset.metainfo['classes']))
-        colours = [tuple(c) for c in dataset.metainfo.get('palette') or ()]
-        colours += default_colours(len(names))[len(colours) :]
+        data = dataset.settings
         picture = draw_pair(
-            read_rgb(info['img_path'], red_blue_swapped=swapped),
+            read_rgb(info['img_path'], red_blue_swapped=data.red_blue_swapped),
             read_gt(case_of(info)),
             pred,
-            colours,
-            class_names=names,
+            data.palette,
+            class_names=data.class_names,
             score_thr=self.score_thr,
         )
         runner.visualizer.add_image(f'val_{info["name"]}', picture, step=runner.iter)

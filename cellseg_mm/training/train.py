@@ -19,7 +19,7 @@ from mmengine.runner import Runner
 
 from cellseg_mm.core.errors import CheckpointError, ConfigError, FoldError
 from cellseg_mm.core.layout import FOLDS, STARTED, result_name
-from cellseg_mm.data.config import dataset_settings, folds_path
+from cellseg_mm.data.config import DataSettings, dataset_settings
 from cellseg_mm.data.preparing import prepare
 from cellseg_mm.data.preparing.groups import GroupRule
 from cellseg_mm.data.preparing.records import PrepareParams
@@ -132,9 +132,8 @@ def ensure_folds(cfg: Config) -> None:
         DataError: The data have errors.
         FoldError: There is no such file, and none could be made under its name.
     """
-    settings = dataset_settings(cfg)
-    data_root = Path(settings.data_root)
-    path = folds_path(settings)
+    data = DataSettings.from_config(cfg)
+    data_root, path = data.data_root, data.folds_path
     if not path.is_file() and path.name != FOLDS:
         raise FoldError(
             f'{path}: no such file; expected folds; prepare_data.py writes them as folds.json '
@@ -144,7 +143,7 @@ def ensure_folds(cfg: Config) -> None:
         print_log(f'{path}: not there yet; verifying {data_root} and making folds', 'current')
         manifest = data_root / 'manifest.csv'
         params = PrepareParams(
-            class_names=tuple(settings.metainfo.classes),
+            class_names=data.class_names,
             out_dir=None if path.parent == data_root else path.parent,
             groups=GroupRule(csv_path=manifest if manifest.is_file() else None),
         )
@@ -182,7 +181,7 @@ def score_checkpoint(
     """
     path = Path(checkpoint) if checkpoint not in (None, 'best') else best_checkpoint(cfg.work_dir)
     cfg.load_from, cfg.resume = str(path), False
-    split = dataset_settings(cfg, 'test_dataloader').split
+    split = DataSettings.from_config(cfg, 'test_dataloader').split
     named = result_name(split, tta.file_name(tta_spec) if tta_spec else '')
     _metric_of(cfg).outfile_prefix = str(Path(out_dir or cfg.work_dir) / named)
     if tta_spec:

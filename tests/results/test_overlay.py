@@ -12,6 +12,7 @@ import tifffile
 from scipy import ndimage
 
 from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.data.config import default_colours
 from cellseg_mm.results import overlay
 
 NAMES = ('epithelial', 'lymphocyte')
@@ -190,5 +191,5 @@ def test_cost_follows_the_cells_not_the_image() -> None:
 
 
 def test_colours_differ() -> None:
-    assert len(set(overlay.default_colours(8))) == 8
-    assert len(overlay.default_colours(11)) == 11
+    assert len(set(default_colours(8))) == 8
+    assert len(default_colours(11)) == 11
