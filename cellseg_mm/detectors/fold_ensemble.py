@@ -10,32 +10,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
 
-import numpy as np
 import torch
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.model import BaseModel
 from mmengine.registry import DefaultScope
 
-from cellseg_mm.core.errors import ConfigError, PredictionError
+from cellseg_mm.core.errors import PredictionError
 from cellseg_mm.core.instances import InstanceSet
-from cellseg_mm.detectors.member_models import (
-    MemberModels,
-)
-from cellseg_mm.detectors.proposal_sharing import check_family, predict_shared
-from cellseg_mm.fusion.fuse import (
-    FuseReport,
-    PostProcess,
-    Rule,
-    fuse_with_report,
-    postprocess,
-)
-from cellseg_mm.fusion.masks import prob_uncertainty
+from cellseg_mm.detectors.member_models import MemberModels
+from cellseg_mm.fusion.fuse import FuseReport, PostProcess, Rule, fuse_with_report
 from cellseg_mm.model.detections import case_name, to_instance_set, to_pred_instances
-
-PROBS = ('mask_probs', 'mask_boxes')
 
 
 class FoldEnsembleModel(BaseModel):
@@ -65,13 +51,6 @@ class FoldEnsembleModel(BaseModel):
         keep_mask_probs: bool = False,
     ) -> None:
         super().__init__()
-        if rule.needs_models:
-            if tta_model is not None:
-                raise ConfigError(
-                    f'fusion {rule.name}: cannot share proposals between turned images; leave out '
-                    'test-time augmentation, or choose another rule'
-                )
-            check_family(models.models, [member.source for member in models.members])
         self.models = models
         self.rule = rule
         self.post = post
@@ -99,11 +78,10 @@ class FoldEnsembleModel(BaseModel):
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for i, sample in enumerate(samples):
             groups[self._members_of(case_name(sample))].append(i)
-        predict = self._share_proposals if self.rule.needs_models else self._predict_each
         results: dict[int, DetDataSample] = {}
         for chosen, index in groups.items():
             batch = data if len(groups) == 1 else self._part(data, index)
-            for i, fused in zip(index, predict(chosen, batch), strict=True):
+            for i, fused in zip(index, self._predict_each(chosen, batch), strict=True):
                 results[i] = samples[i].new()
                 results[i].pred_instances = to_pred_instances(self._stripped(fused))
         return [results[i] for i in range(len(samples))]
@@ -147,19 +125,6 @@ class FoldEnsembleModel(BaseModel):
             fused.append(result)
         return fused
 
-    def _share_proposals(self, chosen: tuple[int, ...], batch: dict) -> list[InstanceSet]:
-        fused = []
-        for sample in predict_shared(self.models, chosen, batch):
-            shared = _with_votes(to_instance_set(sample), len(chosen))
-            result, dropped = shared, None
-            if self.post is not None:
-                result, dropped = postprocess(shared, self.post)
-            counts = {} if dropped is None else {f'n_{k}': v for k, v in asdict(dropped).items()}
-            report = FuseReport(n_images=1, n_in=len(shared), n_out=len(result), **counts)
-            self._note(result.name, chosen, [len(shared)] * len(chosen), report)
-            fused.append(result)
-        return fused
-
     def _note(
         self, name: str, chosen: Sequence[int], counts: Sequence[int], report: FuseReport
     ) -> None:
@@ -170,16 +135,4 @@ class FoldEnsembleModel(BaseModel):
     def _stripped(self, fused: InstanceSet) -> InstanceSet:
         if self.keep_mask_probs:
             return fused
-        return replace(fused, extra={k: v for k, v in fused.extra.items() if k not in PROBS})
-
-
-def _with_votes(shared: InstanceSet, n_members: int) -> InstanceSet:
-    """Add what fusion reports: every member took part in every instance."""
-    n = len(shared)
-    extra = {
-        'n_votes': np.full(n, n_members, dtype=np.int64),
-        'agreement': np.ones(n, dtype=np.float32),
-    }
-    if 'mask_probs' in shared.extra:
-        extra['mask_uncertainty'] = prob_uncertainty(shared.extra['mask_probs'])
-    return replace(shared, extra={**shared.extra, **extra})
+        return fused.without_probs()

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cellseg_mm.core.errors import FoldError, PredictionError
+from cellseg_mm.core.files import JsonValue
 from cellseg_mm.data.folds import Folds
 
 
@@ -21,12 +22,11 @@ class Member:
     Attributes:
         source: Path of the checkpoint or prediction file.
         source_hash: First 16 hex digits of the file's SHA-256; members are sorted by it.
-        fold: The fold that it held out; None for a soup of several folds, or if unknown.
+        fold: The fold that it held out; None if unknown.
         fold_hash: Hash of the folds it was trained with; '' if unknown.
         excluded_folds: Further folds that it never saw.
         class_names: Names of the classes; empty if unknown.
         score: Best validation score that the file records, or None.
-        parts: Sources of a soup.
     """
 
     source: str
@@ -36,14 +36,13 @@ class Member:
     excluded_folds: tuple[int, ...] = ()
     class_names: tuple[str, ...] = ()
     score: float | None = None
-    parts: tuple[str, ...] = ()
 
     @property
     def clean_folds(self) -> frozenset[int]:
         """Folds of ``fold_hash`` of which it never saw an image."""
-        return frozenset({self.fold, *self.excluded_folds} - {None})
+        return frozenset(k for k in (self.fold, *self.excluded_folds) if k is not None)
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, JsonValue]:
         """Return what a result file records."""
         return {
             'source': self.source,
@@ -52,7 +51,6 @@ class Member:
             'fold_hash': self.fold_hash,
             'excluded_folds': list(self.excluded_folds),
             'score': self.score,
-            'parts': list(self.parts),
         }
 
     def describe(self) -> str:
@@ -61,23 +59,42 @@ class Member:
         if self.excluded_folds:
             fold += f' (never saw {", ".join(map(str, sorted(self.clean_folds)))})'
         score = 'no score' if self.score is None else f'score {self.score:.4f}'
-        soup = f', soup of {len(self.parts)}' if self.parts else ''
-        return f'fold {fold}, folds {self.fold_hash or "unknown"}, {score}{soup}: {self.source}'
+        return f'fold {fold}, folds {self.fold_hash or "unknown"}, {score}: {self.source}'
 
 
-def trained_member(source: str, source_hash: str, trained: Mapping, **more: object) -> Member:
-    """Build a member from ``meta['cellseg']`` or the ``trained`` entry of a prediction file."""
+def trained_member(
+    source: str,
+    source_hash: str,
+    trained: Mapping[str, object],
+    *,
+    score: float | None = None,
+) -> Member:
+    """Build a member from ``meta['cellseg']`` or the ``trained`` entry of a prediction file.
+
+    Raises:
+        PredictionError: It is a soup, an average of weights, which earlier versions made.
+    """
+    if parts := list_of(trained.get('soup')):
+        raise PredictionError(
+            f'{source}: is a soup of {len(parts)} checkpoints; soups are gone, because '
+            'averaged folds scored 0.059 AP50 below their members; fuse the checkpoints themselves '
+            'with tools/ensemble.py'
+        )
     fold = trained.get('fold')
     return Member(
         source,
         source_hash,
         fold=fold if isinstance(fold, int) and not isinstance(fold, bool) else None,
         fold_hash=str(trained.get('fold_hash') or ''),
-        excluded_folds=tuple(int(k) for k in trained.get('excluded_folds') or ()),
-        class_names=tuple(trained.get('class_names') or ()),
-        parts=tuple(part['source'] for part in trained.get('soup') or ()),
-        **more,
+        excluded_folds=tuple(int(str(k)) for k in list_of(trained.get('excluded_folds'))),
+        class_names=tuple(map(str, list_of(trained.get('class_names')))),
+        score=score,
     )
+
+
+def list_of(value: object) -> list[object]:
+    """Return what a file holds where it should hold a list; [] where it holds none."""
+    return list(value) if isinstance(value, (list, tuple)) else []
 
 
 def in_order(members: Sequence[Member]) -> list[int]:

@@ -5,21 +5,21 @@ file), a rule, and what to do afterwards. Out: one set, best first, whose ``extr
 members agreed and how unsure each mask is, and a report of everything that was merged or dropped.
 Invariant: the result does not depend on the order of the members or of their instances.
 
-The rules are in ``fusion_rules``, the steps after them in ``fusion_post``; see docs/fusion.md.
+The rules are in ``rules``, the steps after them in ``post``; see docs/fusion.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.fusion.masks import paste_probs
 from cellseg_mm.fusion.pool import pool_members
 from cellseg_mm.fusion.post import PostProcess, postprocess
-from cellseg_mm.fusion.rules import FUSION_RULES, Rule
+from cellseg_mm.fusion.rules import FUSION_RULES, REMOVED_RULES, Rule
 
 __all__ = [
     'FUSION_RULES',
@@ -108,7 +108,7 @@ def fuse_with_report(
         ``mask_boxes`` where the members have them.
 
     Raises:
-        ConfigError: The rule needs models, or ``post`` does not fit the instances.
+        ConfigError: ``post`` does not fit the instances.
         PredictionError: No member, different images, or unusable numbers.
     """
     pool = pool_members(members)
@@ -138,6 +138,8 @@ def from_spec(text: str) -> Rule:
         ConfigError: The name, a key or a value is not known; the message lists what is.
     """
     name, _, settings = text.strip().partition(':')
+    if name in REMOVED_RULES:
+        raise ConfigError(f'fusion {text!r}: {REMOVED_RULES[name]}; choose soft_mask instead')
     if name not in FUSION_RULES:
         raise ConfigError(
             f'fusion {text!r}: no rule {name!r}; choose one of {_names(FUSION_RULES)}'
@@ -151,9 +153,9 @@ def cut_at(rule: Rule, mask_thr: float | None) -> Rule:
     None changes nothing, nor does a rule that averages no masks or has a threshold of its own.
     """
     default = {field.name: field.default for field in fields(cast('type', rule))}.get('mask_thr')
-    if mask_thr is None or default is None or rule.mask_thr != default:
+    if mask_thr is None or default is None or getattr(rule, 'mask_thr', None) != default:
         return rule
-    return replace(rule, mask_thr=mask_thr)
+    return cast('Rule', replace(cast('Any', rule), mask_thr=mask_thr))
 
 
 def post_from_spec(text: str) -> PostProcess:

@@ -28,13 +28,12 @@ from torch import nn
 
 from cellseg_mm.core import rle
 from cellseg_mm.core.errors import ConfigError
-from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.core.instances import PROB_KEYS, InstanceSet
 from cellseg_mm.core.layout import augmented_name
 from cellseg_mm.fusion import fuse as fusion
 from cellseg_mm.model.detections import to_instance_set, to_pred_instances
 
 DEFAULT_RULE = 'soft_mask'
-PROBS = ('mask_probs', 'mask_boxes')
 RESIZES = ('Resize', 'FixScaleResize', 'FixShapeResize')
 
 
@@ -346,11 +345,6 @@ class CellTTAModel(BaseTTAModel):
         cap = self._rcnn_cfg().get('max_per_img', -1)
         if not self.post.max_instances and cap > 0:
             self.post = replace(self.post, max_instances=cap)
-        if self.rule.needs_models:
-            raise ConfigError(
-                f'tta: rule {rule!r} shares proposals between models; views need another rule, '
-                f'such as {DEFAULT_RULE}'
-            )
 
     def _rcnn_cfg(self) -> Mapping:
         found = getattr(getattr(self.module, 'roi_head', None), 'test_cfg', None)
@@ -380,7 +374,7 @@ class CellTTAModel(BaseTTAModel):
             merged = super().test_step(data)
         if not wanted:
             for sample in merged:
-                for key in PROBS:
+                for key in PROB_KEYS:
                     sample.pred_instances.pop(key, None)
         return merged
 

@@ -370,11 +370,6 @@ def test_samples_that_do_not_say_how_they_lie_are_refused() -> None:
         CellTTAModel(PixelDetector(expected.scores)).test_step(data)
 
 
-def test_rules_that_need_models_are_refused() -> None:
-    with pytest.raises(ConfigError, match='shares proposals'):
-        CellTTAModel(PixelDetector(np.ones(1)), rule='proposal_share')
-
-
 def test_identity_is_first() -> None:
     assert D4[0] == FLIPS[0] == IDENTITY
     with pytest.raises(ConfigError, match='as first view'):
