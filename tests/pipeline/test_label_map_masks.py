@@ -1,82 +1,27 @@
-"""LabelMapMasks against mmdet's BitmapMasks of the same instances, and against slow loops."""
+"""pipeline.label_map_masks against mmdet's BitmapMasks of the same instances and slow loops."""
 
 from __future__ import annotations
 
 import copy
-import math
 import pickle
 
+import cv2
+import mmdet.models  # noqa: F401
 import numpy as np
 import pytest
+import torch
+from mmdet.registry import MODELS
+from mmdet.structures.bbox import HorizontalBoxes
+from mmdet.structures.mask import BitmapMasks
+from mmdet.visualization import DetLocalVisualizer
+from mmengine.structures import InstanceData
 
-torch = pytest.importorskip('torch')
-pytest.importorskip('mmdet')
-
-import cellseg_mm  # noqa: E402, F401, I001  (before mmdet: gives BitmapMasks its RoIAlign)
-import cv2  # noqa: E402
-from mmdet.structures.bbox import HorizontalBoxes  # noqa: E402
-from mmdet.structures.mask import BitmapMasks, mask_target  # noqa: E402
-from mmengine.config import Config  # noqa: E402
-from mmengine.structures import InstanceData  # noqa: E402
-
-from cellseg_mm.pipeline.label_map_masks import LabelMapMasks  # noqa: E402
-from cellseg_mm.pipeline.layer_view import LayerView, find_runs, paint_runs  # noqa: E402
-from cellseg_mm.pipeline.mask_targets import roi_shares  # noqa: E402
+from cellseg_mm.pipeline.label_map_masks import LabelMapMasks
+from cellseg_mm.pipeline.layer_view import LayerView
+from tests.support import moving_samples as moving
+from tests.support.provoking_masks import HW, SEEDS, assert_same, some_masks, stock
 
 pytestmark = pytest.mark.mm
-
-SEEDS = range(8)
-HW = (37, 29)  # odd and not square: a transposition cannot pass
-
-
-def f_shape(size: int) -> np.ndarray:
-    """An F: no symmetry, so a wrong flip or rotation shows."""
-    shape = np.zeros((size, size), dtype=bool)
-    shape[:, 0] = shape[0, :] = True
-    shape[size // 2, : size - 1] = True
-    return shape
-
-
-def some_masks(seed: int, hw: tuple[int, int] = HW, n: int = 9) -> LabelMapMasks:
-    """Overlapping, touching, border and 1-px instances, one in two parts, one without a pixel."""
-    rng = np.random.default_rng(seed)
-    bitmaps = np.zeros((n + 3, *hw), dtype=np.uint8)
-    for bitmap in bitmaps[:n]:
-        size = int(rng.integers(3, 12))
-        y, x = rng.integers(-size // 2, hw[0] - 2), rng.integers(-size // 2, hw[1] - 2)
-        shape = f_shape(size) if rng.random() < 0.5 else np.ones((size, size), bool)
-        top, left = max(y, 0), max(x, 0)
-        part = shape[top - y : hw[0] - y, left - x : hw[1] - x]
-        bitmap[top : top + part.shape[0], left : left + part.shape[1]] = part
-    bitmaps[n, 0, hw[1] - 1] = 1  # 1 px in a corner
-    bitmaps[n + 1, 2:5, 2:5] = bitmaps[n + 1, -5:-3, -6:-3] = 1  # two parts
-    return shuffled_ids(LabelMapMasks.from_bitmaps(bitmaps), rng)  # the last one stays empty
-
-
-def shuffled_ids(masks: LabelMapMasks, rng: np.random.Generator) -> LabelMapMasks:
-    """Give the same masks ids with gaps, in no order, some above 65535."""
-    new_ids = rng.permutation(np.arange(1, 2 * len(masks) + 1) * 9001)[: len(masks)]
-    layers = np.zeros_like(masks.layers)
-    for old, new, k in zip(masks.ids, new_ids, masks.layer_of, strict=True):
-        layers[k][masks.layers[k] == old] = new
-    return LabelMapMasks(layers, new_ids, masks.layer_of)
-
-
-def stock(masks: LabelMapMasks) -> BitmapMasks:
-    """The same instances as mmdet holds them, decoded by the slowest possible comparison."""
-    bitmaps = [masks.layers[k] == i for k, i in zip(masks.layer_of, masks.ids, strict=True)]
-    array = np.array(bitmaps, dtype=np.uint8).reshape(-1, masks.height, masks.width)
-    return BitmapMasks(array, masks.height, masks.width)
-
-
-def assert_same(got: LabelMapMasks, wanted: BitmapMasks) -> None:
-    assert (got.height, got.width) == (wanted.height, wanted.width)
-    assert len(got) == len(wanted)
-    np.testing.assert_array_equal(got.to_ndarray(), wanted.to_ndarray())
-    np.testing.assert_array_equal(got.areas, wanted.areas)
-    boxes = wanted.get_bboxes('hbox').tensor
-    assert torch.equal(got.get_bboxes(HorizontalBoxes).tensor, boxes)
-
 
 EXACT = {
     'resize up': lambda m: m.resize((91, 40)),
@@ -184,14 +129,6 @@ def test_measure_equals_loop(seed: int) -> None:
             ys, xs = [y for y, _ in pixels], [x for _, x in pixels]
             wanted = [min(xs), min(ys), max(xs) + 1, max(ys) + 1] if pixels else [0, 0, 0, 0]
             assert (area, box.tolist()) == (len(pixels), wanted)
-
-
-@pytest.mark.parametrize('seed', SEEDS)
-def test_painting_runs_is_the_inverse_of_finding_them(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    hw = (int(rng.integers(1, 9)), int(rng.integers(1, 9)))
-    cells = rng.integers(0, 3, hw).astype(np.int32) * (rng.random(hw) < 0.2 * seed)
-    np.testing.assert_array_equal(paint_runs(find_runs(cells.astype(np.int32)), hw), cells)
 
 
 def test_instance_cropped_away_keeps_its_row() -> None:
@@ -336,123 +273,6 @@ def test_misuse_is_named(message: str, call) -> None:
         call(some_masks(0))
 
 
-# ---- mask targets
-
-
-def roi_align_by_loops(mask: np.ndarray, box: np.ndarray, out_hw: tuple[int, int]) -> np.ndarray:
-    """RoIAlign of one mask with sampling ratio 0, aligned: by its definition, in float64."""
-    height, width = mask.shape
-    x1, y1 = float(box[0]) - 0.5, float(box[1]) - 0.5
-    bin_h, bin_w = float(box[3] - box[1]) / out_hw[0], float(box[2] - box[0]) / out_hw[1]
-    n_y, n_x = math.ceil(bin_h), math.ceil(bin_w)
-    out = np.zeros(out_hw)
-    for row in range(out_hw[0]):
-        for column in range(out_hw[1]):
-            total = 0.0
-            for i in range(n_y):
-                for j in range(n_x):
-                    y = y1 + row * bin_h + (i + 0.5) * bin_h / n_y
-                    x = x1 + column * bin_w + (j + 0.5) * bin_w / n_x
-                    total += bilinear(mask, y, x, height, width)
-            out[row, column] = total / max(n_y * n_x, 1)
-    return out
-
-
-def bilinear(mask: np.ndarray, y: float, x: float, height: int, width: int) -> float:
-    if y < -1 or y > height or x < -1 or x > width:
-        return 0.0
-    y, x = min(max(y, 0), height - 1), min(max(x, 0), width - 1)
-    top, left = int(y), int(x)
-    bottom, right = min(top + 1, height - 1), min(left + 1, width - 1)
-    fy, fx = y - top, x - left
-    upper = (1 - fx) * mask[top, left] + fx * mask[top, right]
-    lower = (1 - fx) * mask[bottom, left] + fx * mask[bottom, right]
-    return (1 - fy) * upper + fy * lower
-
-
-BOXES = np.array(
-    [
-        [3.2, 4.1, 17.9, 20.3],
-        [0, 0, 29, 37],  # the whole image
-        [4, 6, 11, 13],  # whole pixels, one sample per pixel
-        [2, 2, 16, 16],  # two per cell: exact ties at one half
-        [5.5, 5.5, 6.0, 30.0],  # thinner than a pixel
-        [8, 8, 8, 20],  # no width
-        [-4, -6, 12, 9],  # leaves the image
-        [20, 30, 45, 60],  # leaves it on the other side
-        [60, 60, 70, 80],  # outside
-        [0.1, 0.1, 0.3, 0.2],
-        [27.9, 35.5, 29, 37],
-    ],
-    dtype=np.float32,
-)
-
-
-@pytest.mark.parametrize('seed', SEEDS[:3])
-@pytest.mark.parametrize('out_hw', [(7, 7), (5, 14)])
-def test_crop_and_resize_equals_roi_align_by_loops(out_hw, seed: int) -> None:
-    masks = some_masks(seed)
-    inds = np.random.default_rng(seed).integers(0, len(masks), len(BOXES))
-    bitmaps = stock(masks).masks
-    wanted = np.stack(
-        [roi_align_by_loops(bitmaps[i], box, out_hw) for i, box in zip(inds, BOXES, strict=True)]
-    )
-    soft = masks.crop_and_resize(BOXES, out_hw, inds, binarize=False)
-    assert isinstance(soft, BitmapMasks)
-    np.testing.assert_allclose(soft.masks, wanted, atol=1e-5)
-    hard = masks.crop_and_resize(BOXES, out_hw, inds).masks
-    assert hard.dtype == bool
-    decided = np.abs(wanted - 0.5) > 1e-5
-    np.testing.assert_array_equal(hard[decided], wanted[decided] >= 0.5)
-
-
-@pytest.mark.parametrize('seed', SEEDS)
-def test_crop_and_resize_equals_bitmaps(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    masks = some_masks(seed)
-    corners = rng.uniform(-3, 30, (40, 2))
-    boxes = np.concatenate([corners, corners + rng.uniform(0.5, 30, (40, 2))], axis=1)
-    boxes = np.concatenate([boxes, np.rint(boxes), BOXES]).astype(np.float32)  # whole pixels: ties
-    inds = rng.integers(0, len(masks), len(boxes))
-    soft = stock(masks).crop_and_resize(boxes, (14, 14), inds, 'cpu', binarize=False).masks
-    ours = masks.crop_and_resize(boxes, (14, 14), inds, binarize=False)
-    np.testing.assert_allclose(ours.masks, soft, atol=1e-5)
-    hard = stock(masks).crop_and_resize(boxes, (14, 14), inds, 'cpu').masks
-    differs = masks.crop_and_resize(boxes, (14, 14), inds).masks != hard
-    assert (np.abs(soft[differs] - 0.5) < 1e-5).all()
-
-
-@pytest.mark.parametrize('seed', SEEDS[:3])
-def test_crop_and_resize_of_a_view_with_padding(seed: int) -> None:
-    masks = some_masks(seed)
-    box = np.array([2, 3, 27, 33])  # cells are cut at its border, where padding begins
-    seen = masks.crop(box).flip().expand(44, 41, 6, 8)
-    dense = stock(masks).crop(box).flip().expand(44, 41, 6, 8).masks
-    inds = np.arange(len(BOXES))
-    wanted = [roi_align_by_loops(dense[i], b, (7, 7)) for i, b in enumerate(BOXES)]
-    got = seen.crop_and_resize(BOXES, (7, 7), inds, binarize=False)
-    np.testing.assert_allclose(got.masks, np.stack(wanted), atol=1e-5)
-
-
-def test_exact_ties_count_as_covered() -> None:
-    layers = np.zeros((1, 12, 12), np.int32)
-    layers[0, :, :3] = 1  # cells of 2 px from column 0: the second one is half covered
-    hard = LabelMapMasks(layers, [1], [0]).crop_and_resize(
-        np.array([[0, 0, 12, 12]], np.float32), (6, 6), np.array([0])
-    )
-    assert hard.masks[0].tolist() == [[True, True, False, False, False, False]] * 6
-
-
-def test_crop_and_resize_takes_tensors_and_layers_on_a_device() -> None:
-    masks = some_masks(1)
-    inds = np.arange(len(BOXES))
-    wanted = masks.crop_and_resize(BOXES, (7, 7), inds).masks
-    moved = LabelMapMasks(torch.from_numpy(masks.layers), masks.ids, masks.layer_of)
-    for chosen in (moved, masks, masks.flip().flip()):
-        got = chosen.crop_and_resize(torch.from_numpy(BOXES), (7, 7), torch.from_numpy(inds))
-        np.testing.assert_array_equal(got.masks, wanted)
-
-
 def test_tensor_layers_behave_as_numpy_layers() -> None:
     masks = some_masks(1)
     moved = LabelMapMasks(torch.from_numpy(masks.layers), masks.ids, masks.layer_of)
@@ -461,43 +281,59 @@ def test_tensor_layers_behave_as_numpy_layers() -> None:
     assert_same(LabelMapMasks.cat([moved, moved[:2]]), stock(masks)[[*range(12), 0, 1]])
 
 
-def test_large_and_small_boxes_share_a_call() -> None:
-    masks = some_masks(0, (300, 350), n=20)
-    rng = np.random.default_rng(0)
-    corner = rng.uniform(0, 250, (60, 2))
-    side = np.exp(rng.uniform(0, 6, (60, 2)))
-    boxes = np.concatenate([corner, corner + side], axis=1).astype(np.float32)
-    inds = rng.integers(0, len(masks), 60)
-    together = masks.crop_and_resize(boxes, (14, 14), inds, binarize=False).masks
-    for i in range(60):
-        alone = masks.crop_and_resize(boxes[[i]], (14, 14), inds[[i]], binarize=False).masks
-        np.testing.assert_allclose(together[[i]], alone, atol=1e-6)
+def packed_pair() -> list[dict]:
+    return [
+        moving.build(moving.LSJ[-1])(moving.sample(seed, hw))
+        for seed, hw in ((0, moving.HW), (1, (40, 70)))
+    ]
 
 
-def test_no_box_and_no_instance_give_no_target() -> None:
-    none = np.zeros((0, 4), np.float32)
-    assert some_masks(0).crop_and_resize(none, (7, 5), np.zeros(0, int)).masks.shape == (0, 7, 5)
-    empty = LabelMapMasks.empty(*HW).crop_and_resize(BOXES, (7, 5), np.zeros(11, int))
-    assert empty.masks.shape == (0, 7, 5)
-
-
-def test_mask_target_of_mmdet_runs_on_it() -> None:
-    masks, cfg = some_masks(2), Config({'mask_size': 14})
-    inds = torch.tensor([0, 4, 10])
-    targets = mask_target([torch.from_numpy(BOXES[:3])], [inds], [masks], cfg)
-    boxes = np.clip(BOXES[:3], 0, [[29, 37, 29, 37]]).astype(np.float32)
-    wanted = masks.crop_and_resize(boxes, (14, 14), inds).masks
-    assert targets.dtype is torch.float32
-    np.testing.assert_array_equal(targets.numpy(), wanted)
-
-
-def test_shares_of_float64_boxes_are_float64() -> None:
-    masks = some_masks(2)
-    shares = roi_shares(
-        masks.view,
-        torch.from_numpy(masks.ids[:1]),
-        torch.from_numpy(masks.layer_of[:1]),
-        torch.tensor([[1.0, 2.0, 9.0, 11.0]], dtype=torch.float64),
-        (7, 7),
+def test_data_preprocessor_pads_masks() -> None:
+    packed = packed_pair()
+    wanted = [p['data_samples'].gt_instances.masks.to_ndarray() for p in packed]
+    preprocessor = MODELS.build(
+        {
+            'type': 'DetDataPreprocessor',
+            'mean': [0, 0, 0],
+            'std': [1, 1, 1],
+            'pad_size_divisor': 32,
+            'pad_mask': True,
+            'batch_augments': [
+                {'type': 'BatchFixedSizePad', 'size': (128, 160), 'pad_mask': True},
+            ],
+        }
     )
-    assert shares.dtype is torch.float64
+    batch = {
+        'inputs': [p['inputs'] for p in packed],
+        'data_samples': [p['data_samples'] for p in packed],
+    }
+    out = preprocessor(batch, training=True)
+    assert out['inputs'].shape == (2, 3, 128, 160)
+    for image, data_sample, before in zip(out['inputs'], out['data_samples'], wanted, strict=True):
+        masks = data_sample.gt_instances.masks
+        assert type(masks) is LabelMapMasks
+        after = masks.to_ndarray()
+        assert after.shape[1:] == (128, 160)
+        np.testing.assert_array_equal(after[:, : before.shape[1], : before.shape[2]], before)
+        assert after.sum() == before.sum()
+        shown = sum(mask * int(value) for mask, value in zip(after, masks.ids, strict=True))
+        np.testing.assert_array_equal(image[0].numpy(), shown)
+
+
+def test_visualizer_draws_it() -> None:
+    packed = packed_pair()[0]
+    data_sample = packed['data_samples']
+    data_sample.gt_instances.bboxes = data_sample.gt_instances.bboxes.tensor
+    image = np.zeros((*moving.HW, 3), np.uint8)
+    drawn = []
+    for as_bitmaps in (False, True):
+        visualizer = DetLocalVisualizer()
+        visualizer.dataset_meta = {'classes': ('a', 'b', 'c'), 'palette': [(255, 0, 0)] * 3}
+        if as_bitmaps:
+            masks = data_sample.gt_instances.masks.to_ndarray()
+            data_sample.gt_instances.masks = BitmapMasks(masks, *masks.shape[1:])
+        moving.seed_all(0)
+        visualizer.add_datasample('x', image, data_sample, draw_pred=False, show=False)
+        drawn.append(visualizer.get_image())
+    assert drawn[0].any()
+    np.testing.assert_array_equal(*drawn)
