@@ -13,21 +13,26 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-from mmengine.config import DictAction
-
 from cellseg_mm.core import worker_watch
 from cellseg_mm.core.errors import CellSegError
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that MMDetection's train and test tools share."""
+def add_config_arguments(parser: argparse.ArgumentParser, *, launcher: bool = True) -> None:
+    """Add the options that MMDetection's train and test tools share.
+
+    Args:
+        parser: Gets the options.
+        launcher: Also those of a run on several processes.
+    """
     parser.add_argument('--work-dir', help='folder for logs, checkpoints and results')
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
+        action=_ConfigOptions,
         help='override settings, key=value; lists as key="[a,b]" or key=a,b without spaces',
     )
+    if not launcher:
+        return
     parser.add_argument(
         '--launcher',
         choices=['none', 'pytorch', 'slurm', 'mpi'],
@@ -36,6 +41,40 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     )
     # torch.distributed.launch passes it; torchrun sets LOCAL_RANK itself
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+
+
+def add_member_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options about members and their fusion, as ``from_options`` reads them."""
+    parser.add_argument(
+        '--fusion', help='rule for several models, for example soft_mask:iou_thr=0.4 (soft_mask)'
+    )
+    parser.add_argument('--post', help='afterwards, for example disjoint,min_area_px=20')
+    parser.add_argument('--settings', help='inference.json of tools/find_best.py')
+    parser.add_argument(
+        '--placement',
+        choices=['auto', 'device', 'turns'],
+        default='auto',
+        help='where models are kept: on the device, or there in turns; auto by its free memory',
+    )
+    parser.add_argument('--work-root', help='folder of the work folders (default: work_dirs)')
+
+
+class _ConfigOptions(argparse.Action):
+    """mmengine's DictAction, imported when the option is used: --help need not wait for it."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[object] | None,
+        option_string: str | None = None,
+    ) -> None:
+        from mmengine.config import DictAction
+
+        if wrong := [word for word in values or () if '=' not in str(word)]:
+            parser.error(f'{option_string}: {", ".join(map(str, wrong))}: expected key=value')
+        action = DictAction(self.option_strings, self.dest, nargs=self.nargs)
+        action(parser, namespace, values, option_string)
 
 
 def same_run(words: Sequence[str]) -> str:
@@ -131,7 +170,10 @@ def _without_worker_traceback(text: str) -> str:
 def run_tool(
     main: Callable[[], int | None], *, go_on: str = 'start the same command again to go on'
 ) -> None:
-    """Run a tool's ``main`` and exit: 0 or its number, 2 with one sentence for a user's error.
+    """Run a tool's ``main`` and exit; every tool ends here.
+
+    Exit codes: 0 done; 1 ``main`` returned it, there are problems in what it was asked to look at;
+    2 a user's error, in one sentence; 130 Ctrl-C; 143 ended by SIGTERM.
 
     Args:
         main: What the tool does.

@@ -23,6 +23,11 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # not installed yet; these two need Python's own library only
+
+from cellseg_mm.cli import run_tool  # noqa: E402
+from cellseg_mm.core.errors import CellSegError  # noqa: E402
+
 CHECKS = [['-m', 'ruff', 'check', '.'], ['-m', 'ruff', 'format', '--check', '.'], ['-m', 'mypy']]
 TORCH = '2.13.0'
 TORCH_CPU_INDEX = 'https://download.pytorch.org/whl/cpu'
@@ -51,7 +56,7 @@ def pip(python: Path, *words: str, quiet_failure: bool = False) -> bool:
     command = [str(python), '-m', 'pip', '--disable-pip-version-check', 'install', *words]
     done = subprocess.run(command, capture_output=quiet_failure, text=True, check=False)
     if done.returncode and not quiet_failure:
-        sys.exit(f'error: pip failed: {" ".join(command)}')
+        raise CellSegError(f'pip failed, see above: {" ".join(command)}')
     return done.returncode == 0
 
 
@@ -76,12 +81,33 @@ def fingerprint() -> str:
     return hashlib.sha256(b''.join(parts) + sys.version.encode()).hexdigest()
 
 
+def refuse_to_delete(folder: Path) -> None:
+    """Raise CellSegError unless the folder may be made anew: absent, empty, or of this Python."""
+    config = folder / 'pyvenv.cfg'
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not config.is_file():
+        raise CellSegError(
+            f'{folder}: found files and no virtual environment; expected one, an empty folder or '
+            'none; name another folder with CELLSEG_VENV'
+        )
+    pairs = [line.partition('=') for line in config.read_text().splitlines()]
+    found = next((value.strip() for key, _, value in pairs if key.strip() == 'version'), 'unknown')
+    if found.split('.')[:2] != platform.python_version().split('.')[:2]:
+        raise CellSegError(
+            f'{folder}: a virtual environment of Python {found}, and this is Python '
+            f'{platform.python_version()}; start this with that Python, name another folder with '
+            'CELLSEG_VENV, or delete the old one yourself'
+        )
+
+
 def install(folder: Path) -> Path:
     """Make the virtual environment complete and return its interpreter."""
     python, stamp = venv_python(folder), folder / 'cellseg_mm_installed'
     if python.exists() and stamp.is_file() and stamp.read_text() == fingerprint():
         say(f'{folder} is complete')
         return python
+    refuse_to_delete(folder)
     say(f'making the virtual environment {folder}')
     venv.create(folder, with_pip=True, clear=folder.exists())
     say('installing torch')
@@ -102,8 +128,10 @@ def main() -> int:
     parser.add_argument('what', choices=['setup', 'demo', 'test', 'check'])
     parser.add_argument('rest', nargs=argparse.REMAINDER, help='passed on to the demo or pytest')
     args = parser.parse_args()
+    if args.rest and args.what in ('setup', 'check'):
+        parser.error(f'{args.what} takes no further words: {" ".join(args.rest)}')
     if not (3, 10) <= sys.version_info[:2] <= (3, 13):
-        sys.exit(f'error: this is Python {platform.python_version()}; expected 3.10 to 3.13')
+        raise CellSegError(f'this is Python {platform.python_version()}; expected 3.10 to 3.13')
     python = install(Path(os.environ.get('CELLSEG_VENV', ROOT / '.venv')))
     if args.what == 'setup':
         print(f'activate it with: source {python.parent / "activate"}')
@@ -122,4 +150,4 @@ def main() -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    run_tool(main)

@@ -1,4 +1,7 @@
-"""Look at the data as the model gets it: python tools/browse.py configs/fold0.py"""
+"""Look at the data as the model gets it.
+
+Example: python tools/browse.py configs/fold0.py
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,13 @@ import argparse
 from pathlib import Path
 
 from cellseg_mm.cli import add_config_arguments, run_tool
-from cellseg_mm.training.load_config import load_config
 
 
 def main() -> None:
     """Parse, draw, write."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('config', help='config file, for example configs/fold0.py')
     parser.add_argument('--split', choices=['train', 'val'], default='train')
     parser.add_argument('--n', type=int, help='pictures (16), or draws of --augmentations (3)')
@@ -30,6 +34,7 @@ def main() -> None:
 
     from cellseg_mm.checks import browse
     from cellseg_mm.results import overlay
+    from cellseg_mm.training.load_config import load_config
 
     cfg = load_config(args)
     init_default_scope(cfg.get('default_scope', 'mmdet'))

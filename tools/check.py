@@ -1,4 +1,6 @@
-"""Check environment, data, folds, results and configs: python tools/check.py configs/fold0.py
+"""Check environment, data, folds, results and configs.
+
+    python tools/check.py configs/fold0.py
 
 Prints one line per finding: OK, warn (look at it) or ERROR (results would be wrong), with what to
 do. Exit status 1 means that there are errors. Writes nothing.
@@ -13,7 +15,9 @@ from cellseg_mm.cli import run_tool
 
 def main() -> int:
     """Run all checks and print them as they come."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('configs', nargs='+', help='config files')
     parser.add_argument('--work-root', help='folder of the work folders (default: work_dirs)')
     parser.add_argument('--quiet', action='store_true', help='print warnings and errors only')

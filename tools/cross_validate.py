@@ -1,4 +1,6 @@
-"""Train, test, pool, choose, ensemble, report: python tools/cross_validate.py configs/*.py
+"""Train, test, pool, choose, ensemble and report.
+
+    python tools/cross_validate.py configs/*.py
 
 Start the same command again after any interruption: what is done is not done again.
 Status: 0 all done; 2 something is wrong, or a step failed (its log is named); 130 and 143 ended by
@@ -14,7 +16,9 @@ from cellseg_mm.cli import run_tool
 
 def main() -> None:
     """Plan and run."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('configs', nargs='+', help='one config per fold')
     parser.add_argument('--work-root', help='folder for all work folders (default: work_dirs)')
     parser.add_argument(

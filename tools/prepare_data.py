@@ -1,7 +1,8 @@
 """Check a data folder and write its folds.
 
 Reads every image and label map, lists all problems at once, prints tables by class, size and fold,
-and writes folds.json, index.json and data_report.txt. Exit status 1 means that there are errors.
+and writes folds.json, index.json and data_report.txt. Exit status 1 means:
+errors in the data.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from cellseg_mm.core.errors import CellSegError
+from cellseg_mm.cli import run_tool
 from cellseg_mm.data.config import CLASS_NAMES
 from cellseg_mm.data.folds import ORIGINAL_SEED, Method
 from cellseg_mm.data.preparing import prepare
@@ -22,7 +23,7 @@ from cellseg_mm.data.preparing.text import next_command, screen_text
 from cellseg_mm.data.tiff import DEFAULT_MAX_PIXELS
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args() -> argparse.Namespace:
     """Return the parsed command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
@@ -44,7 +45,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--workers', type=int, default=0, help='processes (default: one per core, at most 8)')
     add('--max-pixels', type=int, default=DEFAULT_MAX_PIXELS, help='largest image accepted, in px')
     add('--no-index', action='store_true', help='read every file again')
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     if args.data_root is None:
         args.data_root = data_root
         if args.out is None and os.environ.get('CELLSEG_FOLDS', 'auto') != 'auto':
@@ -52,33 +53,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
+def main() -> int:
     """Run the check; return the exit status."""
-    args = parse_args(argv)
-    try:
-        params = PrepareParams(
-            class_names=tuple(args.classes),
-            out_dir=args.out,
-            exclude_file=args.exclude,
-            groups=GroupRule(
-                csv_path=args.groups_csv,
-                name_column=args.name_column,
-                group_column=args.group_column,
-                regex=args.groups_regex,
-                alike=not args.split_alike,
-            ),
-            n_folds=args.folds,
-            seed=args.seed,
-            method=args.method,
-            new_folds=args.new_folds,
-            n_workers=args.workers,
-            max_pixels=args.max_pixels,
-            use_index=not args.no_index,
-        )
-        report = prepare.prepare(args.data_root, params)
-    except CellSegError as problem:
-        print(f'error: {problem}', file=sys.stderr)
-        return 1
+    args = parse_args()
+    params = PrepareParams(
+        class_names=tuple(args.classes),
+        out_dir=args.out,
+        exclude_file=args.exclude,
+        groups=GroupRule(
+            csv_path=args.groups_csv,
+            name_column=args.name_column,
+            group_column=args.group_column,
+            regex=args.groups_regex,
+            alike=not args.split_alike,
+        ),
+        n_folds=args.folds,
+        seed=args.seed,
+        method=args.method,
+        new_folds=args.new_folds,
+        n_workers=args.workers,
+        max_pixels=args.max_pixels,
+        use_index=not args.no_index,
+    )
+    report = prepare.prepare(args.data_root, params)
     print(screen_text(report))
     if report.errors:
         print(f'error: {len(report.errors)} problem(s), see above', file=sys.stderr)
@@ -90,4 +87,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    run_tool(main)

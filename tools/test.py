@@ -1,4 +1,7 @@
-"""Score a fold on its own validation images: python tools/test.py configs/fold0.py [CHECKPOINT]"""
+"""Score a fold on its own validation images.
+
+Example: python tools/test.py configs/fold0.py [CHECKPOINT]
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,13 @@ import argparse
 import shlex
 
 from cellseg_mm.cli import add_config_arguments, run_tool
-from cellseg_mm.training.load_config import load_config
 
 
 def main() -> None:
     """Parse MMDetection's test options and score."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('config', help='config file, for example configs/fold0.py')
     parser.add_argument(
         'checkpoint', nargs='?', default='best', help='file, or the best of the work folder'
@@ -25,6 +29,7 @@ def main() -> None:
     add_config_arguments(parser)
     args = parser.parse_args()
 
+    from cellseg_mm.training.load_config import load_config
     from cellseg_mm.training.train import score_checkpoint
 
     cfg = load_config(args)

@@ -1,4 +1,7 @@
-"""Train one fold: python tools/train.py configs/fold0.py"""
+"""Train one fold.
+
+Example: python tools/train.py configs/fold0.py
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,13 @@ import argparse
 import sys
 
 from cellseg_mm.cli import add_config_arguments, run_tool, same_run
-from cellseg_mm.training.load_config import load_config
 
 
 def main() -> None:
     """Parse MMDetection's training options and train."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('config', help='config file, for example configs/fold0.py')
     parser.add_argument('--amp', action='store_true', help='train with automatic mixed precision')
     parser.add_argument(
@@ -29,6 +33,7 @@ def main() -> None:
     add_config_arguments(parser)
     args = parser.parse_args()
 
+    from cellseg_mm.training.load_config import load_config
     from cellseg_mm.training.train import train
 
     checkpoint = train(

@@ -612,7 +612,7 @@ def test_tool_prints_and_exits(data: Path) -> None:
     assert f'{data}/train/p0-0/image.tif: the file is empty (0 bytes)' in done.stdout
     assert done.stderr == 'error: 1 problem(s), see above\n'
     done = run_tool(str(data / 'nowhere'))
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert 'Traceback' not in done.stderr
     assert 'no such folder' in done.stderr
 

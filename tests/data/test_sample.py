@@ -210,6 +210,6 @@ def test_tool_says_where_it_is_and_fails_with_one_sentence(tmp_path: Path) -> No
     done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f'1 training and 1 test images in {tmp_path}/s\n')
     again = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 1
+    assert again.returncode == 2
     assert again.stderr.startswith('error: ')
     assert 'Traceback' not in again.stderr
