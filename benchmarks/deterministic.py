@@ -19,8 +19,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cellseg_mm.core.provenance import code_commit, machine
-from tests.conftest import MICRO
 from tests.faults.kill import import_all, start
+from tests.support.micro import MICRO
 
 
 def cpu_seconds(words: list[str], log_path: Path) -> float:

@@ -3,41 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
 
 import pytest
 
 # One thread per process: the suite runs several processes on two cores.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
-
-ROOT = Path(__file__).resolve().parents[1]
-
-# Shrinks configs/sample to seconds; the parts stay the same.
-MICRO = {
-    'model.backbone.base_channels': 8,
-    'model.neck.in_channels': [8, 16, 32, 64],
-    'train_dataloader.batch_size': 2,
-    'train_dataloader.num_workers': 0,
-    'train_dataloader.persistent_workers': False,
-    'val_dataloader.num_workers': 0,
-    'val_dataloader.persistent_workers': False,
-    'test_dataloader.num_workers': 0,
-    'test_dataloader.persistent_workers': False,
-    'model.test_cfg.rcnn.max_per_img': 30,
-    'model.test_cfg.rpn.max_per_img': 50,
-    'train_cfg.max_iters': 4,
-    'train_cfg.val_interval': 2,
-    'default_hooks.checkpoint.interval': 2,
-    'default_hooks.logger.interval': 1,
-}
-
-
-def free_port() -> int:
-    """Return a TCP port of this machine that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope='session')
@@ -59,6 +30,8 @@ def sample_config(sample_data: Path, monkeypatch: pytest.MonkeyPatch):
     """Fold 0 of the sample recipe on ``sample_data``, in MMDetection's scope."""
     from mmengine.config import Config
     from mmengine.registry import DefaultScope
+
+    from tests.support.micro import ROOT
 
     monkeypatch.setenv('CELLSEG_DATA', str(sample_data))
     monkeypatch.delenv('CELLSEG_FOLDS', raising=False)

@@ -26,7 +26,7 @@ from cellseg_mm.data.folds import Folds, load_folds, save_folds
 from cellseg_mm.data.labels import find_cases, read_gt
 from cellseg_mm.pipeline.dataset import data_fingerprint
 from cellseg_mm.results.predictions import Predictions, save_predictions
-from tests.conftest import ROOT
+from tests.support.micro import ROOT
 
 pytestmark = pytest.mark.mm
 assert cellseg_mm.components

@@ -615,9 +615,3 @@ def test_tool_prints_and_exits(data: Path) -> None:
     assert done.returncode == 2
     assert 'Traceback' not in done.stderr
     assert 'no such folder' in done.stderr
-
-
-def test_core_imports_no_torch() -> None:
-    code = 'import sys, cellseg_mm.data.preparing.prepare; print("torch" in sys.modules)'
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
-    assert done.stdout == 'False\n'

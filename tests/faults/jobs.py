@@ -1,8 +1,8 @@
 """The jobs that are killed: a command, where its results are, and when to kill it.
 
-Every job works on the same small sample data and models (``tests/conftest.py``: MICRO), which are
-made once by :func:`prepare_data` and :func:`prepare_models`. A job's command may be started again
-and again in one folder; ``results`` tells when two endings are equal.
+Every job works on the same small sample data and models (MICRO of tests/support/micro.py), which
+are made once by :func:`prepare_data` and :func:`prepare_models`. A job's command may be started
+again and again in one folder; ``results`` tells when two endings are equal.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.conftest import MICRO
+from tests.support.micro import MICRO
 
 Digest = dict[str, str]
 CONFIG = 'configs/sample/fold0.py'

@@ -30,8 +30,8 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import numpy as np
 
-from tests.conftest import ROOT
 from tests.faults.jobs import JOBS, Job, prepare_data, prepare_models
+from tests.support.micro import ROOT
 
 LIMIT_S = 900.0  # of one undisturbed run on a busy machine
 POLL_S = 0.002

@@ -18,7 +18,7 @@ from mmengine.registry import DefaultScope  # noqa: E402
 
 from cellseg_mm import components  # noqa: E402, F401
 from cellseg_mm.model import caps as proposal_caps  # noqa: E402
-from tests.conftest import ROOT  # noqa: E402
+from tests.support.micro import ROOT  # noqa: E402
 
 pytestmark = pytest.mark.mm
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import MICRO
+from tests.support.micro import MICRO
 
 pytestmark = pytest.mark.mm
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,9 +15,9 @@ from mmengine.runner import Runner
 
 import cellseg_mm.components
 from cellseg_mm.pipeline.seeding import SeededInfiniteSampler
-from tests.conftest import MICRO
 from tests.faults.jobs import checkpoint_digest
 from tests.faults.kill import run_to_end
+from tests.support.micro import MICRO
 
 pytestmark = pytest.mark.mm
 assert cellseg_mm.components
