@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from faster_coco_eval.core.coco import COCO
@@ -23,6 +24,7 @@ from cellseg_mm.scores.matching import Compared, boxes_xywh, greedy_matches
 
 Int = NDArray[np.int64]
 Float = NDArray[np.float64]
+Annotation = dict[str, Any]  # of COCO
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -66,10 +68,11 @@ def mean_defined(values: Float) -> Float:
     defined = ~np.isnan(values)
     n = defined.sum(axis=0)
     total = np.where(defined, values, 0.0).sum(axis=0)
-    return np.divide(total, n, out=np.full(np.shape(total), np.nan), where=n > 0)
+    mean: Float = np.divide(total, n, out=np.full(np.shape(total), np.nan), where=n > 0)
+    return mean
 
 
-class _SharedIouEval(COCOeval_faster):
+class _SharedIouEval(COCOeval_faster):  # type: ignore[misc]  # it has no annotations
     """The evaluator with IoU tables that are already there."""
 
     tables: dict[tuple[int, int], Float]
@@ -115,11 +118,12 @@ def ap_tables(
         raise RuntimeError('this faster-coco-eval does not call computeIoU; 1.8.0 does')
     evaluator.accumulate()
     shape = (len(iou_thrs), 101, n_classes, len(area_ranges), len(caps))
-    result = {
+    result: dict[str, Float] = {
         name: np.asarray(evaluator.eval[name], dtype=np.float64).reshape(shape)
         for name in ('precision', 'scores')
     }
-    result['recall'] = np.asarray(evaluator.eval['recall']).reshape(shape[:1] + shape[2:])
+    recall = np.asarray(evaluator.eval['recall'], dtype=np.float64)
+    result['recall'] = recall.reshape(shape[:1] + shape[2:])
     names = tuple(name for name, _, _ in area_ranges)
     at = {cap: i for i, cap in enumerate(sorted(caps))}
     return [_table(result, at[cap], kind, cap, names, np.asarray(iou_thrs)) for cap in caps]
@@ -149,8 +153,8 @@ def _table(
 def _evaluator(images: Sequence[Compared], n_classes: int, *, kind: str) -> _SharedIouEval:
     frames = [{'id': c.gt.image_id, 'height': 1, 'width': 1} for c in images]
     categories = [{'id': k, 'name': str(k)} for k in range(1, n_classes + 1)]
-    gt_rows: list[dict] = []
-    pred_rows: list[dict] = []
+    gt_rows: list[Annotation] = []
+    pred_rows: list[Annotation] = []
     for c in images:
         gt_rows += _rows(c.gt.image_id, c.gt.class_ids, c.gt_areas, np.ones(len(c.gt)), gt_rows)
         boxes = boxes_xywh(c.pred.boxes_xyxy)
@@ -169,7 +173,9 @@ def _evaluator(images: Sequence[Compared], n_classes: int, *, kind: str) -> _Sha
     )
 
 
-def _rows(image_id: int, class_ids: Int, areas: Float, scores: Float, before: list) -> list[dict]:
+def _rows(
+    image_id: int, class_ids: Int, areas: Int | Float, scores: Float, before: list[Annotation]
+) -> list[Annotation]:
     """Return COCO annotations with ids from 1; 0 would read as unmatched."""
     values = zip(class_ids.tolist(), areas.tolist(), scores.tolist(), strict=True)
     return [
@@ -266,7 +272,7 @@ def weighted_ap(ranked: RankedClass, weights: NDArray[np.int64]) -> Float:
 
 def needed_tp(n_positive: int) -> Int:
     """Return (101,) int64: fewest true positives that reach each of COCO's recall points."""
-    needed = np.ceil(RECALL_POINTS * n_positive)
+    needed: Float = np.ceil(RECALL_POINTS * n_positive)
     # Rounding must fall as it does when COCO compares n / n_positive with the point.
     needed -= (needed - 1) / n_positive >= RECALL_POINTS
     needed += needed / n_positive < RECALL_POINTS

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.core.files import JsonValue
@@ -23,6 +23,8 @@ from cellseg_mm.scores.mistakes import ERROR_NAMES
 Int = NDArray[np.int64]
 
 Float = NDArray[np.float64]
+
+RATES = ('f1', 'precision', 'recall', 'sq', 'pq')  # of Counted, written beside its numbers
 
 LARGEST_AREA = 1e5**2  # COCO's "all" ends there
 
@@ -142,10 +144,12 @@ class Counted:
         return ratio(self.iou_sum, self.tp + 0.5 * self.fp + 0.5 * self.fn, self.tp + self.fn)
 
 
-def ratio(top: NDArray, bottom: NDArray, evidence: NDArray) -> Float:
+def ratio(top: ArrayLike, bottom: ArrayLike, evidence: ArrayLike) -> Float:
     """Divide; NaN where ``evidence`` is 0."""
     top, bottom = np.asarray(top, dtype=np.float64), np.asarray(bottom, dtype=np.float64)
-    return np.divide(top, bottom, out=np.full(top.shape, np.nan), where=np.asarray(evidence) > 0)
+    undefined: Float = np.full(top.shape, np.nan)
+    quotient: Float = np.divide(top, bottom, out=undefined, where=np.asarray(evidence) > 0)
+    return quotient
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,17 +297,19 @@ class Scores:
 
     def to_dict(self) -> dict[str, JsonValue]:
         """Return everything as JSON values; NaN becomes null."""
-        record = _json(dataclasses.asdict(self))
+        record = _fields(self)
         for key, counts in (('counted', self.counted), ('detected', self.detected)):
-            for row, entry in zip(counts, record[key], strict=True):
-                entry |= {
-                    name: _json(getattr(row, name))
-                    for name in ('f1', 'precision', 'recall', 'sq', 'pq')
-                }
+            record[key] = [
+                _fields(row) | {name: _json(getattr(row, name)) for name in RATES} for row in counts
+            ]
         record['headline'] = _json(self.headline())
         record['n_undefined_classes'] = self.n_undefined_classes
         record['n_undefined_images'] = self.n_undefined_images
         return record
+
+
+def _fields(record: Scores | Counted) -> dict[str, JsonValue]:
+    return {name: _json(value) for name, value in dataclasses.asdict(record).items()}
 
 
 def _json(value: object) -> JsonValue:
@@ -315,4 +321,6 @@ def _json(value: object) -> JsonValue:
         return [_json(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return value
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise TypeError(f'{type(value).__name__} is no JSON value')

@@ -149,6 +149,7 @@ def _pooled(
     tallies = Tallies.of(images, flats, n_classes, params.f1_iou_thrs)
     unit, unit_of = sampling_units([c.gt.name for c in images], groups)
     aji = ratio(tallies.aji_shared, tallies.aji_union, tallies.aji_union)
+    shared, union = tallies.aji_shared.sum(), tallies.aji_union.sum()
     return Scores(
         class_names=class_names,
         params=params,
@@ -159,14 +160,19 @@ def _pooled(
         bbox_at_100=tables['bbox'][CONVENTIONAL_CAP],
         counted=tallies.counted(params.f1_iou_thrs),
         detected=tallies.detected(params.f1_iou_thrs),
-        aji=float(ratio(*[np.sum(v) for v in (tallies.aji_shared, *[tallies.aji_union] * 2)])),
+        aji=float(ratio(shared, union, union)),
         aji_image_mean=float(mean_defined(aji)),
-        confusion=sum(confusion_of(c, n_classes, score_thr=params.pq_score_thr) for c in images),
-        errors=sum(
-            errors_of(
-                c, n_classes, score_thr=params.pq_score_thr, area_edges=params.cell_area_edges
-            )
-            for c in images
+        confusion=np.sum(
+            [confusion_of(c, n_classes, score_thr=params.pq_score_thr) for c in images], axis=0
+        ),
+        errors=np.sum(
+            [
+                errors_of(
+                    c, n_classes, score_thr=params.pq_score_thr, area_edges=params.cell_area_edges
+                )
+                for c in images
+            ],
+            axis=0,
         ),
         per_image=_per_image(images, tallies, aji, n_detections),
         calibration=_calibration(ranked, int(np.argmin(np.abs(thrs - 0.5))), params),
@@ -297,7 +303,7 @@ def _calibration(ranked: list[RankedClass], thr_index: int, params: ScoreParams)
     bins = np.clip(np.floor(scores * n_bins), 0, n_bins - 1).astype(np.int64)
     n = np.bincount(bins, minlength=n_bins)
     return Calibration(
-        edges=np.linspace(0.0, 1.0, n_bins + 1),
+        edges=np.linspace(0.0, 1.0, n_bins + 1, dtype=np.float64),
         n=n,
         mean_score=ratio(np.bincount(bins, weights=scores, minlength=n_bins), n, n),
         share_tp=ratio(np.bincount(bins, weights=is_tp, minlength=n_bins), n, n),

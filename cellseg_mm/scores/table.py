@@ -1,16 +1,13 @@
-"""Prints :class:`~cellseg_mm.scores.score.Scores` as a compact text table."""
+"""Scores as a compact text table, the same for the same scores.
+
+In: :class:`Scores`. Out: text. Invariant: what was left out of a number is said beside it.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import numpy as np
-
 from cellseg_mm.core.text_table import Row, _grid
-
-if TYPE_CHECKING:
-    from cellseg_mm.scores.average_precision import ApTable
-    from cellseg_mm.scores.records import Scores
+from cellseg_mm.scores.average_precision import ApTable, mean_defined
+from cellseg_mm.scores.records import Float, Scores
 
 
 def score_table(scores: Scores) -> str:
@@ -56,7 +53,7 @@ def _ap_rows(scores: Scores, table: ApTable, *, is_main: bool) -> list[Row]:
     names = (
         {'ap': 'AP', 'ap50': 'AP50', 'ap75': 'AP75'} if is_main else {'ap': 'AP', 'ap50': 'AP50'}
     )
-    rows = []
+    rows: list[Row] = []
     for attribute, name in names.items():
         values = getattr(table, attribute)[:, 0]
         interval = scores.intervals.get(f'{table.kind}_{name}') if is_main else None
@@ -92,9 +89,7 @@ def _error_block(scores: Scores) -> str:
     return _grid(['errors (counts)', 'sum', *scores.class_names], rows)
 
 
-def _with_mean(values: np.ndarray) -> list[float]:
-    from cellseg_mm.scores.average_precision import mean_defined
-
+def _with_mean(values: Float) -> list[float]:
     return [float(mean_defined(values)), *values.tolist()]
 
 
