@@ -1,6 +1,7 @@
-"""Make one page about a training: python tools/report.py configs/*.py
+"""Make one page about a training.
 
-For one fold or an ensemble folder: python tools/report.py --work-dir work_dirs/fold0
+python tools/report.py configs/*.py
+python tools/report.py --work-dir work_dirs/fold0    # one fold, or an ensemble folder
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from cellseg_mm.core.errors import ConfigError
 
 def main() -> None:
     """Parse and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('configs', nargs='*', help='one config per fold')
     parser.add_argument('--work-root', help='folder of all work folders (default: work_dirs)')
     parser.add_argument('--work-dir', help='one work folder instead of configs')

@@ -301,7 +301,7 @@ def stacked_bars(
     return _svg(title, ''.join(parts), height)
 
 
-def bars(axes: Axes, edges: NDArray, values: Sequence[float], colour: str) -> str:
+def bars(axes: Axes, edges: NDArray[np.float64], values: Sequence[float], colour: str) -> str:
     """Return a histogram; the bar b reaches from ``edges[b]`` to ``edges[b + 1]``."""
     scale = _Scale(axes, [Series('', list(edges), [0.0, *values], colour)])
     parts = [_frame(axes, scale)]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from cellseg_mm.core.errors import ConfigError, DataError, PredictionError
 from cellseg_mm.core.layout import FINISHED, ensemble_dir, predictions_path, work_dir_of
+from cellseg_mm.data.cases import Case
 from cellseg_mm.data.config import DataSettings, Rgb, default_colours
 from cellseg_mm.data.folds import load_folds
 from cellseg_mm.data.images import cases_of
@@ -158,8 +159,9 @@ def from_work_dir(work_dir: Path | str) -> ReportInputs:
         _newest_config(p) for p in sorted(work_dir.resolve().parent.glob('*')) if p.is_dir()
     ]
     found = next((path for path in beside if path is not None), None)
-    data = DataSettings.from_config(Config.fromfile(found), 'val_dataloader') if found else None
-    return _gathered(f'Report on the ensemble in {work_dir}', [], data, work_dir)
+    cfg = Config.fromfile(found) if found else None
+    beside_it = DataSettings.from_config(cfg, 'val_dataloader') if cfg else None
+    return _gathered(f'Report on the ensemble in {work_dir}', [], beside_it, work_dir)
 
 
 def _is_ensemble(folder: Path) -> bool:
@@ -251,7 +253,7 @@ def _stale(runs: Sequence[FoldRun], pool: OofPool | None) -> list[str]:
     ]
 
 
-def _image_paths(cases: Iterable) -> dict[str, Path]:
+def _image_paths(cases: Iterable[Case]) -> dict[str, Path]:
     return {case.name: case.image_path for case in cases}
 
 

@@ -14,7 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cellseg_mm.core.files import JsonValue
+
 Points = dict[int, float]
+Row = dict[str, JsonValue]
 
 GROUPS_HEAD = 'Parameter groups:'
 GROUP_LINE = re.compile(
@@ -90,7 +93,7 @@ def _scalars_path(run_dir: Path) -> Path | None:
     return next((run_dir / name for name in names if (run_dir / name).is_file()), None)
 
 
-def _json_lines(path: Path) -> tuple[list[dict], int]:
+def _json_lines(path: Path) -> tuple[list[Row], int]:
     rows, n_bad = [], 0
     for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
         if not line.strip():
@@ -108,7 +111,7 @@ def _json_lines(path: Path) -> tuple[list[dict], int]:
 
 
 def _join(
-    rows: Sequence[dict],
+    rows: Sequence[Row],
     train: dict[str, Points],
     val: dict[str, Points],
     val_interval: int | None,
@@ -130,12 +133,13 @@ def _join(
             _add({k.rsplit('/', 1)[-1]: v for k, v in row.items()}, val, step)
 
 
-def _train_step(row: dict) -> int | None:
-    return int(row['step']) if 'loss' in row and isinstance(row.get('step'), int) else None
+def _train_step(row: Row) -> int | None:
+    step = row.get('step')
+    return step if 'loss' in row and isinstance(step, int) else None
 
 
 def _val_step(
-    row: dict, before: Sequence[int | None], after: Sequence[int | None], interval: int | None
+    row: Row, before: Sequence[int | None], after: Sequence[int | None], interval: int | None
 ) -> int | None:
     step = row.get('step')
     if isinstance(step, int) and step > 0:
@@ -149,10 +153,11 @@ def _val_step(
     return (following - 1) // interval * interval if interval else following
 
 
-def _add(row: dict, curves: dict[str, Points], step: int) -> None:
+def _add(row: Row, curves: dict[str, Points], step: int) -> None:
     for name, value in row.items():
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if name not in ('step', 'iter', 'epoch') and is_number and math.isfinite(value):
+        if name in ('step', 'iter', 'epoch') or isinstance(value, bool):
+            continue
+        if isinstance(value, int | float) and math.isfinite(value):
             curves.setdefault(name, {})[step] = float(value)
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from cellseg_mm.core.files import JsonValue
 from cellseg_mm.core.instances import InstanceSet
-from cellseg_mm.report.findings import match_in_class
+from cellseg_mm.report.suspects import match_in_class
 from cellseg_mm.scores.matching import Compared
 
 LONG_SIDE_PX = 900  # of a viewer image; a cell of 16 px in a 1300 px image is still 11 px
@@ -73,43 +73,57 @@ def outline_path(crop: NDArray[np.bool_], offset_xy: tuple[int, int], tolerance_
 
 
 def viewer_entry(
-    compared: Compared, image: NDArray[np.uint8], *, facts: str, group: str
-) -> dict[str, JsonValue]:
-    """Return what the viewer needs of one image with ground truth.
-
-    Each label carries the score of the detection that found it, each detection whether it is a
-    true positive, so that the page can count for any score threshold without comparing masks.
-    """
-    matched, found_by = match_in_class(compared)
-    keep = np.flatnonzero(compared.pred.scores >= EMBED_SCORE_THR)
-    gt_paths = outline_paths(compared.gt)
-    labels = zip(compared.gt.class_ids.tolist(), gt_paths, found_by.tolist(), strict=True)
-    entry = _entry(compared.pred, keep, image, facts=facts, group=group)
-    for row, index in zip(entry['pred'], keep.tolist(), strict=True):
-        row[3] = int(matched[index] >= 0)
-    entry['gt'] = [[k, path, _floored(score)] for k, path, score in labels]
-    return entry
-
-
-def prediction_entry(
-    pred: InstanceSet, image: NDArray[np.uint8], *, facts: str, group: str
-) -> dict[str, JsonValue]:
-    """Return what the viewer needs of one image without ground truth."""
-    pred = pred.by_score()
-    keep = np.flatnonzero(pred.scores >= EMBED_SCORE_THR)
-    return _entry(pred, keep, image, facts=facts, group=group)
-
-
-def _entry(
-    pred: InstanceSet,
-    keep: NDArray[np.intp],
+    detected: Compared,
+    cells: Compared,
     image: NDArray[np.uint8],
     *,
     facts: str,
     group: str,
-) -> dict:
-    kept = pred[keep]
-    rows = zip(kept.class_ids.tolist(), outline_paths(kept), kept.scores.tolist(), strict=True)
+) -> dict[str, JsonValue]:
+    """Return what the viewer needs of one image with ground truth.
+
+    Each label carries the score of the detection and of the cell that found it, each prediction
+    whether it is a true positive, so that the page can count for any score threshold without
+    comparing masks.
+
+    Args:
+        detected: All detections.
+        cells: What is left of them at the settings for people.
+        image: (H, W, 3) uint8 RGB.
+        facts: Shown with the image.
+        group: Part of the list of images.
+    """
+    by_detection, by_cell = match_in_class(detected), match_in_class(cells)
+    labels = zip(
+        detected.gt.class_ids.tolist(),
+        outline_paths(detected.gt),
+        by_detection[1].tolist(),
+        by_cell[1].tolist(),
+        strict=True,
+    )
+    return {
+        **_frame(detected.pred, image, facts=facts, group=group),
+        'gt': [[k, path, floored(first), floored(second)] for k, path, first, second in labels],
+        'pred': _rows(detected.pred, by_detection[0] >= 0),
+        'cells': _rows(cells.pred, by_cell[0] >= 0),
+    }
+
+
+def prediction_entry(
+    pred: InstanceSet, cells: InstanceSet, image: NDArray[np.uint8], *, facts: str, group: str
+) -> dict[str, JsonValue]:
+    """Return what the viewer needs of one image without ground truth; see :func:`viewer_entry`."""
+    return {
+        **_frame(pred, image, facts=facts, group=group),
+        'gt': None,
+        'pred': _rows(pred.by_score(), None),
+        'cells': _rows(cells.by_score(), None),
+    }
+
+
+def _frame(
+    pred: InstanceSet, image: NDArray[np.uint8], *, facts: str, group: str
+) -> dict[str, JsonValue]:
     return {
         'name': pred.name,
         'group': group,
@@ -117,13 +131,27 @@ def _entry(
         'h': pred.image_hw[0],
         'w': pred.image_hw[1],
         'src': data_uri(image, LONG_SIDE_PX),
-        'gt': None,
-        'pred': [[k, path, _floored(score), -1] for k, path, score in rows],
-        'left_out': len(pred) - len(kept),
+        'left_out': int((pred.scores < EMBED_SCORE_THR).sum()),
     }
 
 
-def _floored(score: float) -> float:
+def _rows(pred: InstanceSet, is_right: NDArray[np.bool_] | None) -> list[JsonValue]:
+    """Return class, outline, score and 1 for right, 0 for wrong, -1 for unknown of each."""
+    keep = np.flatnonzero(pred.scores >= EMBED_SCORE_THR)
+    kept = pred[keep]
+    right = np.full(len(kept), -1) if is_right is None else is_right[keep].astype(np.int64)
+    rows = zip(
+        kept.class_ids.tolist(),
+        outline_paths(kept),
+        kept.scores.tolist(),
+        right.tolist(),
+        strict=True,
+    )
+    return [[k, path, floored(score), flag] for k, path, score, flag in rows]
+
+
+def floored(score: float) -> float:
+    """Return a score with four digits; -1 for none."""
     # Rounding up would let an instance pass a threshold that its score does not reach.
     return math.floor(score * 1e4 + 1e-3) / 1e4 if score >= 0 else -1.0
 

@@ -1,7 +1,7 @@
 """One page about a training: ``report.html``, opened from a file, without network or server.
 
 In: configs of folds, or a work folder. Out: one HTML file that holds everything it shows.
-Invariant: every number comes from ``scoring.score``; nothing is loaded from elsewhere; texts from
+Invariant: every number comes from ``score``; nothing is loaded from elsewhere; texts from
 files are escaped; what is missing is named where it would be.
 """
 
@@ -19,15 +19,6 @@ from cellseg_mm.core.files import JsonValue
 from cellseg_mm.core.progress import track
 from cellseg_mm.ensemble.oof import score_pool
 from cellseg_mm.report.inputs import ReportInputs, from_configs, from_work_dir
-from cellseg_mm.report.looks import (
-    Limits,
-    Pictures,
-    doubt_section,
-    doubts_of,
-    label_error_section,
-    viewer_entries,
-    viewer_section,
-)
 from cellseg_mm.report.numbers import (
     FoldScores,
     calibration_section,
@@ -38,10 +29,18 @@ from cellseg_mm.report.numbers import (
     overview,
     pr_section,
     score_section,
-    settings_section,
-    training_section,
 )
 from cellseg_mm.report.parts import Section, colour_css, script_json
+from cellseg_mm.report.review import doubt_section, doubts_of, label_error_section
+from cellseg_mm.report.training import settings_section, training_section
+from cellseg_mm.report.viewer import (
+    Album,
+    Entry,
+    Limits,
+    Pictures,
+    cell_settings,
+    viewer_section,
+)
 from cellseg_mm.scores.matching import Compared, compare
 from cellseg_mm.scores.records import ScoreParams, Scores
 from cellseg_mm.scores.score import score
@@ -97,7 +96,8 @@ def write_report(
     scores = _pooled(inputs, params)
     pictures = Pictures(inputs)
     doubts = doubts_of(inputs)
-    entries = viewer_entries(inputs, scores, compared, doubts, limits, pictures)
+    album = Album(inputs, scores, compared, doubts, pictures, cell_settings(inputs))
+    entries = album.entries(limits)
     sections = [
         score_section(inputs, scores),
         fold_section(inputs, _by_fold(inputs, scores, params)),
@@ -107,7 +107,7 @@ def write_report(
         error_section(inputs, scores),
         calibration_section(inputs, scores),
         count_section(inputs, scores),
-        viewer_section(inputs, entries, scores, pictures),
+        viewer_section(album, entries),
         label_error_section(inputs, compared, limits, pictures),
         doubt_section(inputs, doubts, limits, pictures),
         settings_section(inputs),
@@ -146,7 +146,7 @@ def _by_fold(inputs: ReportInputs, pooled: Scores | None, params: ScoreParams) -
 
 
 def page(
-    inputs: ReportInputs, top: str, sections: Sequence[Section], entries: Sequence[dict]
+    inputs: ReportInputs, top: str, sections: Sequence[Section], entries: Sequence[Entry]
 ) -> str:
     """Put the page together."""
     links = ''.join(

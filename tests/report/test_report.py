@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -23,24 +23,15 @@ from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.data.folds import Folds, load_folds, save_folds
 from cellseg_mm.data.labels import find_cases, read_gt
 from cellseg_mm.ensemble.oof import pool_predictions
+from cellseg_mm.fusion.post import PostProcess, postprocess
+from cellseg_mm.fusion.settings import default_settings
 from cellseg_mm.report import report
-from cellseg_mm.report.charts import Axes, Series, chart, number, ticks
-from cellseg_mm.report.findings import (
-    OTHER_CLASS,
-    UNLABELLED,
-    UNSEEN,
-    label_findings,
-    match_in_class,
-    member_doubts,
-)
-from cellseg_mm.report.logs import read_training_log, step_of_checkpoint
-from cellseg_mm.report.parts import contrast, readable, script_json
-from cellseg_mm.report.pictures import outline_path
 from cellseg_mm.results.predictions import Predictions, save_predictions
 from cellseg_mm.scores.matching import compare
 from cellseg_mm.scores.mistakes import ERROR_NAMES, errors_of
 from cellseg_mm.scores.records import ScoreParams
 from cellseg_mm.scores.score import score
+from tests.report.test_logs import train_row, write_log
 from tests.support.chromium import Chromium, find_chromium
 
 pytestmark = pytest.mark.mm
@@ -124,7 +115,7 @@ def write_data(root: Path) -> Folds:
 
 
 def predict(gt: InstanceSet, seed: int) -> InstanceSet:
-    """Move cells, drop two, confuse one class, invent a cell where nothing is."""
+    """Move cells, drop two, confuse one class, invent a cell where nothing is, double one."""
     rng = np.random.default_rng(seed)
     crops, offsets = gt.crops()
     offsets = offsets + rng.integers(0, 2, offsets.shape)
@@ -134,22 +125,16 @@ def predict(gt: InstanceSet, seed: int) -> InstanceSet:
     scores = rng.uniform(0.3, 0.95, len(gt)).astype(np.float32)
     scores[0] = 0.9
     invented = np.array([[55, 80]])
+    doubled = offsets[1:2] + 1  # of the other class, so that AP counts both
     return InstanceSet.from_crops(
         gt.name,
         gt.image_id,
         gt.image_hw,
-        crops=[*(crops[i] for i in keep), np.ones((6, 6), dtype=bool)],
-        offsets_yx=np.concatenate([offsets[keep], invented]),
-        class_ids=np.append(class_ids[keep], 0),
-        scores=np.append(scores[keep], np.float32(0.97)),
+        crops=[*(crops[i] for i in keep), np.ones((6, 6), dtype=bool), crops[1]],
+        offsets_yx=np.concatenate([offsets[keep], invented, doubled]),
+        class_ids=np.append(class_ids[keep], [0, 1 - class_ids[1]]),
+        scores=np.append(scores[keep], np.array([0.97, 0.6], dtype=np.float32)),
     )
-
-
-def write_log(work_dir: Path, stamp: str, rows: list[dict]) -> None:
-    folder = work_dir / stamp / 'vis_data'
-    folder.mkdir(parents=True)
-    lines = [json.dumps(row) for row in rows]
-    (folder / 'scalars.json').write_text('\n'.join(lines) + '\n')
 
 
 def write_work_dir(work_dir: Path, gt: list[InstanceSet], folds: Folds, fold: int) -> None:
@@ -164,10 +149,6 @@ def write_work_dir(work_dir: Path, gt: list[InstanceSet], folds: Folds, fold: in
     provenance |= {'checkpoint_hash': 'b35t'}
     provenance |= {'versions': {'numpy': '9.9.9'}, 'commit': 'abc123', 'data_hash': 'd4t4'}
     save_predictions(work_dir / 'val.predictions.npz', Predictions(sets, provenance))
-
-
-def train_row(step: int, loss: float = 1.0, lr: float = 0.1) -> dict:
-    return {'loss': loss, 'lr': lr, 'step': step, 'iter': step}
 
 
 @pytest.fixture(scope='module')
@@ -279,18 +260,6 @@ def test_hostile_names_stay_text(html: str) -> None:
     assert HOSTILE_CASE in [image['name'] for image in data['images']]
 
 
-@pytest.mark.parametrize('text', ['</script>', '<!--', ']]>', '&amp;', '\u2028', '"\\'])
-def test_script_json_comes_back_and_ends_no_element(text: str) -> None:
-    written = script_json({'a': [text]})
-    assert json.loads(written) == {'a': [text]}
-    assert not set(written) & set('<>&\u2028\u2029')
-
-
-def test_script_json_refuses_nan() -> None:
-    with pytest.raises(ValueError, match='JSON'):
-        script_json(float('nan'))
-
-
 def test_placeholders_in_texts_are_not_filled(project: Path) -> None:
     inputs = report.from_work_dir(project / 'out')
     from dataclasses import replace
@@ -362,6 +331,53 @@ def test_viewer_counts_as_the_error_breakdown(html: str, pool, threshold: float)
         found = [row for row in image['gt'] if row[2] >= threshold]
         assert len(shown) == errors[ERROR_NAMES.index('predicted')]
         assert sum(row[3] for row in shown) == errors[ERROR_NAMES.index('correct')] == len(found)
+
+
+@pytest.mark.parametrize('threshold', [0.5, 0.8, 0.93])
+def test_viewer_opens_at_cells_and_counts_them(html: str, pool, threshold: float) -> None:
+    gt_of = {s.name: s for s in pool.gt_sets}
+    pred_of = {s.name: s for s in pool.pred_sets}
+    images = [image for image in embedded(html)['images'] if image['gt'] is not None]
+    n_doubled = 0
+    for image in images:
+        # what people would get at that score: each pixel in one cell
+        post = PostProcess(score_thr=(threshold,), disjoint=True)
+        cells = postprocess(pred_of[image['name']], post)[0]
+        compared = compare(gt_of[image['name']], cells)
+        errors = errors_of(compared, 2, score_thr=0, area_edges=(10.0,)).sum(axis=(1, 2))
+        shown = [row for row in image['cells'] if row[2] >= threshold]
+        found = [row for row in image['gt'] if row[3] >= threshold]
+        assert len(shown) == len(cells)
+        assert sum(row[3] for row in shown) == errors[ERROR_NAMES.index('correct')] == len(found)
+        n_doubled += sum(row[2] >= threshold for row in image['pred']) - len(shown)
+    assert (n_doubled > 0) == (threshold == 0.5)
+    assert 'score of at least 0.5, each pixel in one cell only; these are the defaults' in html
+
+
+def test_viewer_takes_the_settings_that_were_chosen(project: Path, tmp_path: Path, pool) -> None:
+    inputs = report.from_configs(
+        configs_of(project), work_root=project / 'work', out_dir=project / 'out'
+    )
+    path = project / 'out' / 'inference.json'
+    chosen = replace(
+        default_settings('instances', CLASSES), score_thr=(0.7, 0.85), min_area_px=5, mask_thr=0.4
+    )
+    record = {'version': 1, 'class_names': list(CLASSES)}
+    write_json(path, record | {'profiles': {'instances': chosen.to_json()}})
+    try:
+        html = report.write_report(inputs, tmp_path / 'a.html', params=FAST).path.read_text()
+        write_json(path, record | {'profiles': {}})
+        other = report.write_report(inputs, tmp_path / 'b.html', params=FAST).path.read_text()
+    finally:
+        path.unlink()
+    for image in embedded(html)['images']:
+        assert all(row[2] >= (0.7, 0.85)[row[0]] for row in image['cells'])
+        n = sum(row[2] >= (0.7, 0.85)[row[0]] for row in image['pred'])
+        assert len(image['cells']) == n
+    assert 'data-least="0.7">cells' in html
+    assert '0.7 (round)' in html
+    assert 'the files hold no probabilities' in html
+    assert 'these are the defaults, because' in other
 
 
 def test_worst_image_comes_first(html: str, pool) -> None:
@@ -474,194 +490,6 @@ def test_predictions_of_other_folds_are_refused(project: Path, tmp_path: Path) -
         report.from_configs(configs_of(project), work_root=tmp_path)
 
 
-# ---- findings ----
-
-
-def square_set(cells: list[tuple[int, int, int, float]]) -> InstanceSet:
-    """Return 10 x 10 px cells given as (y, x, class, score)."""
-    return InstanceSet.from_crops(
-        'a',
-        1,
-        (60, 80),
-        crops=[np.ones((10, 10), dtype=bool)] * len(cells),
-        offsets_yx=np.array([c[:2] for c in cells]).reshape(-1, 2),
-        class_ids=np.array([c[2] for c in cells], dtype=np.int64),
-        scores=np.array([c[3] for c in cells], dtype=np.float32),
-    )
-
-
-def test_findings_by_hand() -> None:
-    gt = square_set(
-        [(0, 0, 0, 1), (0, 20, 0, 1), (0, 40, 1, 1), (30, 0, 1, 1), (0, 60, 0, 1), (0, 60, 1, 1)]
-    )
-    pred = square_set(
-        [
-            (0, 0, 0, 0.9),  # right
-            (0, 20, 1, 0.8),  # other class
-            (30, 40, 0, 0.75),  # nothing labelled there
-            (30, 60, 0, 0.6),  # nor there, but not confident
-            (0, 60, 0, 0.9),  # two labels of different classes lie there: its own is one of them
-            (4, 40, 1, 0.9),  # IoU 60 / 140 = 0.43 with its label: neither, and it supports it
-        ]
-    )
-    found = label_findings([compare(gt, pred)])
-    assert [(f.class_id, f.label_class_id) for f in found[OTHER_CLASS]] == [(1, 0)]
-    assert [f.value for f in found[UNLABELLED]] == [pytest.approx(0.75)]
-    assert [(f.index, f.value) for f in found[UNSEEN]] == [(3, 0.0)]
-
-
-def test_match_in_class_gives_the_finding_score() -> None:
-    gt = square_set([(0, 0, 0, 1), (0, 20, 1, 1)])
-    pred = square_set([(0, 0, 0, 0.4), (1, 0, 0, 0.9), (0, 20, 0, 0.8)])
-    matched, found = match_in_class(compare(gt, pred))
-    assert matched.tolist() == [0, -1, -1]  # 0.9 takes the cell, 0.8 has the wrong class
-    assert found.tolist() == pytest.approx([0.9, -1])
-
-
-def test_member_doubts_by_hand() -> None:
-    first = square_set([(0, 0, 0, 0.9), (0, 20, 0, 0.5), (30, 0, 0, 0.1)])
-    extra = {'agreement': np.array([1.0, 0.6, 0.2], dtype=np.float32)}
-    extra['mask_uncertainty'] = np.array([0.2, 0.4, 0.9], dtype=np.float32)
-    sets = [
-        InstanceSet(
-            'a', 1, first.image_hw, first.class_ids, first.scores, first.boxes_xyxy, first.rles, e
-        )
-        for e in (extra, {})
-    ]
-    (doubt,) = member_doubts(sets)
-    assert doubt.n == 2  # score 0.1 does not count
-    assert doubt.agreement == pytest.approx(0.8)
-    assert doubt.doubt == pytest.approx(((0 + 0.2) / 2 + (0.4 + 0.4) / 2) / 2)
-
-
-# ---- logs ----
-
-
-def test_resumed_runs_join_and_the_later_wins(tmp_path: Path) -> None:
-    first = [train_row(5, 3.0), train_row(10, 2.0), {'cell/AJI': 0.1, 'step': 0}]
-    first += [train_row(15, 1.5), train_row(20, 1.4), {'cell/AJI': 0.2, 'step': 0}, train_row(25)]
-    write_log(tmp_path, '20260101_000000', first)
-    # resumed from iteration 20: its validation is repeated, then other steps follow
-    second = [{'cell/AJI': 0.25, 'step': 0}, train_row(22, 9.0), train_row(30, 8.0)]
-    second += [{'cell/AJI': math.nan, 'step': 0}]
-    write_log(tmp_path, '20260102_000000', second)
-    write_log(tmp_path, '20260103_000000', [{'cell/AJI': 0.9, 'step': 0}])  # a test run
-    log = read_training_log(tmp_path, val_interval=10)
-    assert log.train['loss'] == {5: 3.0, 10: 2.0, 15: 1.5, 20: 1.4, 22: 9.0, 30: 8.0}
-    assert log.val['AJI'] == {10: 0.1, 20: 0.25}
-    assert log.n_runs == 2
-
-
-def test_logged_validation_steps_are_kept_and_bad_lines_counted(tmp_path: Path) -> None:
-    write_log(tmp_path, '20260101_000000', [train_row(7), {'cell/AJI': 0.5, 'step': 7}])
-    path = tmp_path / '20260101_000000' / 'vis_data' / 'scalars.json'
-    path.write_text(path.read_text() + '{"loss": 1.0, "st')
-    log = read_training_log(tmp_path)
-    assert (log.val['AJI'], log.n_bad_lines) == ({7: 0.5}, 1)
-
-
-def test_learning_rate_of_each_group(tmp_path: Path) -> None:
-    from torch import nn
-
-    from cellseg_mm.training.optim import group_table
-
-    write_log(tmp_path, '20260101_000000', [train_row(5, lr=0.05), train_row(10, lr=0.1)])
-    weights = [nn.Parameter(nn.Linear(1, 1).weight)]
-    groups = [
-        {'params': weights, 'lr': 0.1, 'initial_lr': 0.1, 'weight_decay': 1e-4, 'pattern': 'x'},
-        {
-            'params': weights,
-            'lr': 0.1,
-            'initial_lr': 1e-3,
-            'weight_decay': 0,
-            'pattern': 'back bone',
-        },
-    ]
-    text = f'01/01 - mmengine - INFO - {group_table(groups)}\nsomething else\n'
-    (tmp_path / '20260101_000000' / '20260101_000000.log').write_text(text)
-    curves = read_training_log(tmp_path).lr_curves()
-    assert curves['x'] == {5: 0.05, 10: 0.1}
-    assert curves['back bone'] == pytest.approx({5: 0.0005, 10: 0.001})
-
-
-@pytest.mark.parametrize(
-    ('name', 'step'),
-    [
-        ('best_cell_segm_mAP_50_iter_400.pth', 400),
-        ('epoch_12.pth', None),
-        ('best_x_epoch_3.pth', 3),
-    ],
-)
-def test_step_of_checkpoint(name: str, step: int | None) -> None:
-    assert step_of_checkpoint(name) == step
-
-
-# ---- drawing ----
-
-
-@pytest.mark.parametrize('seed', range(10))
-def test_outline_encloses_the_mask(seed: int) -> None:
-    import cv2
-
-    rng = np.random.default_rng(seed)
-    mask = np.zeros((40, 50), dtype=np.uint8)
-    centre = tuple(int(v) for v in rng.integers(15, 25, 2))
-    axes = tuple(int(v) for v in rng.integers(4, 14, 2))
-    cv2.ellipse(mask, centre, axes, float(rng.uniform(0, 180)), 0, 360, 1, -1)
-    path = outline_path(mask.astype(bool), (100, 200), 0.7)
-    filled = np.zeros_like(mask)
-    cv2.fillPoly(filled, [np.array(corners_of(path)) - (100, 200)], 1)
-    iou = (filled & mask).sum() / (filled | mask).sum()
-    assert iou > 0.9
-    assert len(path) < 200
-
-
-def corners_of(path: str) -> list[tuple[int, int]]:
-    """Read 'M x y l dx dy ... z' back, as a slow reference."""
-    words = re.findall(r'[Mlz]|-?\d+', path)
-    assert (words[0], words[-1]) == ('M', 'z')
-    x, y = int(words[1]), int(words[2])
-    corners = [(x, y)]
-    steps = [int(word) for word in words[3:-1] if word != 'l']
-    for dx, dy in zip(steps[::2], steps[1::2], strict=True):
-        x, y = x + dx, y + dy
-        corners.append((x, y))
-    return corners
-
-
-def test_outline_of_one_pixel_is_that_pixel() -> None:
-    assert outline_path(np.ones((1, 1), dtype=bool), (7, 3), 0.7) == 'M6.5 2.5h1v1h-1z'
-
-
-def test_chart_breaks_at_nan_and_escapes() -> None:
-    svg = chart(
-        Axes('<a>', 'x', 'y', (0, 2), (0, 1)), [Series('b&', [0, 1, 2], [0, math.nan, 1], '--s0')]
-    )
-    assert '&lt;a&gt;' in svg
-    assert 'b&amp;' in svg
-    line = re.search(r'class="line"[^>]* d="([^"]*)"', svg)[1]
-    assert line.count('M') == 2
-    assert 'nan' not in svg
-
-
-def test_numbers_and_ticks() -> None:
-    assert [number(v) for v in (0.12345, math.nan, 3)] == ['0.123', '–', '3']
-    assert ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    assert ticks(3, 3) == [3]
-
-
-@pytest.mark.parametrize('page', [(255, 255, 255), (22, 27, 34)])
-@pytest.mark.parametrize('colour', [(240, 228, 66), (0, 114, 178), (255, 255, 255), (0, 0, 0)])
-def test_readable_colours_stand_out(colour: tuple, page: tuple) -> None:
-    assert contrast(readable(colour, page), page) >= 3
-    if contrast(colour, page) >= 3:
-        assert readable(colour, page) == colour
-
-
-def test_contrast_of_black_and_white() -> None:
-    assert contrast((0, 0, 0), (255, 255, 255)) == pytest.approx(21)
-
-
 # ---- a real browser ----
 
 # `make test-browser` sets the variable: there a missing browser is an error. Elsewhere the tests
@@ -700,6 +528,17 @@ if HAS_BROWSER:
             'document.getElementById("image").dispatchEvent(new Event("change"))'
         )
         first = images[at]
+        cells = [row for row in first['cells'] if row[2] >= 0.5]
+        assert browser.run(VISIBLE.format('pred')) == len(cells)
+        assert browser.run('document.getElementById("threshold-value").textContent') == '0.50'
+        found = sum(row[3] >= 0.5 for row in first['gt'])
+        text = browser.run('document.getElementById("count-gt").textContent')
+        assert text.startswith(f'{len(first["gt"])} cells, {found} found')
+        browser.run(
+            'document.getElementById("predictions").value = "pred";'
+            'document.getElementById("predictions").dispatchEvent(new Event("change"))'
+        )
+        assert browser.run(VISIBLE.format('pred')) == len(first['pred']) > len(cells)
         for threshold in (0.05, 0.5, 0.9):
             browser.run(
                 f'document.getElementById("threshold").value = {threshold};'

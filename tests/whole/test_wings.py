@@ -27,7 +27,7 @@ MAY_IMPORT = {
     'ensemble': 'core data scores fusion results',
     'selection': 'core data scores fusion ensemble',
     'predict': 'core data fusion results',
-    'report': 'core data scores results ensemble',
+    'report': 'core data scores fusion results ensemble',
     'pipeline': 'core data',
     'weights': 'core',
     'model': 'core fusion',

@@ -63,6 +63,7 @@
   };
   const chooser = byId('image');
   const slider = byId('threshold');
+  const predictions = byId('predictions');
   const switches = [...document.querySelectorAll('.class-switch')];
   let entry = null;
   let drawn = { gt: [], pred: [] };
@@ -78,14 +79,18 @@
     const svg = panes[kind];
     const image = element('image', { href: entry.src, x: 0, y: 0, width: entry.w, height: entry.h });
     const group = element('g', { transform: 'translate(.5 .5)' });
-    drawn[kind] = (entry[kind] || []).map((row) => {
+    // A label's row ends with the scores of the detection and of the cell that found it.
+    const isCells = predictions.value === 'cells';
+    const rows = entry[kind === 'pred' ? predictions.value : kind] || [];
+    drawn[kind] = rows.map((row) => {
       const path = element('path', { d: row[1], class: 'k' + row[0] });
       const title = element('title', {});
       const name = data.classNames[row[0]];
       title.textContent = kind === 'pred' ? name + ', score ' + row[2].toFixed(2) : name;
       path.append(title);
       group.append(path);
-      return { path, classId: row[0], score: row[2], isRight: row[3] };
+      const score = kind === 'gt' && isCells ? row[3] : row[2];
+      return { path, classId: row[0], score, isRight: row[3] };
     });
     svg.replaceChildren(image, group);
   }
@@ -111,8 +116,10 @@
       if (counts) { labelled += 1; found += missed ? 0 : 1; }
     }
     const hasLabels = entry.gt !== null;
-    byId('count-pred').textContent = hasLabels
-      ? n + ' shown, ' + right + ' right, ' + (n - right) + ' wrong' : n + ' shown';
+    const hidden = predictions.value === 'pred' && entry.left_out
+      ? ', ' + entry.left_out + ' with lower scores not in this page' : '';
+    byId('count-pred').textContent = (hasLabels
+      ? n + ' shown, ' + right + ' right, ' + (n - right) + ' wrong' : n + ' shown') + hidden;
     byId('count-gt').textContent = labelled + ' cells, ' + found + ' found, ' +
       (labelled - found) + ' missed';
     for (const svg of Object.values(panes)) {
@@ -127,10 +134,14 @@
     draw('gt');
     byId('pane-gt').hidden = entry.gt === null;
     const facts = [entry.name, entry.facts, entry.w + ' × ' + entry.h + ' px'];
-    if (entry.left_out) facts.push(entry.left_out + ' predictions with low scores not drawn');
     byId('facts').textContent = facts.join(' · ');
     setView(0, 0, entry.w, entry.h);
     update();
+  }
+
+  function choosePredictions() {
+    slider.min = predictions.selectedOptions[0].dataset.least;
+    slider.value = slider.min;
   }
 
   function setView(x, y, w, h) {
@@ -213,8 +224,15 @@
   byId('zoom-out').addEventListener('click', () => zoom(1 / 1.5));
   byId('zoom-reset').addEventListener('click', () => setView(0, 0, entry.w, entry.h));
   slider.addEventListener('input', update);
+  predictions.addEventListener('change', () => {
+    choosePredictions();
+    draw('pred');
+    draw('gt');
+    update();
+  });
   for (const input of [...switches, byId('fill'), byId('wrong-only')]) {
     input.addEventListener('change', update);
   }
+  choosePredictions();
   show(0);
 })();

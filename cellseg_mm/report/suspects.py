@@ -1,7 +1,7 @@
 """Where predictions and labels disagree so clearly that a person should look.
 
-In: compared images of the out-of-fold pool, or an ensemble's predictions. Out: ranked findings.
-Invariant: a finding is a question, not a verdict; nothing here changes a score, and lists that are
+In: compared images of the out-of-fold pool, or an ensemble's predictions. Out: ranked suspects.
+Invariant: a suspect is a question, not a verdict; nothing here changes a score, and lists that are
 cut say how many there were.
 """
 
@@ -22,13 +22,13 @@ Float = NDArray[np.float64]
 CONFIDENT = 0.7  # a detector's score from which on a disagreement is worth a look
 UNSUPPORTED = 0.1  # score x IoU of the best detection, below which a label stands alone
 QUEUE_SCORE_THR = 0.3  # fused instances below it are noise that no member is sure of
-PER_IMAGE = 3  # findings of one kind and image, so that one image does not fill a list
+PER_IMAGE = 3  # suspects of one kind and image, so that one image does not fill a list
 
 UNLABELLED, OTHER_CLASS, UNSEEN = 'unlabelled', 'other class', 'unseen'
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Suspect:
     """One cell to look at.
 
     Attributes:
@@ -68,12 +68,12 @@ def match_in_class(compared: Compared) -> tuple[NDArray[np.int64], Float]:
     return matched, found
 
 
-def label_findings(images: Sequence[Compared]) -> dict[str, list[Finding]]:
-    """Return all findings by kind, the clearest first."""
-    found: dict[str, list[Finding]] = {UNLABELLED: [], OTHER_CLASS: [], UNSEEN: []}
+def label_suspects(images: Sequence[Compared]) -> dict[str, list[Suspect]]:
+    """Return all suspects by kind, the clearest first."""
+    found: dict[str, list[Suspect]] = {UNLABELLED: [], OTHER_CLASS: [], UNSEEN: []}
     for i, c in enumerate(images):
-        for finding in (*_of_detections(c, i), *_of_labels(c, i)):
-            found[finding.kind].append(finding)
+        for suspect in (*_of_detections(c, i), *_of_labels(c, i)):
+            found[suspect.kind].append(suspect)
     for kind in (UNLABELLED, OTHER_CLASS):
         found[kind].sort(key=lambda f: (-f.value, f.image, f.index))
     # A large label that nothing supports is a clearer question than a small one.
@@ -81,7 +81,7 @@ def label_findings(images: Sequence[Compared]) -> dict[str, list[Finding]]:
     return found
 
 
-def _of_detections(c: Compared, image: int) -> list[Finding]:
+def _of_detections(c: Compared, image: int) -> list[Suspect]:
     rows = np.flatnonzero(c.pred.scores >= CONFIDENT)
     if not len(rows):
         return []
@@ -90,35 +90,35 @@ def _of_detections(c: Compared, image: int) -> list[Finding]:
     best_same = np.where(same, iou, 0.0).max(axis=1, initial=0.0)
     other = np.where(same, 0.0, iou)
     best_other = other.max(axis=1, initial=0.0)
-    findings = []
+    suspects = []
     for at, row in enumerate(rows.tolist()):
         class_id, score = int(c.pred.class_ids[row]), float(c.pred.scores[row])
         if max(best_same[at], best_other[at]) < BACKGROUND_IOU:
-            findings.append(Finding(UNLABELLED, image, row, class_id, -1, score))
+            suspects.append(Suspect(UNLABELLED, image, row, class_id, -1, score))
         elif best_other[at] >= FOREGROUND_IOU > best_same[at]:
             label = int(c.gt.class_ids[int(other[at].argmax())])
-            findings.append(Finding(OTHER_CLASS, image, row, class_id, label, score))
-    return findings
+            suspects.append(Suspect(OTHER_CLASS, image, row, class_id, label, score))
+    return suspects
 
 
-def _of_labels(c: Compared, image: int) -> list[Finding]:
+def _of_labels(c: Compared, image: int) -> list[Suspect]:
     support = (c.mask_iou * c.pred.scores[:, None]).max(axis=0, initial=0.0)
     return [
-        Finding(UNSEEN, image, j, int(c.gt.class_ids[j]), -1, float(support[j]))
+        Suspect(UNSEEN, image, j, int(c.gt.class_ids[j]), -1, float(support[j]))
         for j in np.flatnonzero(support < UNSUPPORTED).tolist()
     ]
 
 
-def shortlist(findings: Sequence[Finding], n: int) -> list[Finding]:
+def shortlist(suspects: Sequence[Suspect], n: int) -> list[Suspect]:
     """Return the first ``n``, at most ``PER_IMAGE`` of each image."""
     taken: dict[int, int] = {}
-    chosen: list[Finding] = []
-    for finding in findings:
+    chosen: list[Suspect] = []
+    for suspect in suspects:
         if len(chosen) == n:
             break
-        if taken.get(finding.image, 0) < PER_IMAGE:
-            taken[finding.image] = taken.get(finding.image, 0) + 1
-            chosen.append(finding)
+        if taken.get(suspect.image, 0) < PER_IMAGE:
+            taken[suspect.image] = taken.get(suspect.image, 0) + 1
+            chosen.append(suspect)
     return chosen
 
 
