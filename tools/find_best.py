@@ -8,6 +8,8 @@ Writes inference.json for tools/ensemble.py and tools/predict.py (--settings).
 from __future__ import annotations
 
 import argparse
+import shlex
+from pathlib import Path
 
 from cellseg_mm.cli import run_tool
 
@@ -28,9 +30,9 @@ def main() -> None:
     args = parse_args()
     from mmengine.config import Config
 
-    from cellseg_mm.core.layout import ensemble_dir, work_dir_of
+    from cellseg_mm.core.layout import INFERENCE, ensemble_dir, work_dir_of
     from cellseg_mm.data.config import DataSettings
-    from cellseg_mm.selection.find_best import Inputs, find_best
+    from cellseg_mm.selection.find_best import Inputs, describe, find_best
 
     work_dirs = [work_dir_of(path, args.work_root) for path in args.configs]
     data = DataSettings.from_config(Config.fromfile(args.configs[0]), 'test_dataloader')
@@ -40,9 +42,20 @@ def main() -> None:
         data_root=data.data_root,
         folds_path=data.folds_path,
         class_names=data.class_names,
-        work_root=args.work_root,
     )
-    print(find_best(inputs, args.out or ensemble_dir(work_dirs)))
+    out_dir = Path(args.out or ensemble_dir(work_dirs))
+    commands = next_commands(args.configs, args.work_root, out_dir / INFERENCE)
+    found = find_best(inputs, out_dir, commands=commands)
+    print(f'{describe(found)}\nwritten: {found.path}\nnext:')
+    print('\n'.join(f'  {command}' for command in commands))
+
+
+def next_commands(configs: list[str], work_root: str | None, path: Path) -> list[str]:
+    """Return what uses the settings."""
+    root = ['--work-root', work_root] if work_root else []
+    words = ['python', 'tools/ensemble.py', *configs, *root, '--settings', str(path)]
+    predict = ['python', 'tools/predict.py', *configs, 'IMAGES', '--out', 'OUT', *root]
+    return [shlex.join(words), shlex.join([*predict, '--settings', str(path)])]
 
 
 if __name__ == '__main__':

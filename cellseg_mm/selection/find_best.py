@@ -7,8 +7,7 @@ use them. Invariant: what could not be measured honestly keeps its default, and 
 from __future__ import annotations
 
 import math
-import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import numpy as np
 from cellseg_mm.core import files
 from cellseg_mm.core.errors import PredictionError
 from cellseg_mm.core.files import JsonValue
+from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.core.layout import INFERENCE, augmentations_of, on_fold_dir, predictions_path
 from cellseg_mm.core.progress import track
 from cellseg_mm.data.folds import Folds, load_folds
@@ -45,6 +45,7 @@ from cellseg_mm.selection.search import (
     difference,
 )
 
+Views = dict[tuple[str | None, str], tuple[InstanceSet, ...]]
 N_PARTS = 5  # of a held-out fold on which fusion rules are compared
 OBJECTIVES: dict[Profile, tuple[type[Ap50] | type[Mpq], dict[str, Options]]] = {
     'submission': (Ap50, AP_STEPS),
@@ -62,7 +63,6 @@ class Inputs:
         data_root: Data folder.
         folds_path: Folds file.
         class_names: Names of the classes.
-        work_root: As given on the command line, for the commands.
     """
 
     configs: tuple[str, ...]
@@ -70,14 +70,34 @@ class Inputs:
     data_root: Path
     folds_path: Path
     class_names: tuple[str, ...]
-    work_root: str | None = None
 
 
-def find_best(inputs: Inputs, out_dir: Path | str) -> str:
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What was chosen.
+
+    Attributes:
+        path: The file that was written.
+        settings: What each profile uses from now on.
+        choices: The evidence on all but fusion, by profile.
+        fusions: The evidence on fusion rules; empty where they could not be compared.
+        notes: What could not be chosen, and why.
+    """
+
+    path: Path
+    settings: Mapping[Profile, InferenceSettings]
+    choices: Mapping[Profile, Choice]
+    fusions: Mapping[Profile, Choice]
+    notes: Mapping[str, str]
+
+
+def find_best(inputs: Inputs, out_dir: Path | str, *, commands: Sequence[str] = ()) -> Found:
     """Choose both profiles' settings and write ``inference.json`` into ``out_dir``.
 
-    Returns:
-        What was chosen and why, for a terminal.
+    Args:
+        inputs: Where everything is.
+        out_dir: Folder for the file.
+        commands: What uses the file, for its reader.
 
     Raises:
         PredictionError: A fold was not tested, or a file cannot be read.
@@ -97,23 +117,19 @@ def find_best(inputs: Inputs, out_dir: Path | str) -> str:
     for profile, choice in fusions.items():
         fusion, score_thr = choice.settings.fusion, choice.settings.score_thr
         settings[profile] = replace(settings[profile], fusion=fusion, score_thr=score_thr)
-    path = Path(out_dir) / INFERENCE
-    commands = _commands(inputs, path)
-    record = {
+    record: dict[str, JsonValue] = {
         'version': VERSION,
         'fold_hash': folds.hash,
         'class_names': list(inputs.class_names),
         'profiles': {profile: one.to_json() for profile, one in settings.items()},
         'evidence': {profile: _evidence(one, profile) for profile, one in choices.items()},
         'fusion_evidence': {profile: _evidence(one, profile) for profile, one in fusions.items()},
-        'notes': notes,
-        'commands': commands,
+        'notes': dict(notes),
+        'commands': list(commands),
     }
+    path = Path(out_dir) / INFERENCE
     files.write_json(path, record)
-    texts = [describe(profile, choice, settings[profile]) for profile, choice in choices.items()]
-    texts += [describe(profile, choice, settings[profile]) for profile, choice in fusions.items()]
-    texts += [f'note on {name}: {note}' for name, note in notes.items()]
-    return '\n'.join([*texts, f'written: {path}', 'next:', *(f'  {c}' for c in commands)])
+    return Found(path, settings, choices, fusions, notes)
 
 
 def choose_fusion(
@@ -147,7 +163,7 @@ def read_samples(inputs: Inputs, folds: Folds) -> tuple[Samples, dict[str, str]]
             f'{plain[0]}: its classes are {", ".join(pool.class_names)}, the config has '
             f'{", ".join(inputs.class_names)}; thresholds are per class; test the folds again'
         )
-    views = {(None, DEFAULT_FUSION): pool.pred_sets}
+    views: Views = {(None, DEFAULT_FUSION): pool.pred_sets}
     notes: dict[str, str] = {}
     names = sorted({name for d in inputs.work_dirs for name in augmentations_of(d, 'val')})
     for name in names:
@@ -161,7 +177,7 @@ def read_samples(inputs: Inputs, folds: Folds) -> tuple[Samples, dict[str, str]]
             notes[f'tta {name}'] = why
             continue
         # A file's name is short; what made it says exactly how.
-        spec = again.provenance[again.folds[0]].get('tta') or name
+        spec = str(again.provenance[again.folds[0]].get('tta') or name)
         views[spec, DEFAULT_FUSION] = again.pred_sets
     if not names:
         notes['tta'] = (
@@ -224,7 +240,7 @@ def read_fusion_samples(inputs: Inputs, folds: Folds) -> tuple[Samples | None, s
     paths = oof.held_out_files(inputs.configs, inputs.work_dirs, fold)
     _, sets_of = clean_sets(paths, images)
     rules = [DEFAULT_FUSION, *sorted(set(FUSION_RULES) - {DEFAULT_FUSION})]
-    views = {}
+    views: Views = {}
     for name in track(rules, description='fuse'):
         rule = from_spec(name)
         views[None, name] = tuple(
@@ -240,13 +256,6 @@ def read_fusion_samples(inputs: Inputs, folds: Folds) -> tuple[Samples | None, s
         folds.groups,
     )
     return samples, f'compared on {len(images.cases)} images of fold {fold} that no member saw'
-
-
-def _commands(inputs: Inputs, path: Path) -> list[str]:
-    root = ['--work-root', inputs.work_root] if inputs.work_root else []
-    words = ['python', 'tools/ensemble.py', *inputs.configs, *root, '--settings', str(path)]
-    predict = ['python', 'tools/predict.py', *inputs.configs, 'IMAGES', '--out', 'OUT', *root]
-    return [shlex.join(words), shlex.join([*predict, '--settings', str(path)])]
 
 
 # ---- evidence ----
@@ -289,8 +298,17 @@ def _number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def describe(profile: Profile, choice: Choice, settings: InferenceSettings) -> str:
-    """Return a choice for a terminal, in a few lines."""
+def describe(found: Found) -> str:
+    """Return what was chosen and why, in a few lines a profile."""
+    texts = [
+        _described(profile, choice, found.settings[profile])
+        for by_profile in (found.choices, found.fusions)
+        for profile, choice in by_profile.items()
+    ]
+    return '\n'.join([*texts, *(f'note on {name}: {note}' for name, note in found.notes.items())])
+
+
+def _described(profile: Profile, choice: Choice, settings: InferenceSettings) -> str:
     start = default_settings(profile, settings.class_names)
     lines = [
         f'{profile}: {difference(settings, start).replace("as before", "the defaults")}',

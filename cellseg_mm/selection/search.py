@@ -15,9 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cellseg_mm.fusion.settings import InferenceSettings
 from cellseg_mm.scores.bootstrap import resampled_weights, sampling_units
@@ -30,6 +30,7 @@ from cellseg_mm.selection.objectives import (
     Int,
     Mpq,
     Objective,
+    Weights,
 )
 
 MASK_THRS = (0.45, 0.55, 0.4, 0.6, 0.35, 0.65, 0.3)  # beside 0.5; nearest first
@@ -40,26 +41,28 @@ WORTH_IT = 0.001  # a setting whose nested gain is less is left at its default, 
 
 # ---- what is tried ----
 
-Options = Callable[[InferenceSettings, Objective, NDArray], list[InferenceSettings]]
+Tried = list[InferenceSettings]
+Options = Callable[[InferenceSettings, Objective[Any], Weights], Tried]
 
 
-def _tta_options(now: InferenceSettings, objective: Objective, _: NDArray) -> list:
-    names = sorted({tta for tta, _ in objective.samples.views} - {None, now.tta})
+def _tta_options(now: InferenceSettings, objective: Objective[Any], _: Weights) -> Tried:
+    known = {tta for tta, _ in objective.samples.views}
+    names = sorted(tta for tta in known if tta is not None and tta != now.tta)
     return [replace(now, tta=name) for name in names]
 
 
-def _mask_options(now: InferenceSettings, objective: Objective, _: NDArray) -> list:
+def _mask_options(now: InferenceSettings, objective: Objective[Any], _: Weights) -> Tried:
     if not objective.samples.has_probs(now):
         return []
     return [replace(now, mask_thr=thr) for thr in MASK_THRS]
 
 
-def _score_options(now: InferenceSettings, objective: Objective, _: NDArray) -> list:
+def _score_options(now: InferenceSettings, objective: Objective[Any], _: Weights) -> Tried:
     nearest = sorted(SCORE_THRS, key=lambda thr: (abs(thr - now.score_thr[0]), thr))
     return [replace(now, score_thr=(thr,) * len(now.score_thr)) for thr in nearest]
 
 
-def _class_options(now: InferenceSettings, objective: Objective, weights: NDArray) -> list:
+def _class_options(now: InferenceSettings, objective: Objective[Any], weights: Weights) -> Tried:
     """Return the one vector of each class's best threshold when all classes have the same.
 
     A class's PQ depends on the others' thresholds only where detections of two classes contest a
@@ -74,11 +77,11 @@ def _class_options(now: InferenceSettings, objective: Objective, weights: NDArra
     return [replace(now, score_thr=vector)]
 
 
-def _area_options(now: InferenceSettings, objective: Objective, _: NDArray) -> list:
+def _area_options(now: InferenceSettings, objective: Objective[Any], _: Weights) -> Tried:
     return [replace(now, min_area_px=area) for area in MIN_AREAS_PX]
 
 
-def _fusion_options(now: InferenceSettings, objective: Objective, weights: NDArray) -> list:
+def _fusion_options(now: InferenceSettings, objective: Objective[Any], weights: Weights) -> Tried:
     rules = [rule for tta, rule in objective.samples.views if rule != now.fusion]
     options = [replace(now, fusion=rule) for rule in rules]
     if isinstance(objective, Mpq):  # rules differ in the scale of their scores
@@ -163,7 +166,7 @@ class Choice:
 class Search:
     """A score, what is tried, and the seed of the resampling."""
 
-    objective: Objective
+    objective: Objective[Any]
     steps: Mapping[str, Options]
     seed: int = 0
 
@@ -261,7 +264,9 @@ class Search:
         part_of = np.array([distinct.index(chosen.get(f, base)) for f in fold_of.tolist()])
         parts = [self.objective.measure(settings) for settings in distinct]
         weights = np.concatenate([self._weights(folds), self._drawn(folds, n)])
-        return self.objective.mixed(parts, part_of).values(weights) - parts[0].values(weights)
+        gains: Float = self.objective.mixed(parts, part_of).values(weights)
+        before: Float = parts[0].values(weights)
+        return gains - before
 
     def _weights(self, folds: FoldNumbers) -> Int:
         """Return (1, I): 1 for each image of the folds."""
