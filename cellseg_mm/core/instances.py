@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from cellseg_mm.core import rle
 
+PROB_KEYS = ('mask_probs', 'mask_boxes')  # of ``extra``: masks before they were cut
+
 Index = slice | NDArray[np.bool_] | NDArray[np.intp] | Sequence[int]
 
 
@@ -91,6 +93,11 @@ class InstanceSet:
     def by_score(self) -> InstanceSet:
         """Return the instances by falling score; equal scores keep their order."""
         return self[np.argsort(-self.scores, kind='stable')]
+
+    def without_probs(self) -> InstanceSet:
+        """Return the instances without mask probabilities, most of what they weigh."""
+        kept = {key: value for key, value in self.extra.items() if key not in PROB_KEYS}
+        return replace(self, extra=kept)
 
     def crops(self) -> tuple[list[NDArray[np.bool_]], NDArray[np.int64]]:
         """Return tight Boolean crops and their (N, 2) row and column; see ``rle.decode_crops``."""

@@ -11,9 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_mm.core import rle
-from cellseg_mm.core.instances import InstanceSet
-
-Int = NDArray[np.int64]
+from cellseg_mm.core.instances import InstanceSet, Int
 
 MAX_PIECES = 1 << 22  # column pieces counted at once
 
@@ -29,13 +27,13 @@ def crop_to(instances: InstanceSet, window_yxyx: tuple[int, int, int, int]) -> I
     boxes = rle.boxes_of(runs)
     meets = (boxes[:, 0] < x1) & (boxes[:, 2] > x0) & (boxes[:, 1] < y1) & (boxes[:, 3] > y0)
     near = np.flatnonzero(meets)
-    picked = instances[near]
+    picked = instances[near].without_probs()
     pieces = rle.column_pieces(rle.decode_runs(picked.rles, instances.image_hw))
     owner, column, top, bottom = pieces
     top, bottom = np.maximum(top, y0) - y0, np.minimum(bottom, y1) - y0
     column = column - x0
     inside = (column >= 0) & (column < x1 - x0) & (top < bottom)
-    cut = _runs_of_pieces(
+    cut = runs_of_pieces(
         owner[inside], column[inside], top[inside], bottom[inside], len(picked), (y1 - y0, x1 - x0)
     )
     found = replace(
@@ -43,19 +41,14 @@ def crop_to(instances: InstanceSet, window_yxyx: tuple[int, int, int, int]) -> I
         image_hw=(y1 - y0, x1 - x0),
         boxes_xyxy=rle.boxes_of(cut),
         rles=tuple(rle.encode_runs(cut)),
-        extra=_without_probs(picked),
     )
     return found[rle.areas_of(cut) > 0]
 
 
-def _without_probs(instances: InstanceSet) -> dict[str, NDArray]:
-    drop = ('mask_probs', 'mask_boxes')
-    return {key: value for key, value in instances.extra.items() if key not in drop}
-
-
-def _runs_of_pieces(
+def runs_of_pieces(
     owner: Int, column: Int, top: Int, bottom: Int, n: int, image_hw: tuple[int, int]
 ) -> rle.Runs:
+    """Join pieces of columns to the runs of ``n`` masks of an image of this size."""
     base = column * image_hw[0]
     return rle.runs_from_pieces(base + top, base + bottom, owner, n, image_hw)
 

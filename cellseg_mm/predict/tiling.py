@@ -23,14 +23,8 @@ from numpy.typing import NDArray
 
 from cellseg_mm.core import rle
 from cellseg_mm.core.errors import ConfigError
-from cellseg_mm.core.instances import InstanceSet, concatenate
-from cellseg_mm.core.windows import (
-    MAX_PIECES,
-    Int,
-    _runs_of_pieces,
-    _without_probs,
-    boxes_and_areas,
-)
+from cellseg_mm.core.instances import InstanceSet, Int, concatenate
+from cellseg_mm.core.windows import MAX_PIECES, boxes_and_areas, runs_of_pieces
 from cellseg_mm.fusion.clusters import mask_pairs
 
 Bool = NDArray[np.bool_]
@@ -167,13 +161,12 @@ def move_to_image(instances: InstanceSet, tile: Tile, image_hw: tuple[int, int])
         raise ValueError(f'{instances.name}: instances of {instances.image_hw} px, tile {tile}')
     y0, x0, _, _ = tile.window_yxyx
     owner, column, top, bottom = rle.column_pieces(rle.decode_runs(instances.rles, tile.hw))
-    moved = _runs_of_pieces(owner, column + x0, top + y0, bottom + y0, len(instances), image_hw)
+    moved = runs_of_pieces(owner, column + x0, top + y0, bottom + y0, len(instances), image_hw)
     return replace(
-        instances,
+        instances.without_probs(),
         image_hw=image_hw,
         boxes_xyxy=instances.boxes_xyxy + np.array([x0, y0, x0, y0], dtype=np.float32),
         rles=tuple(rle.encode_runs(moved)),
-        extra=_without_probs(instances),
     )
 
 
