@@ -36,7 +36,13 @@ def main() -> None:
     from cellseg_mm.results import overlay
     from cellseg_mm.training.load_config import load_config
 
-    cfg = load_config(args)
+    cfg = load_config(
+        args.config,
+        cfg_options=args.cfg_options,
+        work_dir=args.work_dir,
+        launcher=args.launcher,
+        local_rank=args.local_rank,
+    )
     init_default_scope(cfg.get('default_scope', 'mmdet'))
     if args.augmentations:
         name, browsed = 'augmentations', browse.browse_augmentations(cfg, n=args.n or 3)

@@ -32,7 +32,13 @@ def main() -> None:
     from cellseg_mm.training.load_config import load_config
     from cellseg_mm.training.train import score_checkpoint
 
-    cfg = load_config(args)
+    cfg = load_config(
+        args.config,
+        cfg_options=args.cfg_options,
+        work_dir=args.work_dir,
+        launcher=args.launcher,
+        local_rank=args.local_rank,
+    )
     score_checkpoint(
         cfg, checkpoint=args.checkpoint, out_dir=args.out, amp=args.amp, tta_spec=args.tta
     )

@@ -36,8 +36,15 @@ def main() -> None:
     from cellseg_mm.training.load_config import load_config
     from cellseg_mm.training.train import train
 
+    cfg = load_config(
+        args.config,
+        cfg_options=args.cfg_options,
+        work_dir=args.work_dir,
+        launcher=args.launcher,
+        local_rank=args.local_rank,
+    )
     checkpoint = train(
-        load_config(args),
+        cfg,
         resume=args.resume,
         amp=args.amp,
         auto_scale_lr=args.auto_scale_lr,

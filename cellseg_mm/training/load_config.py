@@ -1,14 +1,13 @@
 """What every tool does before it calls the library: read a config, adapt it to the machine.
 
-In: command-line words. Out: a config that is ready for a Runner, and errors as one sentence.
+In: a config's path and changes to it. Out: a config that is ready for a Runner, or one sentence.
 Invariant: what MMDetection's own tools accept means the same here.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
@@ -32,27 +31,40 @@ READ_KEYS = {
 }
 
 
-def load_config(args: argparse.Namespace) -> Config:
-    """Read ``args.config`` with the shared options applied.
+def load_config(
+    path: Path | str,
+    *,
+    cfg_options: Mapping[str, object] | None = None,
+    work_dir: Path | str | None = None,
+    launcher: str = 'none',
+    local_rank: int = 0,
+) -> Config:
+    """Read a config and make it ready for a Runner on this machine.
+
+    Args:
+        path: Config file.
+        cfg_options: Settings to change, by their dotted path.
+        work_dir: ``None`` for the config's own, or the one that is named after it.
+        launcher: What has started this process, see ``mmengine.dist.init_dist``.
+        local_rank: Number of this process on its machine, where ``LOCAL_RANK`` does not say it.
 
     Raises:
-        ConfigError: No such file, or a ``--cfg-options`` key that nothing would read.
+        ConfigError: No such file, or an option that nothing would read.
     """
-    if not Path(args.config).is_file():
-        raise ConfigError(f'{args.config}: no such config file; see configs/ for those there are')
-    if 'LOCAL_RANK' not in os.environ:
-        os.environ['LOCAL_RANK'] = str(args.local_rank)
-    cfg = Config.fromfile(args.config)
-    if args.cfg_options:
-        refuse_unknown_keys(cfg, args.cfg_options)
-        cfg.merge_from_dict(args.cfg_options)
-    cfg.launcher = args.launcher
-    cfg.work_dir = str(args.work_dir or cfg.get('work_dir') or work_dir_of(args.config))
+    if not Path(path).is_file():
+        raise ConfigError(f'{path}: no such config file; see configs/ for those there are')
+    os.environ.setdefault('LOCAL_RANK', str(local_rank))
+    cfg = Config.fromfile(path)
+    if cfg_options:
+        refuse_unknown_keys(cfg, cfg_options)
+        cfg.merge_from_dict(dict(cfg_options))
+    cfg.launcher = launcher
+    cfg.work_dir = str(work_dir or cfg.get('work_dir') or work_dir_of(path))
     adapt_to_machine(cfg)
     return cfg
 
 
-def refuse_unknown_keys(cfg: Config, options: dict) -> None:
+def refuse_unknown_keys(cfg: Config, options: Mapping[str, object]) -> None:
     """Raise ConfigError for an option whose top-level key nothing reads."""
     unread = sorted({key.split('.')[0] for key in options} - READ_KEYS)
     unknown = [key for key in unread if key not in cfg]

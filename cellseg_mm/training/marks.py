@@ -34,7 +34,7 @@ NOT_RECIPE_KEYS = {
 def recipe_hash(cfg: Config) -> str:
     """Return 16 hex digits over the settings that decide the weights.
 
-    The same for a config as it is read and as ``launch`` adapts it to a machine.
+    The same for a config as it is read and as ``load_config`` adapts it to a machine.
     """
     parts = {**_recipe(cfg), 'load_from': Path(cfg.get('load_from') or '').name}
     return files.text_hash(json.dumps(parts, sort_keys=True, default=str))
@@ -58,7 +58,7 @@ def _recipe(cfg: Config) -> dict:
 def _recipe_part(node: object) -> object:
     if isinstance(node, dict):
         kept = {k: _recipe_part(v) for k, v in node.items() if k not in NOT_RECIPE_KEYS}
-        if kept.get('type') == 'SyncBN':  # what launch makes of it where there is no kernel
+        if kept.get('type') == 'SyncBN':  # what load_config makes of it where there is no kernel
             kept['type'] = 'BN'
         return kept
     return [_recipe_part(v) for v in node] if isinstance(node, (list, tuple)) else node

@@ -1,6 +1,6 @@
 """Train a fold and score it: what tools/train.py and tools/test.py call.
 
-In: a config made ready by ``launch``. Out: checkpoints, and a fold's scores and instances.
+In: a config from ``load_config``. Out: checkpoints, and a fold's scores and instances.
 Invariant: a run that was cut at any moment goes on from its newest intact checkpoint and ends with
 the same weights as a run that was never cut.
 """

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cellseg_mm.core.layout import FINISHED
-from tests.conftest import MICRO, ROOT, free_port
+from tests.support.micro import MICRO, ROOT, free_port
 
 pytestmark = pytest.mark.mm
 
@@ -94,7 +94,7 @@ def test_resuming_with_other_settings_is_refused(
     change: dict,
     named: str,
 ) -> None:
-    from argparse import Namespace
+    from functools import partial
 
     from cellseg_mm.core.errors import CheckpointError, ConfigError
     from cellseg_mm.training import train as training
@@ -103,20 +103,19 @@ def test_resuming_with_other_settings_is_refused(
     monkeypatch.setenv('CELLSEG_DATA', str(sample_data))
     monkeypatch.setenv('LOCAL_RANK', '0')
     work_dir = shutil.copytree(trained, tmp_path / 'work')
-    words = {
-        'config': 'configs/sample/fold0.py',
-        'cfg_options': {**MICRO, **change},
-        'work_dir': str(work_dir),
-        'launcher': 'none',
-        'local_rank': 0,
-    }
+    read = partial(
+        load_config,
+        'configs/sample/fold0.py',
+        cfg_options={**MICRO, **change},
+        work_dir=work_dir,
+    )
     with pytest.raises(ConfigError, match=rf'began with other values of {named}'):
-        training.train(load_config(Namespace(**words)), resume='auto')
+        training.train(read(), resume='auto')
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match=r'mixed precision .* found device cpu'):
-            training.train(load_config(Namespace(**words)), amp=True)
+            training.train(read(), amp=True)
     with pytest.raises(CheckpointError, match='no such checkpoint'):
-        training.train(load_config(Namespace(**words)), resume=str(work_dir / 'iter_9.pth'))
+        training.train(read(), resume=str(work_dir / 'iter_9.pth'))
     assert (work_dir / FINISHED).is_file()  # nothing was touched
 
 
@@ -323,16 +322,16 @@ def test_processes_join_before_anything_is_written(
     """Where there is CUDA too: before, each process takes itself for the main one."""
     from mmengine.config import Config
 
-    from cellseg_mm.training import load_config as launch
+    from cellseg_mm.training import load_config as loading
 
     monkeypatch.setenv('CELLSEG_DATA', str(sample_data))
     cfg = Config.fromfile(ROOT / 'configs/sample/fold0.py')
     cfg.launcher = launcher
     found: list[str] = []
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    monkeypatch.setattr(launch, 'set_multi_processing', lambda **_: None)
-    monkeypatch.setattr(launch, 'init_dist', lambda name, backend: found.extend([name, backend]))
-    launch.adapt_to_machine(cfg)
+    monkeypatch.setattr(loading, 'set_multi_processing', lambda **_: None)
+    monkeypatch.setattr(loading, 'init_dist', lambda name, backend: found.extend([name, backend]))
+    loading.adapt_to_machine(cfg)
     assert found == joins
 
 
@@ -340,13 +339,13 @@ def test_settings_that_laptops_need(sample_data: Path, monkeypatch: pytest.Monke
     from mmengine.config import Config
 
     from cellseg_mm.cli import explain
-    from cellseg_mm.training import load_config as launch
+    from cellseg_mm.training import load_config as loading
     from cellseg_mm.training import train as training
 
     monkeypatch.setenv('CELLSEG_DATA', str(sample_data))
     cfg = Config.fromfile(ROOT / 'configs/sample/fold0.py')
     cfg.merge_from_dict({'val_dataloader.num_workers': 0, 'val_dataloader.prefetch_factor': 2})
-    launch.adapt_to_machine(cfg)  # torch refuses persistent_workers without workers
+    loading.adapt_to_machine(cfg)  # torch refuses persistent_workers without workers
     assert not {'persistent_workers', 'prefetch_factor'} & set(cfg.val_dataloader)
     assert cfg.train_dataloader.persistent_workers
     # A second metric makes the evaluator a list.
