@@ -9,9 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
-from cellseg_mm.core import rle
+from cellseg_mm.core.disjoint import make_disjoint
 from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.core.instances import InstanceSet, canonical_order
 from cellseg_mm.fusion.rules import SHARE, check_ranges
@@ -141,39 +140,8 @@ def _resolve(instances: InstanceSet, post: PostProcess) -> tuple[InstanceSet, in
             return instances, 0, 0
         large = instances[instances.areas >= post.min_area_px]
         return large, 0, len(instances) - len(large)
-    crops, offsets = instances.crops()
-    uncut = np.array([crop.sum() for crop in crops], dtype=np.int64)
-    taken = np.zeros(instances.image_hw, dtype=bool)
-    kept: list[int] = []
-    n_lost = n_small = 0
-    for i, (crop, (y, x)) in enumerate(zip(crops, offsets.tolist(), strict=True)):
-        window = taken[y : y + crop.shape[0], x : x + crop.shape[1]]
-        free = crop & ~window
-        area = int(np.count_nonzero(free))
-        if area < uncut[i] and (area == 0 or uncut[i] - area > post.max_lost_share * uncut[i]):
-            n_lost += 1
-        elif area < post.min_area_px:
-            n_small += 1
-        else:
-            window |= free
-            crops[i] = free
-            kept.append(i)
-    index = np.array(kept, dtype=np.int64)
-    return (
-        _recut(instances[index], [crops[i] for i in kept], offsets[index], uncut[index]),
-        n_lost,
-        n_small,
+    found = make_disjoint(
+        instances, max_lost_share=post.max_lost_share, min_area_px=post.min_area_px
     )
-
-
-def _recut(
-    instances: InstanceSet,
-    crops: list[NDArray[np.bool_]],
-    offsets_yx: NDArray[np.int64],
-    uncut: NDArray[np.int64],
-) -> InstanceSet:
-    return replace(
-        instances,
-        rles=tuple(rle.encode_crops(crops, offsets_yx, instances.image_hw)),
-        extra={**instances.extra, 'uncut_area': uncut},
-    )
+    extra = {**found.instances.extra, 'uncut_area': found.uncut_areas}
+    return replace(found.instances, extra=extra), found.n_lost, found.n_small
