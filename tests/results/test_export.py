@@ -160,7 +160,7 @@ def test_table(tmp_path: Path) -> None:
     instances = shapes_set()
     image = np.random.default_rng(5).integers(0, 256, (60, 71, 3)).astype(np.uint8)
     exported = export.write_cells_csv(tmp_path / 'c.csv', instances, NAMES, image=image)
-    rows = list(csv.DictReader((tmp_path / 'c.csv').open()))
+    rows = list(csv.DictReader((tmp_path / 'c.csv').read_text().splitlines()))
     ranked = instances.by_score()
     assert [int(row['cell']) for row in rows] == list(range(1, len(ranked) + 1))
     assert exported.n_empty == 1

@@ -67,10 +67,11 @@ def test_folds_differ_only_in_leaves_named_fold(folder: Path) -> None:
 def test_every_type_is_registered_and_the_model_builds(path: Path) -> None:
     from mmdet.registry import MODELS
     from mmdet.utils import register_all_modules
-    from mmengine.registry import Registry
+    from mmengine.registry import Registry, init_default_scope
 
     cfg = load(path)
-    register_all_modules()
+    register_all_modules(init_default_scope=False)
+    init_default_scope('mmdet')
     with torch.device('meta'):
         model = MODELS.build(cfg.model)
     assert model.roi_head.bbox_head.num_classes == len(cfg.metainfo.classes)
