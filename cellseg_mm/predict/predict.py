@@ -26,6 +26,7 @@ from cellseg_mm.core.progress import track
 from cellseg_mm.core.provenance import code_commit, versions
 from cellseg_mm.data.image_reader import SUFFIXES, ImageReader, open_image
 from cellseg_mm.data.preparing.case_checks import DIM_SHARE
+from cellseg_mm.fusion.settings import InferenceSettings, apply_settings, settings_for_people
 from cellseg_mm.predict.items import Item
 from cellseg_mm.predict.state import Journal, State
 from cellseg_mm.predict.tiling import StitchParams, StitchReport, Tile, plan_tiles, stitch
@@ -37,7 +38,9 @@ logger = logging.getLogger(__name__)
 
 Picture = NDArray[np.uint8]
 
-VERSION = 1  # of this module's results; raise it when the same settings give other files
+# Raise them when the same settings give other instances, or other formats.
+VERSION = 1
+FORMATS_VERSION = 2  # 2: formats show disjoint cells
 
 
 class Detector(Protocol):
@@ -77,7 +80,8 @@ class PredictParams:
         class_names: Name of each class.
         class_colours: RGB of each class.
         formats: Words of ``FORMATS``.
-        score_thr: Cells below it are left out of every format; ``<name>.npz`` has all.
+        score_thr: Cells below it are left out of every format, and so is what better cells cover:
+            formats show each pixel as one cell's. ``<name>.npz`` has all.
         tile_px: Side of the tiles that larger images are cut into.
         overlap_px: Least overlap of neighbouring tiles.
         whole_px: Images with no side above this are not cut.
@@ -125,10 +129,15 @@ class PredictParams:
         return {'version': VERSION, **{key: getattr(self, key) for key in keys}}
 
     @property
+    def for_people(self) -> InferenceSettings:
+        """Which cells the formats show: disjoint ones from ``score_thr`` on."""
+        return settings_for_people(self.class_names, score_thr=self.score_thr)
+
+    @property
     def how_written(self) -> dict[str, JsonValue]:
         """What decides about the formats."""
         keys = ('score_thr', 'class_names', 'class_colours', 'red_blue_swapped')
-        return {'version': VERSION, **{key: getattr(self, key) for key in keys}}
+        return {'version': FORMATS_VERSION, **{key: getattr(self, key) for key in keys}}
 
 
 @dataclass(slots=True)
@@ -142,7 +151,8 @@ class Summary:
         failed: Message by name.
         notes: Things that a person should know, by name.
         n_cells: Instances of the predicted and rewritten images, of any score.
-        n_shown: Those of them that reach the formats' least score.
+        n_below: Those of them below the formats' least score.
+        n_shown: Those of them in the formats; the rest is covered by better ones.
         score_thr: The formats' least score.
     """
 
@@ -152,6 +162,7 @@ class Summary:
     failed: dict[str, str] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     n_cells: int = 0
+    n_below: int = 0
     n_shown: int = 0
     score_thr: float = 0.0
 
@@ -161,12 +172,17 @@ class Summary:
         return int(bool(self.failed))
 
     def _cells(self) -> str:
-        if not self.score_thr:
-            return f'{self.n_cells} cells'
-        rest = self.n_cells - self.n_shown
-        return (
-            f'{self.n_shown} cells (and {rest} below the score {self.score_thr:g}, in the npz only)'
-        )
+        n_covered = self.n_cells - self.n_below - self.n_shown
+        rest = [
+            f'{n} {why}'
+            for n, why in (
+                (self.n_below, f'below the score {self.score_thr:g}'),
+                (n_covered, 'that better ones cover'),
+            )
+            if n
+        ]
+        note = f' (and {", ".join(rest)}, in the npz only)' if rest else ''
+        return f'{self.n_shown} cells{note}'
 
     def describe(self) -> str:
         """Return sentences for a terminal."""
@@ -269,11 +285,13 @@ class _Run:
         if instances is None:
             state = self.journal.nothing()
             instances = yield from self._predict(item)
-        shown = instances[instances.scores >= self.params.score_thr]
+        shown = apply_settings(instances, self.params.for_people)
         if state.missing:
             self._write(item, state.missing, shown)
         self.journal.close(item, state)
         self.summary.n_cells += len(instances)
+        # As float32, which scores are: 0.7 means the same number on both sides.
+        self.summary.n_below += int((instances.scores < np.float32(self.params.score_thr)).sum())
         self.summary.n_shown += len(shown)
         (self.summary.rewritten if was_loaded else self.summary.predicted).append(item.name)
 

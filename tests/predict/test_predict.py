@@ -229,6 +229,36 @@ def test_all_formats_hold_the_cells_above_the_threshold(tmp_path: Path) -> None:
     )
 
 
+def test_formats_are_disjoint_and_the_npz_has_everything(tmp_path: Path) -> None:
+    """Two views of one cell, a neighbour that reaches into it, and a doubtful cell."""
+
+    class Twice(PaintedCells):
+        def detect(self, pictures: Sequence[np.ndarray], name: str) -> list[InstanceSet]:
+            cells = InstanceSet.from_crops(
+                name,
+                0,
+                pictures[0].shape[:2],
+                crops=[np.ones((10, 10), dtype=bool)] * 4,
+                offsets_yx=np.array([[0, 0], [1, 1], [0, 8], [20, 20]]),
+                class_ids=np.array([0, 1, 2, 3]),
+                scores=np.array([0.9, 0.8, 0.7, 0.2]),
+            )
+            return [cells]
+
+    paint(tmp_path / 'in' / 'a.tif')
+    params = params_for(tmp_path, formats=tuple(FORMATS))
+    summary = predict.predict(find_items([str(tmp_path / 'in')]), Twice(), params)
+    said = '2 cells (and 1 below the score 0.5, 1 that better ones cover, in the npz only)'
+    assert said in summary.describe()
+    out = tmp_path / 'out'
+    assert np.bincount(tifffile.imread(out / 'a.labels.tif').ravel())[1:].tolist() == [100, 80]
+    rows = [row.split(',') for row in (out / 'a.cells.csv').read_text().splitlines()[1:]]
+    assert [(row[1], row[3]) for row in rows] == [('epithelial', '100'), ('neutrophil', '80')]
+    assert len(geojson.loads((out / 'a.geojson').read_text()).features) == 2
+    (everything,) = load_predictions(out / 'a.npz').sets
+    assert everything.areas.tolist() == [100] * 4
+
+
 def test_true_colours_reach_table_and_picture(tmp_path: Path) -> None:
     image = np.zeros((20, 30, 3), np.uint8)
     image[5:15, 5:15] = (7, 100, 200)  # id 7; red is stored last
