@@ -1,7 +1,10 @@
-"""What tests of weights share: a pickle that calls, and the stock model."""
+"""What tests of weights share: a pickle that calls, the stock model, and small checkpoints."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import torch
 from torch import nn
 
 import cellseg_mm  # noqa: F401
@@ -25,3 +28,8 @@ def build(n_classes: int) -> nn.Module:
 
     with DefaultScope.overwrite_default_scope('mmdet'):
         return MODELS.build(build_model_config((3, 4, 6, 3), n_classes))
+
+
+def save(path: Path, content: object = None) -> Path:
+    torch.save({'state_dict': {'w': torch.ones(3)}} if content is None else content, path)
+    return path

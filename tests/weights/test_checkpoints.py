@@ -1,4 +1,4 @@
-"""Checkpoints: nothing in a file is run, files appear whole, the newest intact one is found."""
+"""weights.checkpoints and loaders: what mmengine writes is read, and nothing else is run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import pytest
 
 torch = pytest.importorskip('torch')
 pytest.importorskip('mmengine')
-
 from mmengine.config import Config  # noqa: E402
 from mmengine.fileio import LocalBackend, get_file_backend, register_backend  # noqa: E402
 from mmengine.hooks import Hook  # noqa: E402
@@ -25,8 +24,9 @@ from torch.utils.data import Dataset  # noqa: E402
 
 from cellseg_mm.core.errors import CheckpointError  # noqa: E402
 from cellseg_mm.weights.checkpoints import load_checkpoint_file  # noqa: E402
-from cellseg_mm.weights.find import best_checkpoint, last_good_checkpoint, remove_leftovers  # noqa: E402
+from cellseg_mm.weights.find import last_good_checkpoint, remove_leftovers  # noqa: E402
 from cellseg_mm.weights.loaders import load_from_http, use_safe_loading  # noqa: E402
+from tests.support.weights_files import save  # noqa: E402
 
 pytestmark = pytest.mark.mm
 
@@ -49,11 +49,6 @@ class Payload:
 
     def __reduce__(self) -> tuple:
         return self.call
-
-
-def save(path: Path, content: object = None) -> Path:
-    torch.save({'state_dict': {'w': torch.ones(3)}} if content is None else content, path)
-    return path
 
 
 def test_what_mmengine_writes_is_read(tmp_path: Path) -> None:
@@ -267,53 +262,6 @@ def test_files_are_replaced_whole(tmp_path: Path, safe_loading: None) -> None:
     (tmp_path / '.tmp-abc-iter_2.pth').touch()
     assert [path.name for path in remove_leftovers(tmp_path)] == ['.tmp-abc-iter_2.pth']
     assert sorted(path.name for path in tmp_path.iterdir()) == ['b', 'iter_1.pth']
-
-
-def dated(path: Path, second: int) -> Path:
-    os.utime(path, (second, second))
-    return path
-
-
-def test_last_good_checkpoint_goes_back_from_a_torn_one(tmp_path: Path) -> None:
-    assert last_good_checkpoint(tmp_path) == (None, [])
-    assert last_good_checkpoint(tmp_path / 'missing') == (None, [])
-    stale = dated(save(tmp_path / 'iter_900.pth'), 1)  # of an earlier run in the same folder
-    old = dated(save(tmp_path / 'iter_50.pth'), 2)
-    torn = save(tmp_path / 'iter_100.pth')
-    torn.write_bytes(torn.read_bytes()[:-40])
-    dated(torn, 3)
-    dated(save(tmp_path / 'iter_150.pth', {'meta': {}}), 4)
-    dated(save(tmp_path / 'best_segm_iter_100.pth'), 5)  # has no optimiser state
-    (tmp_path / 'last_checkpoint').write_text('')
-    found, skipped = last_good_checkpoint(tmp_path)
-    assert found == old
-    assert len(skipped) == 2
-    assert 'iter_150.pth: has no state_dict' in skipped[0]
-    assert 'iter_100.pth: is cut short' in skipped[1]
-    old.unlink()
-    assert last_good_checkpoint(tmp_path)[0] == stale
-
-
-def test_equal_times_go_by_step_number(tmp_path: Path) -> None:
-    for step in (1000, 750, 50):
-        dated(save(tmp_path / f'iter_{step}.pth'), 7)
-    assert last_good_checkpoint(tmp_path)[0] == tmp_path / 'iter_1000.pth'
-
-
-def test_best_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r'has no checkpoint .*train first'):
-        best_checkpoint(tmp_path)
-    regular = save(tmp_path / 'iter_50.pth')
-    assert best_checkpoint(tmp_path) == regular
-    best = dated(save(tmp_path / 'best_AP50_iter_40.pth'), 1)
-    newer = dated(save(tmp_path / 'best_AP50_iter_50.pth'), 2)
-    assert best_checkpoint(tmp_path) == newer
-    newer.write_bytes(b'')
-    dated(newer, 2)
-    assert best_checkpoint(tmp_path) == best
-    best.write_bytes(b'')
-    with pytest.raises(CheckpointError, match='is empty'):
-        best_checkpoint(tmp_path)
 
 
 class Numbers(Dataset):
