@@ -69,6 +69,7 @@ def outline(mask: NDArray[np.bool_]) -> str:
 
 
 def path(mask: NDArray[np.bool_], colour: str, *, fill: float = 0.0) -> str:
+    """Return a mask's outline, perhaps filled."""
     return (
         f'<path d="{outline(mask)}" fill="{colour}" fill-opacity="{fill}" '
         f'stroke="{colour}" stroke-width="1.2"/>'
@@ -76,6 +77,7 @@ def path(mask: NDArray[np.bool_], colour: str, *, fill: float = 0.0) -> str:
 
 
 def text(x: float, y: float, words: str, *, size: int = 9, anchor: str = 'start') -> str:
+    """Return words at a place."""
     return f'<text x="{x:g}" y="{y:g}" font-size="{size}" text-anchor="{anchor}">{words}</text>'
 
 

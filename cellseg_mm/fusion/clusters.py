@@ -72,7 +72,7 @@ class Clusters:
         """Instances per cluster, (C,) int64."""
         return np.bincount(self.owner[self.owner >= 0], minlength=len(self))
 
-    def sums(self, values: NDArray) -> Float:
+    def sums(self, values: NDArray[np.floating]) -> Float:
         """Return the sums of ``values`` (N,) over each cluster, (C,) float64."""
         inside = self.owner >= 0
         owner, values = self.owner[inside], np.asarray(values)[inside]

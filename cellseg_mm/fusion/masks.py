@@ -124,7 +124,9 @@ def _weights(
 
 
 def resample_probs(
-    probs: NDArray[np.floating], frames_xyxy: NDArray[np.floating], targets_xyxy: NDArray
+    probs: NDArray[np.floating],
+    frames_xyxy: NDArray[np.floating],
+    targets_xyxy: NDArray[np.floating],
 ) -> Float32:
     """Read probabilities at the bin centres of other frames, (N, S, S) float32.
 
@@ -186,7 +188,8 @@ def average_probs(
 
 def vote_weights(scores: NDArray[np.floating]) -> NDArray[np.float64]:
     """Return scores as whole numbers of at least 1, (N,) float64, whose sums are exact."""
-    return np.maximum(np.rint(np.asarray(scores, dtype=np.float64) / VOTE_STEP), 1)
+    weights: NDArray[np.float64] = np.rint(scores.astype(np.float64) / VOTE_STEP)
+    return np.maximum(weights, 1)
 
 
 def vote_pixels(
@@ -253,7 +256,8 @@ def _union_boxes(runs: rle.Runs, clusters: Clusters) -> tuple[Int, Int]:
 def prob_uncertainty(probs: NDArray[np.floating]) -> Float32:
     """Return the mean of 4 p (1 - p) over each frame, (N,) float32: 0 = sure, 1 = all at 0.5."""
     p = probs.astype(np.float32)
-    return 4 * (p * (1 - p)).mean(axis=(1, 2), dtype=np.float32)
+    mean: Float32 = (p * (1 - p)).mean(axis=(1, 2), dtype=np.float32)
+    return 4 * mean
 
 
 def mask_disagreement(pairs: Pairs, clusters: Clusters) -> Float32:

@@ -47,7 +47,7 @@ class Pool:
         """The runs of all masks, decoded once."""
         return rle.decode_runs(self.instances.rles, self.instances.image_hw)
 
-    def take(self, index: NDArray) -> Pool:
+    def take(self, index: NDArray[np.bool_]) -> Pool:
         """Return the pool of the chosen instances, in their order."""
         return Pool(self.instances[index], self.member_of[index], self.n_members)
 

@@ -1,21 +1,21 @@
 """The settings of inference: one record, one file, and what they do to an image's instances.
 
-In: ``inference.json``, which tools/find_best.py writes. Out: :class:`InferenceSettings`, which
-ensemble and prediction tools apply. Invariant: a setting in the file is one that was measured out
-of fold, or the default, and the file says which.
+In: ``inference.json``, which tools/find_best.py writes, and options. Out:
+:class:`InferenceSettings`, which ensemble and prediction tools apply. Invariant: a setting in the
+file is one that was measured out of fold, or the default, and the file says which.
 
 Two profiles, because two questions have two answers: ``submission`` for AP50, which only loses by
 a score threshold, and ``instances`` for counts, exports and PQ, where a pixel has one owner.
-``selection_search`` chooses; this module needs nothing of it.
+``selection`` chooses; this module needs nothing of it.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -31,7 +31,6 @@ from cellseg_mm.fusion.fuse import (
     paste_probs,
     post_from_spec,
     postprocess,
-    to_spec,
 )
 
 VERSION = 1
@@ -47,32 +46,41 @@ KEYS = ('score_thr', 'min_area_px', 'mask_thr', 'disjoint', 'tta', 'fusion')
 class InferenceSettings:
     """What happens between the models' detections and a result.
 
+    A profile of ``inference.json`` holds the first six; options can set all of them.
+
     Attributes:
-        class_names: K names in order of ``class_id``.
-        score_thr: Least score, one per class.
+        score_thr: Least score, one per class, or one for all.
         min_area_px: Fewest pixels, after overlaps were resolved.
-        mask_thr: Least probability of a mask's pixel.
+        mask_thr: Least probability of a mask's pixel, of members and of averages (unless the rule
+            has its own). The default leaves masks as they were predicted.
         disjoint: Give each contested pixel to the higher score.
-        tta: Name of the test-time augmentation, None for none.
-        fusion: Rule for several members, as ``fusion.from_spec`` reads it.
+        tta: Test-time augmentation as on the command line, None for none.
+        fusion: Rule for several members, as ``fuse.from_spec`` reads it.
+        min_votes: Fewest members that agree.
+        max_lost_share: With ``disjoint``, who loses a greater share of the mask is dropped.
+        max_instances: Most instances per image, best first; 0 means no limit.
+        class_names: K names in order of ``class_id``; empty where nobody asks for them.
 
     Raises:
         ConfigError: A value is out of range, or ``fusion`` is no rule.
     """
 
-    class_names: tuple[str, ...]
-    score_thr: tuple[float, ...]
+    score_thr: tuple[float, ...] = (0.0,)
     min_area_px: int = 0
     mask_thr: float = DEFAULT_MASK_THR
     disjoint: bool = False
     tta: str | None = None
     fusion: str = DEFAULT_FUSION
+    min_votes: int = 1
+    max_lost_share: float = 0.5
+    max_instances: int = 0
+    class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if len(self.score_thr) != len(self.class_names):
+        if self.class_names and len(self.score_thr) not in (1, len(self.class_names)):
             raise ConfigError(
                 f'settings: {len(self.score_thr)} score thresholds for {len(self.class_names)} '
-                'classes; expected one per class; find the settings again'
+                'classes; expected one per class, or one for all; correct their number'
             )
         if not _is_number(self.mask_thr) or not 0 < self.mask_thr <= 1:
             raise ConfigError(
@@ -91,16 +99,39 @@ class InferenceSettings:
         _ = self.post
 
     @property
+    def rule(self) -> Rule:
+        """The fusion rule as a record, with averaged masks cut at ``mask_thr``."""
+        return cut_at(from_spec(self.fusion), self.mask_cut)
+
+    @property
+    def mask_cut(self) -> float | None:
+        """Where masks are cut anew; None where they stay as they were predicted."""
+        return None if self.mask_thr == DEFAULT_MASK_THR else self.mask_thr
+
+    @property
     def post(self) -> PostProcess:
         """The steps after fusion as a record."""
+        is_one = len(set(self.score_thr)) == 1
         return PostProcess(
-            score_thr=self.score_thr, disjoint=self.disjoint, min_area_px=self.min_area_px
+            score_thr=self.score_thr[:1] if is_one else self.score_thr,
+            min_votes=self.min_votes,
+            disjoint=self.disjoint,
+            max_lost_share=self.max_lost_share,
+            min_area_px=self.min_area_px,
+            max_instances=self.max_instances,
         )
+
+    def with_post(self, text: str) -> InferenceSettings:
+        """Return the settings with all steps after fusion as ``post_from_spec`` reads them."""
+        post = post_from_spec(text)
+        return replace(self, **{one.name: getattr(post, one.name) for one in fields(post)})
 
     def to_json(self) -> dict[str, JsonValue]:
         """Return one profile of ``inference.json``."""
+        n_classes = len(self.class_names)
+        thresholds = self.score_thr * n_classes if len(self.score_thr) == 1 else self.score_thr
         return {
-            'score_thr': dict(zip(self.class_names, self.score_thr, strict=True)),
+            'score_thr': dict(zip(self.class_names, thresholds, strict=True)),
             'min_area_px': self.min_area_px,
             'mask_thr': self.mask_thr,
             'disjoint': self.disjoint,
@@ -115,12 +146,31 @@ def default_settings(profile: Profile, class_names: Sequence[str]) -> InferenceS
     ``instances`` has the score threshold of docs/scores.md, 0.5, and disjoint masks.
     """
     is_submission = profile == 'submission'
-    score_thr = 0.0 if is_submission else 0.5
     return InferenceSettings(
         class_names=tuple(class_names),
-        score_thr=(score_thr,) * len(class_names),
+        score_thr=(0.0 if is_submission else 0.5,) * len(class_names),
         disjoint=not is_submission,
     )
+
+
+def settings_for_people(
+    class_names: Sequence[str], *, path: Path | str | None = None, score_thr: float | None = None
+) -> InferenceSettings:
+    """Return the settings for what people look at and count: exports, overlays, tables.
+
+    They are applied to finished instances, so that views, rule and masks stay as these have them.
+
+    Args:
+        class_names: Classes of the model.
+        path: ``inference.json``, whose profile ``instances`` is taken; None takes the defaults.
+        score_thr: Least score of all classes; None leaves the profile's.
+
+    Raises:
+        ConfigError: See :func:`load_settings`; or ``score_thr`` is out of range.
+    """
+    settings = choose_settings(class_names, path=path, profile='instances')
+    settings = replace(settings, mask_thr=DEFAULT_MASK_THR)
+    return settings if score_thr is None else replace(settings, score_thr=(score_thr,))
 
 
 def apply_settings(instances: InstanceSet, settings: InferenceSettings) -> InstanceSet:
@@ -206,7 +256,7 @@ def load_settings(
         raise ConfigError(f'{path}: profile {profile}: {problem}') from problem
 
 
-def _read(path: Path) -> dict:
+def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(
             f'{path}: there are no settings; make them with: python tools/find_best.py '
@@ -222,7 +272,7 @@ def _read(path: Path) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-def _check_header(path: Path, content: Mapping, class_names: Sequence[str]) -> None:
+def _check_header(path: Path, content: Mapping[str, object], class_names: Sequence[str]) -> None:
     if content.get('version') != VERSION or not isinstance(content.get('profiles'), dict):
         raise ConfigError(
             f'{path}: is no settings file of version {VERSION}; write it again with '
@@ -243,73 +293,34 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fusion:
-    """How to fuse.
-
-    Attributes:
-        rule: Rule, as on the command line.
-        post: Post-processing, as on the command line; '' does nothing.
-        mask_thr: Least probability of a mask's pixel, of members and of averages (unless the rule
-            has its own); None leaves the members' masks.
-        tta: Test-time augmentation of the members; None for none.
-    """
-
-    rule: str = DEFAULT_FUSION
-    post: str = ''
-    mask_thr: float | None = None
-    tta: str | None = None
-
-    def __post_init__(self) -> None:
-        from_spec(self.rule)
-        post_from_spec(self.post)
-
-    @property
-    def merging(self) -> Rule:
-        """The rule as a record, with averaged masks cut at ``mask_thr``."""
-        return cut_at(from_spec(self.rule), self.mask_thr)
-
-    @property
-    def post_process(self) -> PostProcess:
-        """The post-processing as a record."""
-        return post_from_spec(self.post)
-
-
-def read_settings(
-    path: Path | str, class_names: Sequence[str], profile: Profile = 'submission'
-) -> Fusion:
-    """Read one profile of ``inference.json``, which tools/find_best.py writes.
-
-    Raises:
-        ConfigError: The file is missing, of another version, or names other classes.
-    """
-    settings = load_settings(path, profile, class_names)
-    return Fusion(
-        rule=settings.fusion,
-        post=to_spec(settings.post),
-        # Masks are predicted at the default: no probabilities need be kept for it.
-        mask_thr=None if settings.mask_thr == DEFAULT_MASK_THR else settings.mask_thr,
-        tta=settings.tta,
-    )
-
-
-def choose_fusion(
-    *,
-    rule: str | None,
-    post: str | None,
-    tta: str | None,
-    settings: Path | str | None,
+def choose_settings(
     class_names: Sequence[str],
+    *,
+    path: Path | str | None = None,
     profile: Profile = 'submission',
-) -> Fusion:
-    """Join a profile of the settings file with what the command line says, which wins.
+    fusion: str | None = None,
+    post: str | None = None,
+    tta: str | None = None,
+) -> InferenceSettings:
+    """Join a profile of the settings file with single settings, which win.
+
+    Args:
+        class_names: Classes of the model.
+        path: ``inference.json``; None takes the profile's defaults.
+        profile: ``submission`` or ``instances``.
+        fusion: Rule; None leaves the file's.
+        post: All steps after fusion; None leaves the file's.
+        tta: Test-time augmentation; None leaves the file's.
 
     Raises:
-        ConfigError: See :func:`read_settings`.
+        ConfigError: See :func:`load_settings`; or a setting is none.
     """
-    fusion = read_settings(settings, class_names, profile) if settings is not None else Fusion()
-    if rule is not None:
-        fusion = replace(fusion, rule=rule)
+    if path is None:
+        settings = default_settings(profile, class_names)
+    else:
+        settings = load_settings(path, profile, class_names)
+    if fusion is not None:
+        settings = replace(settings, fusion=fusion)
     if tta is not None:
-        fusion = replace(fusion, tta=tta)
-    return replace(fusion, post=post) if post is not None else fusion
+        settings = replace(settings, tta=tta)
+    return settings if post is None else settings.with_post(post)

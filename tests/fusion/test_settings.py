@@ -13,6 +13,7 @@ from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.core.files import write_json
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.fusion import settings as selection
+from cellseg_mm.fusion.fuse import to_spec
 
 CLASSES = ('round', 'long')
 
@@ -139,3 +140,49 @@ def test_masks_are_cut_from_probabilities_and_empty_ones_go() -> None:
     assert same.rles == cells.rles
     with pytest.raises(ConfigError, match='without probabilities'):
         selection.apply_settings(replace(cells, extra={}), settings)
+
+
+def test_a_profile_and_single_settings_become_one_record(tmp_path: Path) -> None:
+    path = tmp_path / 'inference.json'
+    submission = {
+        'score_thr': {'long': 0.2, 'round': 0.1},
+        'min_area_px': 12,
+        'mask_thr': 0.45,
+        'disjoint': False,
+        'tta': 'flips',
+        'fusion': 'wbf:iou_thr=0.6',
+    }
+    instances = {**submission, 'mask_thr': 0.5, 'disjoint': True, 'tta': None, 'fusion': 'nms'}
+    profiles = {'submission': submission, 'instances': instances}
+    content = {'version': 1, 'class_names': list(CLASSES), 'profiles': profiles}
+    path.write_text(json.dumps(content))
+    chosen = selection.choose_settings(CLASSES, path=path)
+    assert chosen == selection.InferenceSettings(
+        fusion='wbf:iou_thr=0.6',
+        score_thr=(0.1, 0.2),
+        min_area_px=12,
+        mask_thr=0.45,
+        tta='flips',
+        class_names=CLASSES,
+    )
+    assert (to_spec(chosen.rule), chosen.mask_cut) == ('wbf:iou_thr=0.6,mask_thr=0.45', 0.45)
+    people = selection.choose_settings(CLASSES, path=path, profile='instances')
+    assert (people.fusion, people.mask_cut) == ('nms', None)
+    assert to_spec(people.post) == 'score_thr=0.1/0.2,disjoint=true,min_area_px=12'
+    over = selection.choose_settings(CLASSES, path=path, fusion='nms', post='disjoint')
+    assert (over.fusion, over.mask_thr) == ('nms', 0.45)
+    assert to_spec(over.post) == 'disjoint=true'
+
+
+def test_all_steps_after_fusion_can_be_set_and_unknown_ones_are_refused() -> None:
+    text = (
+        'score_thr=0.3,min_votes=2,disjoint=true,max_lost_share=0.2,min_area_px=9,max_instances=5'
+    )
+    settings = selection.choose_settings(CLASSES, post=text)
+    assert to_spec(settings.post) == text
+    assert settings.to_json()['score_thr'] == {'round': 0.3, 'long': 0.3}
+    assert to_spec(selection.choose_settings(CLASSES).post) == ''
+    with pytest.raises(ConfigError, match="no setting 'votes'"):
+        selection.choose_settings(CLASSES, post='votes=2')
+    with pytest.raises(ConfigError, match='3 score thresholds for 2 classes'):
+        selection.choose_settings(CLASSES, post='score_thr=0.1/0.2/0.3')
