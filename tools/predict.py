@@ -10,10 +10,10 @@ folders or patterns. Start it again after an interruption: what is done is skipp
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
-from cellseg_mm.cli import add_config_arguments, run_tool
-from cellseg_mm.training.load_config import load_config
+from cellseg_mm.cli import add_config_arguments, add_member_arguments, run_tool
 
 
 def parse_args(words: list[str] | None = None) -> argparse.Namespace:
@@ -30,18 +30,16 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
         help='label-map, geojson, imagej, csv, coco, overlay; joined by commas or spaces',
     )
     parser.add_argument(
-        '--score-thr', type=float, help='least score in the formats (0.5; with --settings 0)'
+        '--score-thr',
+        type=float,
+        help='least score in the formats (0.5, or what --settings chose)',
     )
     parser.add_argument('--tile', type=int, help='cut larger images into tiles of so many px')
     parser.add_argument('--overlap', type=int, default=128, help='px; more than the largest cell')
     parser.add_argument('--level', type=int, default=0, help='level of image pyramids')
     parser.add_argument('--tta', help='hflip, flips or d4, and scales: d4,scales=0.8/1.25')
-    parser.add_argument('--fusion', help='rule of an ensemble, for example soft_mask')
-    parser.add_argument('--post', help='afterwards, for example disjoint,min_area_px=20')
-    parser.add_argument('--settings', help='inference.json of tools/find_best.py')
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda or cuda:1')
     parser.add_argument('--batch-size', type=int, help='tiles at once (1 on a CPU, 4 on a GPU)')
-    parser.add_argument('--placement', choices=['auto', 'device', 'turns'], default='auto')
     parser.add_argument('--workers', type=int, default=1, help='threads that read ahead')
     parser.add_argument(
         '--red-blue',
@@ -49,9 +47,9 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
         default='config',
         help='whether the files have red and blue swapped, as the training images of the config',
     )
-    parser.add_argument('--work-root', help='folder of the work folders (default: work_dirs)')
     parser.add_argument('--again', action='store_true', help='predict what is done, too')
-    add_config_arguments(parser)
+    add_member_arguments(parser)
+    add_config_arguments(parser, launcher=False)
     args = parser.parse_args(words)
     rest = list(args.words)
     args.configs = _take(rest, lambda word: word.endswith('.py'))
@@ -62,7 +60,7 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def _take(words: list[str], fits) -> list[str]:
+def _take(words: list[str], fits: Callable[[str], bool]) -> list[str]:
     taken = []
     while words and fits(words[0]):
         taken.append(words.pop(0))
@@ -72,18 +70,39 @@ def _take(words: list[str], fits) -> list[str]:
 def main() -> int:
     """Load, predict, and say where the results are."""
     args = parse_args()
-    from cellseg_mm.detectors.detector import from_command_line
-    from cellseg_mm.predict import predict
-    from cellseg_mm.predict.items import find_items
+    import cellseg_mm.components  # noqa: F401 - registers what a config may name
+    from cellseg_mm.detectors.from_options import MemberOptions, PredictOptions, predict_images
+    from cellseg_mm.training.load_config import load_config
 
-    args.work_dir = args.work_dir or str(args.out)
-    configs = {}
-    for path in args.configs:
-        args.config = path
-        configs[path] = load_config(args)
-    items = find_items(args.inputs, out_dir=args.out)
-    detector, params = from_command_line(configs, args)
-    summary = predict.predict(items, detector, params)
+    work_dir = args.work_dir or args.out
+    configs = {
+        path: load_config(path, cfg_options=args.cfg_options, work_dir=work_dir)
+        for path in args.configs
+    }
+    members = MemberOptions(
+        checkpoints=tuple(path for path in args.checkpoints if path != 'best'),
+        work_root=args.work_root,
+        settings_path=args.settings,
+        fusion=args.fusion,
+        post=args.post,
+        tta=args.tta,
+        placement=args.placement,
+    )
+    options = PredictOptions(
+        inputs=tuple(args.inputs),
+        out_dir=args.out,
+        formats=tuple(args.format),
+        score_thr=args.score_thr,
+        tile_px=args.tile,
+        overlap_px=args.overlap,
+        level=args.level,
+        n_workers=args.workers,
+        again=args.again,
+        device=args.device,
+        batch_size=args.batch_size,
+        red_blue_swapped={'normal': False, 'swapped': True}.get(args.red_blue),
+    )
+    summary = predict_images(configs, members, options)
     print(summary.describe())
     print(f'results: {args.out}')
     return summary.exit_code

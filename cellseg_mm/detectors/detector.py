@@ -7,10 +7,8 @@ model sees what it saw when it was scored.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -22,29 +20,25 @@ from mmengine.registry import DefaultScope
 from numpy.typing import NDArray
 from torch import nn
 
-from cellseg_mm import components  # noqa: F401 - components registers
 from cellseg_mm.core import files
 from cellseg_mm.core.errors import CellSegError, ConfigError
+from cellseg_mm.core.files import JsonValue
 from cellseg_mm.core.instances import InstanceSet
-from cellseg_mm.core.layout import work_dirs_of
-from cellseg_mm.data.config import dataset_settings
+from cellseg_mm.data.config import DataSettings, dataset_settings
 from cellseg_mm.detectors.fold_ensemble import FoldEnsembleModel
 from cellseg_mm.detectors.member_models import (
+    Loaded,
     MemberModels,
+    MemberSource,
     Placement,
-    Source,
     check_same_pipeline,
     load_members,
 )
-from cellseg_mm.detectors.run_ensemble import pair_sources
-from cellseg_mm.fusion import fuse as fusion
-from cellseg_mm.fusion.settings import Fusion, choose_fusion
+from cellseg_mm.ensemble.fuse_files import settings_origin
+from cellseg_mm.fusion.settings import InferenceSettings
 from cellseg_mm.model import tta
-from cellseg_mm.model.caps import watch_proposals
+from cellseg_mm.model.caps import LIKELY_PROPOSAL, watch_proposals
 from cellseg_mm.model.detections import to_instance_set
-from cellseg_mm.predict.predict import PredictParams
-from cellseg_mm.results.overlay import default_colours
-from cellseg_mm.weights.find import find_checkpoints
 
 Picture = NDArray[np.uint8]
 
@@ -76,7 +70,7 @@ class ModelDetector:
         cap: int = 0,
     ) -> None:
         self.model, self.batch_size, self.cap = model, batch_size, cap
-        self.proposal_cut = 0.0
+        self._name, self._proposal_cut = '', 0.0
         self.provenance = dict(provenance or {})
         self.red_blue_swapped, self.identity = red_blue_swapped, dict(identity)
         with DefaultScope.overwrite_default_scope('mmdet'):
@@ -92,6 +86,8 @@ class ModelDetector:
         Raises:
             CellSegError: Not even one picture fits into the device's memory.
         """
+        if name != self._name:
+            self._name, self._proposal_cut = name, 0.0
         found: list[InstanceSet] = []
         start = 0
         while start < len(pictures):
@@ -104,15 +100,25 @@ class ModelDetector:
             start += len(batch)
         return found
 
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know of the image that was looked at last."""
+        if self._proposal_cut < LIKELY_PROPOSAL:
+            return []
+        return [
+            f'region proposals were cut at a score of {self._proposal_cut:.3f}, so cells in dense '
+            'parts are most likely lost: use smaller tiles, or raise '
+            'model.test_cfg.rpn.max_per_img'
+        ]
+
     def _use_less_memory(self, n_pictures: int, shape: tuple[int, ...], problem: Exception) -> None:
         torch.cuda.empty_cache()
         if n_pictures == 1:
             height, width = shape[:2]
             raise CellSegError(
                 f'device memory: one picture of {height} x {width} px does not fit; expected at '
-                'least one to fit; use --tile with a smaller number, fewer proposals '
-                '(--cfg-options model.test_cfg.rpn.max_per_img=500), --placement turns for an '
-                'ensemble, or --device cpu'
+                'least one to fit; use smaller tiles, fewer proposals '
+                '(model.test_cfg.rpn.max_per_img=500), members that take turns, or the CPU'
             ) from problem
         self.batch_size = n_pictures // 2
         print_log(f'device memory is short: {self.batch_size} pictures per batch now', 'current')
@@ -122,8 +128,8 @@ class ModelDetector:
         data = pseudo_collate([self._prepare(picture, name) for picture in pictures])
         with watch_proposals(self.model) as cuts:
             sets = [to_instance_set(sample) for sample in self.model.test_step(data)]
-        self.proposal_cut = max(self.proposal_cut, *cuts, 0.0)
-        return [_without_probs(instances) for instances in sets]
+        self._proposal_cut = max(self._proposal_cut, *cuts.read(), 0.0)
+        return [instances.without_probs() for instances in sets]
 
     def _prepare(self, picture: Picture, name: str) -> dict:
         # The detector's order is blue first; files are red first unless they are swapped.
@@ -132,11 +138,6 @@ class ModelDetector:
         results = {'img': img, 'img_shape': (height, width), 'ori_shape': (height, width)}
         meta = {'img_id': 0, 'name': name, 'img_path': name, 'label_paths': {}, 'instances': []}
         return self.pipeline({**results, **meta, 'height': height, 'width': width})
-
-
-def _without_probs(instances: InstanceSet) -> InstanceSet:
-    kept = {k: v for k, v in instances.extra.items() if k not in ('mask_probs', 'mask_boxes')}
-    return replace(instances, extra=kept)
 
 
 def choose_device(name: str = 'auto') -> torch.device:
@@ -151,21 +152,21 @@ def choose_device(name: str = 'auto') -> torch.device:
         device = torch.device(name)
     except RuntimeError as problem:
         raise ConfigError(
-            f'--device {name}: no such kind of device; expected auto, cpu, cuda or cuda:1'
+            f'device {name}: no such kind of device; expected auto, cpu, cuda or cuda:1'
         ) from problem
     n_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == 'cuda' and (device.index or 0) >= n_devices:
         raise ConfigError(
-            f'--device {name}: {n_devices} CUDA devices are visible; expected one of that number; '
-            'check CUDA_VISIBLE_DEVICES and the driver, or use --device cpu'
+            f'device {name}: {n_devices} CUDA devices are visible; expected one of that number; '
+            'check CUDA_VISIBLE_DEVICES and the driver, or use the device cpu'
         )
     return device
 
 
 def build_detector(
-    sources: Sequence[Source],
+    sources: Sequence[MemberSource],
     *,
-    how: Fusion | None = None,
+    how: InferenceSettings | None = None,
     tta_spec: str | None = None,
     device: torch.device | str = 'cpu',
     batch_size: int | None = None,
@@ -177,9 +178,9 @@ def build_detector(
     Args:
         sources: One per member; several make an ensemble.
         how: How members are fused and what is done afterwards; None leaves one model's own
-            answer, and fuses several by ``Fusion()``.
+            answer, and fuses several by the defaults.
         tta_spec: See ``tta.from_spec``; ``config`` takes ``tta_model`` and ``tta_pipeline`` of the
-            first config. None takes ``how.tta``.
+            first config, ``none`` neither. None takes ``how.tta``.
         device: Where to compute.
         batch_size: Pictures per batch; None is 1 on a CPU and 4 on a GPU.
         placement: See ``MemberModels``.
@@ -189,52 +190,74 @@ def build_detector(
         CellSegError: Checkpoints, classes or pipelines that do not fit; see ``member_models``.
     """
     check_same_pipeline(sources)
-    settings = dataset_settings(sources[0].cfg, 'test_dataloader')
-    classes = tuple(settings.metainfo.classes)
-    chosen = how or Fusion()
-    spec = tta_spec if tta_spec is not None else chosen.tta
-    pipeline, tta_model = _views(sources[0], settings, None if spec == 'none' else spec)
-    loaded = load_members(sources, classes, mask_thr=chosen.mask_thr)
-    device = torch.device(device)
-    model: nn.Module
+    data = DataSettings.from_config(sources[0].cfg, 'test_dataloader')
+    settings = how or InferenceSettings()
+    spec = settings.tta if tta_spec is None else tta_spec
+    pipeline, tta_model = _views(sources[0], None if spec == 'none' else spec)
+    loaded = load_members(sources, data.class_names, mask_thr=settings.mask_cut)
     is_plain = len(loaded) == 1 and how is None
+    device = torch.device(device)
     if is_plain:
-        model = loaded[0].model.to(device)
-        if tta_model is not None:
-            # another scope may be in force where a tool has not set MMDetection's
-            with DefaultScope.overwrite_default_scope('mmdet'):
-                model = MODELS.build({**tta_model, 'module': model})
+        model = _one_model(loaded[0], device, tta_model)
     else:
-        models = MemberModels(loaded, device, placement)
-        post = chosen.post_process if chosen.post else None
-        model = FoldEnsembleModel(models, chosen.merging, post, tta_model=tta_model)
-    loading = pipeline[0]
-    swapped = red_blue_swapped
-    if swapped is None:
-        swapped = bool(loading.get('red_blue_swapped', False))
-    recipes = [source.cfg.to_dict().get('model') for source in sources]
-    identity = {
-        'checkpoint_hashes': [item.member.source_hash for item in loaded],
-        'model_hash': files.text_hash(json.dumps(recipes, sort_keys=True, default=str)),
-        'pipeline_hash': files.text_hash(json.dumps(pipeline, sort_keys=True, default=str)),
-        'fusion': '' if is_plain else fusion.to_spec(chosen.merging),
-        'post': chosen.post,
-        'mask_thr': chosen.mask_thr,
-        'tta': spec,
-        'tta_model': json.loads(json.dumps(tta_model, default=str)),
-    }
+        members = MemberModels(loaded, device, placement)
+        model = FoldEnsembleModel(members, settings.rule, settings.post, tta_model=tta_model)
+    if red_blue_swapped is None:
+        red_blue_swapped = data.red_blue_swapped
+    views = {'tta': spec, 'tta_model': json.loads(json.dumps(tta_model, default=str))}
     return ModelDetector(
         model.eval(),
         pipeline[1:],
-        red_blue_swapped=swapped,
-        identity=identity,
-        provenance={
-            'members': [item.member.to_json() for item in loaded],
-            'trained': _trained(loaded) if len(loaded) == 1 else {},
-        },
+        red_blue_swapped=red_blue_swapped,
+        identity={**_identity(loaded, sources, pipeline), **_fusion(settings, is_plain), **views},
+        provenance=_provenance(loaded),
         batch_size=BATCH_SIZE.get(device.type, 1) if batch_size is None else batch_size,
         cap=_cap(sources[0].cfg) if is_plain else 0,
     )
+
+
+def _one_model(loaded: Loaded, device: torch.device, tta_model: Mapping | None) -> nn.Module:
+    model = loaded.model.to(device)
+    if tta_model is None:
+        return model
+    # another scope may be in force where a tool has not set MMDetection's
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        return MODELS.build({**tta_model, 'module': model})
+
+
+def _identity(
+    loaded: Sequence[Loaded], sources: Sequence[MemberSource], pipeline: Sequence[Mapping]
+) -> dict[str, JsonValue]:
+    """Return what the results depend on in the models and in how they see a picture."""
+    recipes = [source.cfg.to_dict().get('model') for source in sources]
+    return {
+        'checkpoint_hashes': [item.member.source_hash for item in loaded],
+        'model_hash': files.text_hash(json.dumps(recipes, sort_keys=True, default=str)),
+        'pipeline_hash': files.text_hash(json.dumps(pipeline, sort_keys=True, default=str)),
+    }
+
+
+def _fusion(settings: InferenceSettings, is_plain: bool) -> dict[str, JsonValue]:
+    """Return what the results depend on in how members are fused."""
+    origin = settings_origin(settings)
+    return {
+        'fusion': '' if is_plain else origin['fusion'],
+        'post': origin['post'],
+        'mask_thr': origin['mask_thr'],
+    }
+
+
+def _provenance(loaded: Sequence[Loaded]) -> dict[str, JsonValue]:
+    first = loaded[0].member
+    trained = {
+        'fold': first.fold,
+        'fold_hash': first.fold_hash,
+        'excluded_folds': list(first.excluded_folds),
+    }
+    return {
+        'members': [item.member.to_json() for item in loaded],
+        'trained': trained if len(loaded) == 1 else {},
+    }
 
 
 def _cap(cfg: Config) -> int:
@@ -242,20 +265,10 @@ def _cap(cfg: Config) -> int:
     return max(int(rcnn.get('max_per_img', 0)), 0)
 
 
-def _trained(loaded: Sequence) -> dict:
-    member = loaded[0].member
-    return {
-        'fold': member.fold,
-        'fold_hash': member.fold_hash,
-        'excluded_folds': list(member.excluded_folds),
-    }
-
-
-def _views(
-    source: Source, settings: ConfigDict, spec: str | None
-) -> tuple[list[dict], Mapping | None]:
+def _views(source: MemberSource, spec: str | None) -> tuple[list[dict], Mapping | None]:
     """Return the pipeline, and the settings of a TTA model if there is augmentation."""
     cfg: Config = source.cfg
+    settings = dataset_settings(cfg, 'test_dataloader')
     pipeline = [dict(step) for step in ConfigDict({'p': settings.pipeline}).to_dict()['p']]
     if spec is None:
         return pipeline, None
@@ -264,65 +277,7 @@ def _views(
         return chosen.tta_pipeline(pipeline), chosen.tta_model()
     if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
         raise ConfigError(
-            f'{source.config_path}: has no tta_model and tta_pipeline; expected them for --tta '
-            'config; add them, or choose views by words: --tta flips'
+            f'{source.config_path}: has no tta_model and tta_pipeline; expected them for '
+            'test-time augmentation "config"; add them, or choose views by words, such as flips'
         )
     return list(cfg.to_dict()['tta_pipeline']), cfg.to_dict()['tta_model']
-
-
-def from_command_line(
-    configs: Mapping[str, Config], args: argparse.Namespace
-) -> tuple[ModelDetector, PredictParams]:
-    """Make what ``predict.predict`` needs from the options of tools/predict.py.
-
-    Args:
-        configs: From ``launch.load_config``, by path.
-        args: ``checkpoints`` (paths; empty or ``best`` for the best of each work folder),
-            ``work_root``, ``settings``, ``fusion``, ``post``, ``tta``, ``device``, ``placement``,
-            ``batch_size``, ``red_blue``, ``out``, ``format``, ``score_thr``, ``tile``,
-            ``overlap``, ``level``, ``workers``, ``again``.
-
-    Raises:
-        CellSegError: Options that do not fit; see the message.
-    """
-    metainfo = dataset_settings(next(iter(configs.values())), 'test_dataloader').metainfo
-    classes = tuple(metainfo.classes)
-    checkpoints = [path for path in args.checkpoints if path != 'best']
-    if not checkpoints:
-        checkpoints = find_checkpoints(work_dirs_of(list(configs), args.work_root))
-    is_plain = args.settings is None and args.fusion is None and args.post is None
-    how = choose_fusion(
-        rule=args.fusion,
-        post=args.post,
-        tta=None,
-        settings=args.settings,
-        class_names=classes,
-        profile='instances',
-    )
-    detector = build_detector(
-        pair_sources(configs, checkpoints),
-        how=None if is_plain else how,
-        tta_spec=args.tta,
-        device=choose_device(args.device),
-        batch_size=args.batch_size,
-        placement=args.placement,
-        red_blue_swapped={'normal': False, 'swapped': True}.get(args.red_blue),
-    )
-    palette = metainfo.get('palette') or default_colours(len(classes))
-    # Settings that were found on held-out images bring their own thresholds.
-    default_thr = 0.5 if args.settings is None else 0.0
-    cut = {} if args.tile is None else {'tile_px': args.tile, 'whole_px': args.tile}
-    params = PredictParams(
-        out_dir=args.out,
-        class_names=classes,
-        class_colours=tuple(tuple(int(v) for v in colour) for colour in palette),
-        formats=tuple(word for given in args.format for word in given.split(',') if word),
-        score_thr=default_thr if args.score_thr is None else args.score_thr,
-        overlap_px=args.overlap,
-        level=args.level,
-        red_blue_swapped=detector.red_blue_swapped,
-        n_workers=args.workers,
-        again=args.again,
-        **cut,
-    )
-    return detector, params

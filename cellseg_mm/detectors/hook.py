@@ -21,8 +21,8 @@ from cellseg_mm.data.folds import load_folds
 from cellseg_mm.detectors.fold_ensemble import FoldEnsembleModel
 from cellseg_mm.detectors.member_models import (
     MemberModels,
+    MemberSource,
     Placement,
-    Source,
     check_same_pipeline,
     load_members,
 )
@@ -35,6 +35,7 @@ from cellseg_mm.fusion.fuse import (
     to_spec,
 )
 from cellseg_mm.fusion.settings import DEFAULT_FUSION
+from cellseg_mm.model import tta as views
 from cellseg_mm.pipeline.dataset import base_dataset
 
 
@@ -43,8 +44,8 @@ class FoldEnsembleHook(Hook):
     """Put a fold ensemble in the place of the runner's model for the time of a test.
 
     Args:
-        members: Per member a dict with ``checkpoint`` and perhaps ``config`` (a file, or a Config);
-            without a config the runner's own is used.
+        members: One each. In a config a dict with ``checkpoint`` and perhaps ``config`` (a file);
+            without it the runner's own config is used.
         rule: Fusion rule, as on the command line (``soft_mask:iou_thr=0.4``).
         post: Post-processing, as on the command line (``disjoint,min_area_px=20``).
         mask_thr: Least probability of a mask's pixel, of members and of averages (unless the rule
@@ -70,7 +71,7 @@ class FoldEnsembleHook(Hook):
 
     def __init__(
         self,
-        members: Sequence[Mapping],
+        members: Sequence[MemberSource | Mapping[str, str]],
         *,
         rule: str = DEFAULT_FUSION,
         post: str = '',
@@ -82,7 +83,7 @@ class FoldEnsembleHook(Hook):
     ) -> None:
         if not members:
             raise ConfigError('FoldEnsembleHook.members: is empty; give at least one checkpoint')
-        self.sources = [dict(member) for member in members]
+        self.sources = tuple(members)
         self.rule = cut_at(from_spec(rule), mask_thr)
         self.post = post_from_spec(post) if post else None
         self.mask_thr = mask_thr
@@ -114,7 +115,7 @@ class FoldEnsembleHook(Hook):
     def before_test(self, runner: Runner) -> None:
         """Load the members and swap."""
         dataset = runner.test_loop.dataloader.dataset
-        sources = [self._source(member, runner) for member in self.sources]
+        sources = [_source(member, runner) for member in self.sources]
         check_same_pipeline(sources)
         classes = dataset.metainfo.get('classes') or ()
         loaded = load_members(sources, classes, mask_thr=self.mask_thr)
@@ -174,21 +175,7 @@ class FoldEnsembleHook(Hook):
         }
 
     def _tta_model(self) -> dict | None:
-        if self.tta is None:
-            return None
-        from cellseg_mm.model import tta
-
-        return tta.from_spec(self.tta).tta_model()
-
-    @staticmethod
-    def _source(member: Mapping, runner: Runner) -> Source:
-        config = member.get('config')
-        if config is None:
-            return Source(runner.cfg, 'the config', Path(member['checkpoint']))
-        if isinstance(config, Config):
-            name = str(member.get('config_path', config.filename))
-            return Source(config, name, Path(member['checkpoint']))
-        return Source(Config.fromfile(config), str(config), Path(member['checkpoint']))
+        return None if self.tta is None else views.from_spec(self.tta).tta_model()
 
     def _clean(self, dataset: object) -> dict[str, tuple[int, ...]] | None:
         cells = base_dataset(dataset)
@@ -202,3 +189,12 @@ class FoldEnsembleHook(Hook):
             leave_out_seen=self.leave_out_seen,
             folds_path=cells.folds_file,
         )
+
+
+def _source(member: MemberSource | Mapping[str, str], runner: Runner) -> MemberSource:
+    if isinstance(member, MemberSource):
+        return member
+    checkpoint, path = Path(member['checkpoint']), member.get('config')
+    if path is None:
+        return MemberSource(runner.cfg, 'the config', checkpoint)
+    return MemberSource(Config.fromfile(path), str(path), checkpoint)

@@ -33,7 +33,7 @@ SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class MemberSource:
     """Where a member comes from.
 
     Attributes:
@@ -56,7 +56,7 @@ class Loaded:
 
 
 def load_members(
-    sources: Sequence[Source], class_names: Sequence[str], *, mask_thr: float | None = None
+    sources: Sequence[MemberSource], class_names: Sequence[str], *, mask_thr: float | None = None
 ) -> list[Loaded]:
     """Load all members, sorted by the content of their checkpoints.
 
@@ -76,7 +76,7 @@ def load_members(
     return [loaded[i] for i in order]
 
 
-def load_member(source: Source, *, mask_thr: float | None = None) -> Loaded:
+def load_member(source: MemberSource, *, mask_thr: float | None = None) -> Loaded:
     """Load one member; see :func:`load_members`."""
     content = load_checkpoint_file(source.checkpoint)
     model = MODELS.build(_model_settings(source.cfg, mask_thr))
@@ -136,7 +136,7 @@ def fill_strictly(model: nn.Module, state: Mapping[str, torch.Tensor], where: st
     model.load_state_dict(state, strict=True)
 
 
-def check_same_pipeline(sources: Sequence[Source]) -> None:
+def check_same_pipeline(sources: Sequence[MemberSource]) -> None:
     """Refuse members that want their images prepared in different ways.
 
     Raises:

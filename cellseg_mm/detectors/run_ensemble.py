@@ -15,38 +15,23 @@ from mmengine.dist import barrier
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from cellseg_mm.core.errors import ConfigError
+from cellseg_mm.core.layout import predictions_path
 from cellseg_mm.data.config import dataset_settings
 from cellseg_mm.data.images import Images
 from cellseg_mm.detectors.hook import FoldEnsembleHook
-from cellseg_mm.detectors.member_models import Placement, Source
+from cellseg_mm.detectors.member_models import MemberSource, Placement
 from cellseg_mm.ensemble.fuse_files import Merged
-from cellseg_mm.fusion.settings import Fusion
+from cellseg_mm.fusion.fuse import to_spec
+from cellseg_mm.fusion.settings import InferenceSettings
 from cellseg_mm.model import tta
-
-
-def pair_sources(configs: Mapping[str, Config], checkpoints: Sequence[Path | str]) -> list[Source]:
-    """Give each checkpoint its config: one for all, or one each.
-
-    Raises:
-        ConfigError: Their numbers do not fit.
-    """
-    paths = list(configs)
-    if len(paths) not in (1, len(checkpoints)):
-        raise ConfigError(
-            f'--checkpoints: {len(checkpoints)} checkpoints and {len(paths)} configs; give one '
-            'config for all of them, or one for each in the same order'
-        )
-    paths = paths * len(checkpoints) if len(paths) == 1 else paths
-    pairs = zip(paths, checkpoints, strict=True)
-    return [Source(configs[path], path, Path(checkpoint)) for path, checkpoint in pairs]
+from cellseg_mm.scores.records import COCO_NAMES
 
 
 def ensemble_models(
     cfg: Config,
-    sources: Sequence[Source],
+    sources: Sequence[MemberSource],
     images: Images,
-    fusion: Fusion,
+    settings: InferenceSettings,
     out_dir: Path | str,
     *,
     placement: Placement = 'auto',
@@ -59,7 +44,7 @@ def ensemble_models(
         cfg: From :func:`cellseg_mm.training.load_config.load_config`; its data loader is used.
         sources: The members, in any order.
         images: The split.
-        fusion: How to fuse.
+        settings: How to fuse, and what is done afterwards.
         out_dir: Gets ``<split>.predictions.npz``, with ground truth ``<split>.scores.json``, and
             the log.
         placement: See ``MemberModels``.
@@ -71,24 +56,17 @@ def ensemble_models(
     """
     cfg = copy.deepcopy(cfg)  # often a member's own config, which must stay as it was trained
     _prepare(cfg, images, Path(out_dir), amp=amp)
-    if fusion.tta:
-        settings = dataset_settings(cfg, 'test_dataloader')
-        settings.pipeline = tta.from_spec(fusion.tta).tta_pipeline(settings.pipeline)
+    if settings.tta:
+        data = dataset_settings(cfg, 'test_dataloader')
+        data.pipeline = tta.from_spec(settings.tta).tta_pipeline(data.pipeline)
     hook = FoldEnsembleHook(
-        [
-            {
-                'config': source.cfg,
-                'config_path': source.config_path,
-                'checkpoint': source.checkpoint,
-            }
-            for source in sources
-        ],
-        rule=fusion.rule,
-        post=fusion.post,
-        mask_thr=fusion.mask_thr,
+        sources,
+        rule=settings.fusion,
+        post=to_spec(settings.post),
+        mask_thr=settings.mask_cut,
         placement=placement,
         leave_out_seen=leave_out_seen,
-        tta=fusion.tta,
+        tta=settings.tta,
     )
     runner = Runner.from_cfg(cfg) if 'runner_type' not in cfg else RUNNERS.build(cfg)
     runner.register_hook(hook)
@@ -96,11 +74,11 @@ def ensemble_models(
     barrier()
     headline = {key.removeprefix('cell/'): value for key, value in metrics.items()}
     return Merged(
-        Path(out_dir) / f'{images.split}.predictions.npz',
+        predictions_path(out_dir, images.split),
         hook.members,
         dict(sorted(hook.member_counts.items())),
         hook.report,
-        fusion,
+        settings,
         _own_names(headline) if images.split != 'test' else {},
     )
 
@@ -112,7 +90,7 @@ def _prepare(cfg: Config, images: Images, out_dir: Path, *, amp: bool) -> None:
         settings.fold = images.fold
     cfg.load_from, cfg.resume, cfg.work_dir = None, False, str(out_dir)
     if images.split == 'test':
-        path = str(out_dir / 'test.predictions.npz')
+        path = str(predictions_path(out_dir, 'test'))
         cfg.test_evaluator = {'type': 'SaveInstances', 'path': path}
     else:
         cfg.test_evaluator.outfile_prefix = str(out_dir / images.split)
@@ -123,7 +101,5 @@ def _prepare(cfg: Config, images: Images, out_dir: Path, *, amp: bool) -> None:
 
 
 def _own_names(headline: Mapping[str, float]) -> dict[str, float]:
-    from cellseg_mm.training.metric import COCO_NAMES
-
     names = {theirs: ours for ours, theirs in COCO_NAMES.items()}
     return {names.get(key, key): value for key, value in headline.items()}

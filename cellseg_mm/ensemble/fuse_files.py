@@ -9,13 +9,14 @@ order they are named and on however many processes they run.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cellseg_mm.core import files
 from cellseg_mm.core.errors import ConfigError, PredictionError
+from cellseg_mm.core.files import JsonValue
 from cellseg_mm.core.instances import InstanceSet
-from cellseg_mm.core.layout import ID_MAP
+from cellseg_mm.core.layout import ID_MAP, predictions_path, scores_beside
 from cellseg_mm.core.progress import track
 from cellseg_mm.core.provenance import code_commit, versions
 from cellseg_mm.data.folds import load_folds
@@ -33,10 +34,7 @@ from cellseg_mm.fusion.fuse import (
     fuse_with_report,
     to_spec,
 )
-from cellseg_mm.fusion.settings import (
-    Fusion,
-    cut_masks,
-)
+from cellseg_mm.fusion.settings import InferenceSettings, cut_masks
 from cellseg_mm.results.predictions import (
     Predictions,
     from_coco_results,
@@ -47,7 +45,6 @@ from cellseg_mm.results.predictions import (
 from cellseg_mm.scores.score import score
 
 SHOWN = 3
-PROBS = ('mask_probs', 'mask_boxes')
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +56,7 @@ class Merged:
         members: The members, in the order of their content.
         member_counts: Instances of each member by image name; -1 where it was left out.
         report: What was merged.
-        fusion: How.
+        settings: How.
         scores: Headline scores of training images; empty for test images.
     """
 
@@ -67,14 +64,14 @@ class Merged:
     members: tuple[Member, ...]
     member_counts: Mapping[str, tuple[int, ...]]
     report: FuseReport
-    fusion: Fusion
+    settings: InferenceSettings
     scores: Mapping[str, float] = field(default_factory=dict)
 
 
 def ensemble_files(
     paths: Sequence[Path | str],
     images: Images,
-    fusion: Fusion,
+    settings: InferenceSettings,
     out_dir: Path | str,
     *,
     leave_out_seen: bool = False,
@@ -84,42 +81,35 @@ def ensemble_files(
     Args:
         paths: Prediction files (npz), or COCO results (JSON, or a zip of it), in any order.
         images: What must be in them.
-        fusion: How to fuse.
+        settings: How to fuse, and what is done afterwards.
         out_dir: Gets ``<split>.predictions.npz`` and, with ground truth, ``<split>.scores.json``.
         leave_out_seen: On training images use only the members that never saw them.
 
     Raises:
         PredictionError: A file cannot be read, lacks images, or is of other classes or images.
         FoldError: A member has seen, or may have seen, images that would be scored.
-        ConfigError: The rule needs models, masks cannot be cut at another threshold, or a file was
-            made with another augmentation than ``fusion.tta``.
+        ConfigError: Masks cannot be cut at another threshold, or a file was
+            made with another augmentation than ``settings.tta``.
     """
-    rule, post = fusion.merging, fusion.post_process
-    if rule.needs_models:
-        raise ConfigError(
-            f'fusion {rule.name}: works on models, not on prediction files; leave --predictions '
-            'out, or choose another rule'
-        )
-    members, sets_of = load_files(paths, images, tta=fusion.tta)
+    rule, post = settings.rule, settings.post
+    members, sets_of = load_files(paths, images, tta=settings.tta)
     by_name = [{s.name: s for s in sets} for sets in sets_of]
     chosen = _clean(members, images, leave_out_seen=leave_out_seen)
     fused, counts, report = [], {}, FuseReport()
     for case in track(images.cases, description='fuse'):
         indices = chosen[case.name]
         sets = [by_name[i][case.name] for i in indices]
-        if fusion.mask_thr is not None:
-            sets = [cut_masks(s, fusion.mask_thr) for s in sets]
+        sets = [cut_masks(s, settings.mask_thr) for s in sets]
         result, part = fuse_with_report(sets, rule, post)
         report += part
         sizes = dict(zip(indices, map(len, sets), strict=True))
         counts[case.name] = tuple(sizes.get(i, -1) for i in range(len(members)))
-        kept = {key: value for key, value in result.extra.items() if key not in PROBS}
-        fused.append(replace(result, extra=kept))
-    path = Path(out_dir) / f'{images.split}.predictions.npz'
-    origin = _provenance(members, images, fusion)
-    save_predictions(path, Predictions(fused, origin))
+        fused.append(result.without_probs())
+    path = predictions_path(out_dir, images.split)
+    origin = _provenance(members, images, settings)
+    save_predictions(path, Predictions(tuple(fused), origin))
     scores = _score(fused, images, path, origin) if images.split != 'test' else {}
-    return Merged(path, tuple(members), counts, report, fusion, scores)
+    return Merged(path, tuple(members), counts, report, settings, scores)
 
 
 def load_files(
@@ -180,15 +170,15 @@ def _load_file(
             refs = image_refs(read_id_map(images.data_root / ID_MAP))
         found = from_coco_results(path, refs, n_classes=len(images.class_names))
         sets, provenance = _matched(path, Predictions(found), images), {}
-    names = provenance.get('class_names') or ()
-    trained = {**_trained(provenance), 'class_names': names}
+    trained = {**_trained(provenance), 'class_names': provenance.get('class_names')}
     return trained_member(str(path), files.file_hash(path)[:16], trained), sets
 
 
-def _trained(provenance: Mapping) -> Mapping:
+def _trained(provenance: Mapping[str, JsonValue]) -> Mapping[str, object]:
     """Return who made a file: ``trained`` is the checkpoint; without it the fold it is for."""
     if 'trained' in provenance:
-        return provenance['trained'] or {}
+        trained = provenance['trained']
+        return trained if isinstance(trained, dict) else {}
     if provenance.get('split') == 'val':
         return {key: provenance.get(key) for key in ('fold', 'fold_hash')}
     return {}
@@ -228,36 +218,38 @@ def _clean(
     )
 
 
-def _provenance(members: Sequence[Member], images: Images, fusion: Fusion) -> dict:
+def _provenance(
+    members: Sequence[Member], images: Images, settings: InferenceSettings
+) -> dict[str, JsonValue]:
     return {
         'split': images.split,
         'fold': images.fold if images.split == 'val' else None,
         'fold_hash': '' if images.split == 'test' else load_folds(images.folds_path).hash,
         'class_names': list(images.class_names),
         'code_commit': code_commit(),
-        'versions': versions(),
+        'versions': {**versions()},
         'trained': {},
-        'fusion': to_spec(fusion.merging),
-        'post': fusion.post,
-        'mask_thr': fusion.mask_thr,
-        'tta': fusion.tta,
+        **settings_origin(settings),
         'members': [member.to_json() for member in members],
     }
 
 
+def settings_origin(settings: InferenceSettings) -> dict[str, JsonValue]:
+    """Return what result files say about how members were fused."""
+    return {
+        'fusion': to_spec(settings.rule),
+        'post': to_spec(settings.post),
+        'mask_thr': settings.mask_cut,
+        'tta': settings.tta,
+    }
+
+
 def _score(
-    sets: Sequence[InstanceSet], images: Images, predictions_path: Path, origin: dict
+    sets: Sequence[InstanceSet], images: Images, path: Path, origin: dict[str, JsonValue]
 ) -> dict[str, float]:
     gt = [read_gt(case) for case in track(images.cases, description='ground truth')]
     groups = load_folds(images.folds_path).groups
     scores = score(gt, sets, images.class_names, groups=groups)
-    name = predictions_path.name.replace('.predictions.npz', '.scores.json')
     record = {**scores.to_dict(), 'provenance': origin}
-    files.write_json(predictions_path.with_name(name), record)
+    files.write_json(scores_beside(path), record)
     return scores.headline()
-
-
-# ---- results ----
-
-
-# ---- members ----

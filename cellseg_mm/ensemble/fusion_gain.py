@@ -129,7 +129,7 @@ def fusion_gain(
     members, sets_of = clean_sets(paths, images)
     gt = [read_gt(case) for case in track(images.cases, description='ground truth')]
     after = post_from_spec(post)
-    candidates: list[list[InstanceSet]] = [*sets_of]
+    candidates: list[Sequence[InstanceSet]] = [*sets_of]
     for text in rules:
         rule = from_spec(text)
         candidates.append([fuse(list(sets), rule, after) for sets in zip(*sets_of, strict=True)])

@@ -12,12 +12,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cellseg_mm.core.errors import FoldError, PredictionError
+from cellseg_mm.core.files import JsonValue
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.core.layout import on_fold_dir, predictions_path
 from cellseg_mm.core.progress import track
 from cellseg_mm.core.provenance import code_commit, versions
 from cellseg_mm.data.folds import Folds
 from cellseg_mm.data.labels import Case, find_cases, read_gt
+from cellseg_mm.ensemble.members import list_of
 from cellseg_mm.results.predictions import Predictions, load_predictions, save_predictions
 from cellseg_mm.scores.records import ScoreParams, Scores
 from cellseg_mm.scores.score import score
@@ -44,7 +46,7 @@ class OofPool:
     class_names: tuple[str, ...]
     fold_hash: str
     n_folds: int
-    provenance: dict[int, dict]
+    provenance: dict[int, dict[str, JsonValue]]
     groups: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -81,7 +83,7 @@ def pool_predictions(
         if fold in by_fold:
             raise FoldError(f'{path}: fold {fold} is given twice; give each fold once')
         by_fold[fold] = predictions
-    names = {tuple(p.provenance.get('class_names') or ()) for p in by_fold.values()}
+    names = {tuple(map(str, list_of(p.provenance.get('class_names')))) for p in by_fold.values()}
     if len(names) > 1 or () in names:
         raise PredictionError(
             f'out of fold: the folds name different classes, or none, {sorted(names)}; expected '
@@ -187,7 +189,7 @@ def describe(pool: OofPool, scores: Scores, data_root: Path | str) -> str:
 
 def save_pool(path: Path | str, pool: OofPool) -> None:
     """Write the pooled predictions as one prediction file; see docs/formats.md."""
-    members = {
+    members: dict[str, JsonValue] = {
         str(fold): {
             key: provenance.get(key) for key in ('checkpoint', 'checkpoint_hash', 'code_commit')
         }
@@ -195,10 +197,10 @@ def save_pool(path: Path | str, pool: OofPool) -> None:
     }
     keys = [set(s.extra) for s in pool.pred_sets if len(s)]
     kept = set.intersection(*keys) if keys else set()
-    sets = [
+    sets = tuple(
         replace(s, extra={k: v for k, v in s.extra.items() if k in kept}) for s in pool.pred_sets
-    ]
-    provenance = {
+    )
+    provenance: dict[str, JsonValue] = {
         **pool_origin(pool),
         'fold_of': {s.name: fold for s, fold in zip(pool.pred_sets, pool.fold_of, strict=True)},
         'members': members,
@@ -206,7 +208,7 @@ def save_pool(path: Path | str, pool: OofPool) -> None:
     save_predictions(path, Predictions(sets, provenance))
 
 
-def pool_origin(pool: OofPool) -> dict:
+def pool_origin(pool: OofPool) -> dict[str, JsonValue]:
     """Return where a pool's predictions and scores come from, as JSON values without paths."""
     hashes = {str(p.get('data_hash') or '') for p in pool.provenance.values()}
     return {
@@ -217,7 +219,7 @@ def pool_origin(pool: OofPool) -> dict:
         'data_hash': hashes.pop() if len(hashes) == 1 else '',
         'class_names': list(pool.class_names),
         'code_commit': code_commit(),
-        'versions': versions(),
+        'versions': {**versions()},
     }
 
 

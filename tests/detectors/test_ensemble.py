@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -23,15 +22,15 @@ from cellseg_mm.core.errors import CheckpointError, ConfigError, FoldError, Pred
 from cellseg_mm.core.instances import InstanceSet  # noqa: E402
 from cellseg_mm.data.images import Images, find_images  # noqa: E402
 from cellseg_mm.data.labels import read_id_map  # noqa: E402
-from cellseg_mm.detectors.run_ensemble import pair_sources  # noqa: E402
+from cellseg_mm.detectors.from_options import pair_sources  # noqa: E402
 from cellseg_mm.ensemble.fuse_files import ensemble_files  # noqa: E402
-from cellseg_mm.ensemble.outcome import finish, submission_text, submit  # noqa: E402
-from cellseg_mm.fusion.fuse import from_spec, fuse, post_from_spec  # noqa: E402
-from cellseg_mm.fusion.settings import Fusion, choose_fusion, read_settings  # noqa: E402
+from cellseg_mm.ensemble.outcome import finish, outcome_text, submission_text, submit  # noqa: E402
+from cellseg_mm.fusion.fuse import fuse  # noqa: E402
+from cellseg_mm.fusion.settings import InferenceSettings  # noqa: E402
 from cellseg_mm.results.predictions import Predictions, load_predictions, save_predictions  # noqa: E402
 from cellseg_mm.results.submission import write_submission  # noqa: E402
 from cellseg_mm.weights.find import find_checkpoints  # noqa: E402
-from tests.conftest import free_port  # noqa: E402
+from tests.support.micro import free_port  # noqa: E402
 from tests.support.tiny_folds import ROOT, TinyFolds, environment, make_tiny_folds  # noqa: E402
 
 pytestmark = pytest.mark.mm
@@ -121,18 +120,18 @@ def test_files_of_any_origin_are_fused_in_any_order(
     b = [replace(s, class_ids=a[0].class_ids) for s in b]
     ours = npz(tmp_path / 'a.npz', a, class_names=list(CLASSES))
     theirs = write_submission(tmp_path / 'theirs.zip', b, read_id_map(tiny.data_root / ID_MAP)).path
-    fusion = Fusion(rule='soft_mask:iou_thr=0.3', post='min_votes=2')
+    settings = InferenceSettings(fusion='soft_mask:iou_thr=0.3', min_votes=2)
     for i, paths in enumerate([(ours, theirs), (theirs, ours)]):
-        merged = ensemble_files(paths, images, fusion, tmp_path / str(i))
+        merged = ensemble_files(paths, images, settings, tmp_path / str(i))
         for found, x, y in zip(load_predictions(merged.predictions_path).sets, a, b, strict=True):
-            wanted = fuse([x, y], from_spec(fusion.rule), post_from_spec(fusion.post))
+            wanted = fuse([x, y], settings.rule, settings.post)
             assert found.rles == wanted.rles
             assert len(found) == 1
             assert found.extra['n_votes'].tolist() == [2]
         assert (merged.report.n_in, merged.report.n_out) == (4, 2)
     first, second = (tmp_path / str(i) / 'test.predictions.npz' for i in range(2))
     assert first.read_bytes() == second.read_bytes()
-    text = finish(merged, images, tmp_path)
+    text = outcome_text(finish(merged, images, tmp_path))
     assert '2 images: 4 instances in, 2 out (2 merged with a better one)' in text
     assert (tmp_path / 'test-results.json.zip').is_file()
 
@@ -163,17 +162,18 @@ def test_files_that_do_not_fit_are_refused(tiny: TinyFolds, images: Images, tmp_
     good = npz(tmp_path / 'good.npz', sets)
     short = npz(tmp_path / 'short.npz', sets[:1])
     with pytest.raises(PredictionError, match=r'short.npz: lacks 1 of 2 images'):
-        ensemble_files([good, short], images, Fusion(), tmp_path)
+        ensemble_files([good, short], images, InferenceSettings(), tmp_path)
     other_id = npz(tmp_path / 'id.npz', [replace(s, image_id=s.image_id + 90) for s in sets])
     with pytest.raises(PredictionError, match='they must match; predict again'):
-        ensemble_files([other_id], images, Fusion(), tmp_path)
+        ensemble_files([other_id], images, InferenceSettings(), tmp_path)
     classes = npz(tmp_path / 'c.npz', sets, class_names=['x', 'y', 'z', 'w'])
     with pytest.raises(PredictionError, match='its classes are x, y, z, w'):
-        ensemble_files([classes], images, Fusion(), tmp_path)
-    with pytest.raises(ConfigError, match='works on models'):
-        ensemble_files([good], images, Fusion(rule='proposal_share'), tmp_path)
+        ensemble_files([classes], images, InferenceSettings(), tmp_path)
+    soup = npz(tmp_path / 'soup.npz', sets, trained={'soup': [{'source': 'a'}, {'source': 'b'}]})
+    with pytest.raises(PredictionError, match=r'soup.npz: is a soup of 2 .*fuse the checkpoints'):
+        ensemble_files([good, soup], images, InferenceSettings(), tmp_path)
     with pytest.raises(ConfigError, match='without probabilities'):
-        ensemble_files([good], images, Fusion(mask_thr=0.4), tmp_path)
+        ensemble_files([good], images, InferenceSettings(mask_thr=0.4), tmp_path)
 
 
 def test_fused_masks_are_cut_where_the_settings_cut_masks(images: Images, tmp_path: Path) -> None:
@@ -189,16 +189,18 @@ def test_fused_masks_are_cut_where_the_settings_cut_masks(images: Images, tmp_pa
         extra = {'mask_probs': probs, 'mask_boxes': sets[0].boxes_xyxy}
         paths.append(npz(tmp_path / f'{k}.npz', [replace(s, extra=extra) for s in sets]))
     areas = {}
-    for thr in (None, 0.4, 0.6):
+    for thr in (0.5, 0.4, 0.6):
         for rule in ('soft_mask', 'wbf', 'nms', 'soft_mask:mask_thr=0.3'):
-            merged = ensemble_files(paths, images, Fusion(rule=rule, mask_thr=thr), tmp_path)
+            merged = ensemble_files(
+                paths, images, InferenceSettings(fusion=rule, mask_thr=thr), tmp_path
+            )
             found = load_predictions(merged.predictions_path)
             assert [len(s) for s in found.sets] == [1] * len(images.cases)
             areas[rule, thr] = int(found.sets[0].areas[0])
-    assert areas['soft_mask', None] == areas['wbf', None] == 40
+    assert areas['soft_mask', 0.5] == areas['wbf', 0.5] == 40
     assert areas['soft_mask', 0.4] == areas['wbf', 0.4] == areas['nms', 0.4] == 80
     assert areas['soft_mask', 0.6] == areas['wbf', 0.6] < 45
-    for thr in (None, 0.4, 0.6):  # what the rule says itself wins
+    for thr in (0.5, 0.4, 0.6):  # what the rule says itself wins
         assert areas['soft_mask:mask_thr=0.3', thr] == 80
 
 
@@ -208,12 +210,12 @@ def test_files_must_have_the_augmentation_that_the_settings_name(
     """No model is run on files: a result that says it was augmented must have been."""
     plain = npz(tmp_path / 'plain.npz', squares(images, 0, 0.9))
     views = npz(tmp_path / 'views.npz', squares(images, 1, 0.9), tta='flips')
-    fusion = Fusion(tta='flips')
+    settings = InferenceSettings(tta='flips')
     with pytest.raises(ConfigError, match=r'plain.npz: .*augmentation flips, .*made with none'):
-        ensemble_files([plain, views], images, fusion, tmp_path)
+        ensemble_files([plain, views], images, settings, tmp_path)
     with pytest.raises(ConfigError, match=r'augmentation d4, .*made with augmentation flips'):
-        ensemble_files([views], images, replace(fusion, tta='d4'), tmp_path)
-    merged = ensemble_files([views], images, fusion, tmp_path)
+        ensemble_files([views], images, replace(settings, tta='d4'), tmp_path)
+    merged = ensemble_files([views], images, settings, tmp_path)
     assert load_predictions(merged.predictions_path).provenance['tta'] == 'flips'
 
 
@@ -223,16 +225,16 @@ def test_files_of_unknown_origin_are_not_scored(tiny: TinyFolds, tmp_path: Path)
     assert {case.name for case in val.cases} == set(tiny.folds.val_names(1))
     unknown = npz(tmp_path / 'u.npz', squares(val, 0, 0.9))
     with pytest.raises(FoldError, match='trained with folds unknown'):
-        ensemble_files([unknown], val, Fusion(), tmp_path, leave_out_seen=True)
+        ensemble_files([unknown], val, InferenceSettings(), tmp_path, leave_out_seen=True)
     trained = {'fold': 1, 'fold_hash': tiny.folds.hash}
     known = npz(tmp_path / 'k.npz', squares(val, 0, 0.9), trained=trained)
-    merged = ensemble_files([known], val, Fusion(), tmp_path)
+    merged = ensemble_files([known], val, InferenceSettings(), tmp_path)
     assert merged.scores['segm_AP50'] >= 0
     assert (tmp_path / 'val.scores.json').is_file()
 
 
 def test_a_tested_fold_with_views_is_what_the_ensemble_of_one_predicts(tiny: TinyFolds) -> None:
-    from cellseg_mm.selection.find_best import _tta_names
+    from cellseg_mm.core.layout import augmentations_of
 
     one = tiny.root / 'one_with_views'
     words = ['--cfg-options', 'test_dataloader.dataset.split=test']
@@ -250,7 +252,7 @@ def test_a_tested_fold_with_views_is_what_the_ensemble_of_one_predicts(tiny: Tin
     found = load_predictions(one / 'test.hflip.predictions.npz')
     assert found.provenance['tta'] == 'hflip'
     (one / 'test.hflip.predictions.npz').rename(one / 'val.hflip.predictions.npz')
-    assert _tta_names(one) == ['hflip']  # where find_best looks
+    assert augmentations_of(one, 'val') == ['hflip']  # where find_best looks
     run_tool(tiny, tiny.configs[0], '--tta', 'hflip', '--out', one)
     wanted = {s.name: s for s in load_predictions(one / 'test.predictions.npz').sets}
     assert {s.name for s in found.sets} == set(wanted)
@@ -268,42 +270,6 @@ def test_all_folds_with_views_are_merged(tiny: TinyFolds) -> None:
     found = load_predictions(out / 'test.predictions.npz')
     assert found.provenance['tta'] == 'hflip'
     assert all(len(s) > 0 and 'agreement' in s.extra for s in found.sets)
-
-
-def test_settings_file(tmp_path: Path) -> None:
-    path = tmp_path / 'inference.json'
-    with pytest.raises(ConfigError, match=r'make them with: python tools/find_best.py'):
-        read_settings(path, CLASSES)
-    submission = {
-        'score_thr': {'macrophage': 0.4, 'epithelial': 0.1, 'lymphocyte': 0.2, 'neutrophil': 0.3},
-        'min_area_px': 12,
-        'mask_thr': 0.45,
-        'disjoint': False,
-        'tta': 'flips',
-        'fusion': 'wbf:iou_thr=0.6',
-    }
-    instances = {**submission, 'mask_thr': 0.5, 'disjoint': True, 'tta': None, 'fusion': 'nms'}
-    profiles = {'submission': submission, 'instances': instances}
-    content = {'version': 1, 'class_names': list(CLASSES), 'profiles': profiles}
-    path.write_text(json.dumps(content))
-    chosen = choose_fusion(rule=None, post=None, tta=None, settings=path, class_names=CLASSES)
-    assert chosen == Fusion(
-        rule='wbf:iou_thr=0.6',
-        post='score_thr=0.1/0.2/0.3/0.4,min_area_px=12',
-        mask_thr=0.45,
-        tta='flips',
-    )
-    assert read_settings(path, CLASSES, 'instances') == Fusion(
-        rule='nms', post='score_thr=0.1/0.2/0.3/0.4,disjoint=true,min_area_px=12'
-    )
-    over = choose_fusion(rule='nms', post='disjoint', tta=None, settings=path, class_names=CLASSES)
-    assert (over.rule, over.post, over.mask_thr) == ('nms', 'disjoint', 0.45)
-    path.write_text(json.dumps({**content, 'class_names': ['cat']}))
-    with pytest.raises(ConfigError, match='for the classes cat'):
-        read_settings(path, CLASSES)
-    path.write_text(json.dumps({**content, 'version': 2}))
-    with pytest.raises(ConfigError, match='of version 1'):
-        read_settings(path, CLASSES)
 
 
 def test_missing_members_are_all_reported(tiny: TinyFolds) -> None:

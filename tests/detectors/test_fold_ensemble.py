@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,9 +26,7 @@ from cellseg_mm.core.instances import InstanceSet  # noqa: E402
 from cellseg_mm.data.folds import Folds, save_folds  # noqa: E402
 from cellseg_mm.detectors.fold_ensemble import FoldEnsembleModel  # noqa: E402
 from cellseg_mm.detectors.hook import FoldEnsembleHook  # noqa: E402
-from cellseg_mm.detectors.member_models import Loaded, MemberModels, Source, load_members  # noqa: E402
-from cellseg_mm.detectors.proposal_sharing import running_mean  # noqa: E402
-from cellseg_mm.ensemble.members import Member  # noqa: E402
+from cellseg_mm.detectors.member_models import Loaded, MemberModels, MemberSource, load_members  # noqa: E402
 from cellseg_mm.fusion.fuse import from_spec, fuse, post_from_spec  # noqa: E402
 from cellseg_mm.model import tta  # noqa: E402
 from cellseg_mm.model.detections import to_instance_set  # noqa: E402
@@ -38,6 +37,7 @@ from tests.support.tiny_folds import TinyFolds, make_tiny_folds, random_model, s
 
 pytestmark = pytest.mark.mm
 
+RUNNERS = itertools.count()
 CLASSES = ('epithelial', 'lymphocyte', 'neutrophil', 'macrophage')
 
 
@@ -60,6 +60,7 @@ def make_runner(
 ) -> Runner:
     cfg = Config.fromfile(tiny.configs[0])
     cfg.work_dir, cfg.load_from = str(out), None
+    cfg.visualizer.name = f'{out}-{next(RUNNERS)}'  # mmengine keeps visualisers by name
     cfg.test_dataloader.batch_size = batch_size
     cfg.test_dataloader.dataset.split = split
     cfg.test_dataloader.dataset.fold = fold
@@ -76,8 +77,10 @@ def members_of(tiny: TinyFolds, folds: tuple[int, ...] = (0, 1, 2)) -> list[dict
     return [{'config': tiny.configs[k], 'checkpoint': str(tiny.checkpoints[k])} for k in folds]
 
 
-def source(tiny: TinyFolds, fold: int) -> Source:
-    return Source(Config.fromfile(tiny.configs[fold]), f'fold{fold}.py', tiny.checkpoints[fold])
+def source(tiny: TinyFolds, fold: int) -> MemberSource:
+    return MemberSource(
+        Config.fromfile(tiny.configs[fold]), f'fold{fold}.py', tiny.checkpoints[fold]
+    )
 
 
 @pytest.fixture(scope='module')
@@ -145,7 +148,7 @@ def test_each_image_is_the_fusion_of_what_the_members_predict_alone(
     assert hook.report.n_out == sum(len(s) for s in got.sets)
 
 
-@pytest.mark.parametrize('rule', ['nms', 'soft_mask', 'proposal_share'])
+@pytest.mark.parametrize('rule', ['nms', 'soft_mask'])
 def test_order_of_the_folds_and_a_second_run_change_no_byte(
     tiny: TinyFolds, loaded: list[Loaded], tmp_path: Path, rule: str
 ) -> None:
@@ -195,57 +198,6 @@ def test_model_comes_back_when_the_test_raises(tiny: TinyFolds, tmp_path: Path) 
     assert 'run' not in vars(runner.test_loop)
 
 
-# ---- proposal sharing ----
-
-
-@pytest.mark.parametrize('n_copies', [1, 3, 5])
-@pytest.mark.parametrize('batch_size', [1, 2])
-def test_copies_that_share_proposals_equal_the_plain_model(
-    tiny: TinyFolds, loaded: list[Loaded], n_copies: int, batch_size: int
-) -> None:
-    models = MemberModels([loaded[0]] * n_copies, 'cpu')
-    ensemble = FoldEnsembleModel(models, from_spec('proposal_share'), keep_mask_probs=True)
-    data = batches(tiny, batch_size=batch_size)
-    got, wanted = predict(ensemble, data), predict(loaded[0].model, data)
-    assert sum(len(s) for s in wanted.values()) > 5
-    for name, b in wanted.items():
-        a = got[name]
-        assert equal(a, b)
-        assert np.array_equal(a.extra['mask_probs'], b.extra['mask_probs'])
-        assert a.extra['n_votes'].tolist() == [n_copies] * len(a)
-
-
-def test_running_mean_is_exact_for_equal_tensors_and_close_for_others() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1000, generator=generator)
-    for count in (2, 3, 5, 7):
-        assert torch.equal(running_mean([x.clone()] for _ in range(count))[0], x)
-    parts = torch.randn(5, 1000, generator=generator, dtype=torch.float64)
-    got = running_mean([part] for part in parts)[0]
-    assert torch.allclose(got, parts.mean(dim=0), rtol=0, atol=1e-15)
-    with pytest.raises(ConfigError, match='agree in sizes'):
-        running_mean([[torch.zeros(2)], [torch.zeros(3)]])
-
-
-def test_shared_proposals_need_one_family(tiny: TinyFolds, tmp_path: Path) -> None:
-    other = tmp_path / 'other.py'
-    text = Path(tiny.configs[1]).read_text()
-    change = "model['rpn_head']['anchor_generator'] = dict(scales=[4], strides=[4, 8, 16, 32])\n"
-    other.write_text(text + change)
-    odd = Source(Config.fromfile(other), 'other.py', tiny.checkpoints[1])
-    models = MemberModels(load_members([source(tiny, 0), odd], CLASSES), 'cpu')
-    with pytest.raises(ConfigError, match=r'differs from .* in anchors'):
-        FoldEnsembleModel(models, from_spec('proposal_share'))
-    FoldEnsembleModel(models, from_spec('soft_mask'))  # takes different anchors
-
-
-def test_other_detectors_cannot_share_proposals() -> None:
-    member = Member('a.pth', 'a')
-    models = MemberModels([Loaded(member, torch.nn.Linear(1, 1))], 'cpu')
-    with pytest.raises(ConfigError, match='needs RPNHead and StandardRoIHead'):
-        FoldEnsembleModel(models, from_spec('proposal_share'))
-
-
 # ---- what is refused ----
 
 
@@ -256,7 +208,7 @@ def test_checkpoint_of_another_architecture_is_refused(tiny: TinyFolds, tmp_path
     state['rpn_head.rpn_cls.bias'] = torch.zeros(99)
     path = tmp_path / 'odd.pth'
     torch.save({'meta': {}, 'state_dict': state}, path)
-    source = Source(Config.fromfile(tiny.configs[0]), 'fold0.py', path)
+    source = MemberSource(Config.fromfile(tiny.configs[0]), 'fold0.py', path)
     expected = r'odd.pth: does not fit fold0.py: 1 tensors missing in the file \(roi_head.*fc_cls'
     with pytest.raises(CheckpointError, match=expected) as caught:
         load_members([source], CLASSES)
@@ -269,8 +221,8 @@ def test_other_classes_and_doubled_members_are_refused(tiny: TinyFolds, tmp_path
     path = save_checkpoint(tmp_path / 'x.pth', model, class_names=['a', 'b', 'c', 'd'])
     cfg = Config.fromfile(tiny.configs[0])
     with pytest.raises(PredictionError, match='its classes are a, b, c, d'):
-        load_members([Source(cfg, 'c', path)], CLASSES)
-    twice = [Source(cfg, 'c', tiny.checkpoints[0])] * 2
+        load_members([MemberSource(cfg, 'c', path)], CLASSES)
+    twice = [MemberSource(cfg, 'c', tiny.checkpoints[0])] * 2
     with pytest.raises(PredictionError, match='same content'):
         load_members(twice, CLASSES)
 
@@ -337,9 +289,8 @@ def test_members_without_a_fold_may_be_fused_on_it(tiny: TinyFolds, tmp_path: Pa
     assert all(min(counts) >= 0 for counts in hook.member_counts.values())
 
 
-@pytest.mark.parametrize('rule', ['soft_mask', 'proposal_share'])
-def test_automatic_mixed_precision(tiny: TinyFolds, loaded: list[Loaded], rule: str) -> None:
-    ensemble = FoldEnsembleModel(MemberModels(loaded, 'cpu'), from_spec(rule))
+def test_automatic_mixed_precision(tiny: TinyFolds, loaded: list[Loaded]) -> None:
+    ensemble = FoldEnsembleModel(MemberModels(loaded, 'cpu'), from_spec('soft_mask'))
     with torch.autocast('cpu', dtype=torch.bfloat16):
         found = predict(ensemble, batches(tiny))
     assert sum(len(s) for s in found.values()) > 0
@@ -393,7 +344,7 @@ def test_checkpoint_is_scored_on_excluded_folds_but_never_resumed_there(tiny: Ti
         pytest.param({'fold': 0}, None, id='same fold'),
         pytest.param({'fold': 2, 'excluded_folds': [0]}, None, id='left it out too'),
         pytest.param({'fold': 1}, '0', id='another fold'),
-        pytest.param({'fold': None}, '0', id='a soup of folds'),
+        pytest.param({'fold': None}, '0', id='no fold known'),
         pytest.param({'fold': 0, 'fold_hash': 'other'}, '0', id='other folds of the same data'),
         pytest.param({'fold': None, 'fold_hash': ''}, '0', id='all images'),
         pytest.param({'fold': 1, 'fold_hash': 'x', 'data_hash': 'x'}, None, id='other data'),
