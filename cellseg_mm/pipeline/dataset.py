@@ -200,11 +200,18 @@ def log_parts(dataset: CellDataset) -> None:
 
 
 def case_of(info: Mapping) -> Case:
-    """Return the case that a CellDataset's data info describes."""
+    """Return the case that a CellDataset's data info, or what a pipeline made of it, describes.
+
+    Args:
+        info: With ``img_path``, ``label_paths`` and ``ori_shape``, else ``height`` and ``width``;
+            without a ``name`` the image's folder gives it.
+    """
+    image_path = Path(info['img_path'])
+    height, width = (info.get('ori_shape') or (info['height'], info['width']))[:2]
     return Case(
-        name=info['name'],
-        image_path=Path(info['img_path']),
+        name=info.get('name', image_path.parent.name),
+        image_path=image_path,
         label_paths={int(k): Path(path) for k, path in info['label_paths'].items()},
-        image_id=info['img_id'],
-        image_hw=(info['height'], info['width']),
+        image_id=int(info.get('img_id', 0)),
+        image_hw=(int(height), int(width)),
     )

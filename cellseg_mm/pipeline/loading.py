@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -23,8 +22,9 @@ from numpy.typing import NDArray
 
 from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.data.labels import Case, read_image, read_label_layers
+from cellseg_mm.pipeline.dataset import case_of
 from cellseg_mm.pipeline.label_map_masks import LabelMapMasks
-from cellseg_mm.pipeline.layer_view import LayerSource, LayerView, Runs, find_runs
+from cellseg_mm.pipeline.layer_view import LayerSource, LayerView, RasterRuns, find_runs
 
 
 @TRANSFORMS.register_module()
@@ -91,15 +91,7 @@ class LoadLabelMaps(BaseTransform):
 
     def transform(self, results: dict) -> dict:
         """Add the ground truth."""
-        image_hw = results.get('ori_shape') or (results['height'], results['width'])
-        case = Case(
-            name=Path(results['img_path']).parent.name,
-            image_path=Path(results['img_path']),
-            label_paths={int(k): Path(path) for k, path in results['label_paths'].items()},
-            image_id=int(results.get('img_id', 0)),
-            image_hw=(int(image_hw[0]), int(image_hw[1])),
-        )
-        source, layer_of, class_ids = self.cache.read(case)
+        source, layer_of, class_ids = self.cache.read(case_of(results))
         ids = np.arange(1, len(class_ids) + 1, dtype=np.int32)
         masks = LabelMapMasks(LayerView.whole(source), ids, layer_of)
         results['gt_masks'] = masks
@@ -148,7 +140,7 @@ Stamp = tuple[tuple[int, str, int, int], ...]
 class _Remembered:
     stamp: Stamp
     image_hw: tuple[int, int]
-    runs: tuple[Runs, ...]
+    runs: tuple[RasterRuns, ...]
     layer_of: NDArray[np.int64]
     class_ids: NDArray[np.int64]
 

@@ -21,9 +21,10 @@ from cellseg_mm.core.files import write_json
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.core.layout import PREDICTIONS_SUFFIX, SCORES_SUFFIX
 from cellseg_mm.core.provenance import code_commit, versions
-from cellseg_mm.data.labels import Case, read_gt
+from cellseg_mm.data.labels import read_gt
 from cellseg_mm.model.caps import count_truncation
 from cellseg_mm.model.detections import to_instance_set
+from cellseg_mm.pipeline.dataset import case_of
 from cellseg_mm.results.predictions import Predictions, save_predictions
 from cellseg_mm.scores.records import COCO_NAMES, ScoreParams, Scores
 from cellseg_mm.scores.score import score
@@ -102,15 +103,7 @@ class CellMetric(BaseMetric):
                     f"{pred.name}: the data sample has no 'label_paths'; scores need the ground "
                     "truth; add 'label_paths' to meta_keys of the pipeline's PackDetInputs"
                 )
-            paths = {int(k): Path(path) for k, path in sample['label_paths'].items()}
-            case = Case(
-                name=pred.name,
-                image_path=Path(sample['img_path']),
-                label_paths=paths,
-                image_id=pred.image_id,
-                image_hw=pred.image_hw,
-            )
-            self._gt_by_name[pred.name] = read_gt(case)
+            self._gt_by_name[pred.name] = read_gt(case_of({**sample, 'name': pred.name}))
         return self._gt_by_name[pred.name]
 
     def evaluate(self, size: int) -> dict:
