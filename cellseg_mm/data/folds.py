@@ -229,10 +229,10 @@ def _checked_input(
             f'group table or add the cases'
         )
     order = sorted(range(len(names)), key=lambda i: names[i])
-    return [names[i] for i in order], _shares(counts[order])
+    return [names[i] for i in order], shares_of(counts[order])
 
 
-def _shares(counts: NDArray[np.integer]) -> NDArray[np.float64]:
+def shares_of(counts: NDArray[np.integer]) -> NDArray[np.float64]:
     """Return (n, 1 + 2K) float64: share of images, instances per class, images with the class.
 
     Every column adds up to 1, or to 0 where a class never occurs.
@@ -344,26 +344,6 @@ def _improve(
     sums[home] -= own
     sums[target] += own
     return True
-
-
-def share_table(
-    folds: Folds, names: Sequence[str], counts: NDArray[np.integer]
-) -> NDArray[np.float64]:
-    """Return how evenly the folds share the data.
-
-    Args:
-        folds: The assignment.
-        names: n case names; all cases of ``folds``.
-        counts: (n, K) integers, instances of each class in each case.
-
-    Returns:
-        (n_folds, 1 + 2K) float64: each fold's share of the images, of each class's instances, and
-        of the images that have the class. Even means 1 / n_folds; a class that never occurs is 0.
-    """
-    fold_of = folds.fold_of()
-    table = np.zeros((folds.n_folds, 1 + 2 * np.asarray(counts).shape[1]))
-    np.add.at(table, [fold_of[name] for name in names], _shares(np.asarray(counts)))
-    return table
 
 
 def save_folds(path: Path | str, folds: Folds) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from sklearn.model_selection import StratifiedGroupKFold
 
 from cellseg_mm.core.errors import FoldError
@@ -19,8 +21,28 @@ from cellseg_mm.data.folds import (
     load_folds,
     make_folds,
     save_folds,
-    share_table,
+    shares_of,
 )
+
+
+def share_table(
+    folds: Folds, names: Sequence[str], counts: NDArray[np.integer]
+) -> NDArray[np.float64]:
+    """Return how evenly the folds share the data.
+
+    Args:
+        folds: The assignment.
+        names: n case names; all cases of ``folds``.
+        counts: (n, K) integers, instances of each class in each case.
+
+    Returns:
+        (n_folds, 1 + 2K) float64: each fold's share of the images, of each class's instances, and
+        of the images that have the class. Even means 1 / n_folds; a class that never occurs is 0.
+    """
+    fold_of = folds.fold_of()
+    table = np.zeros((folds.n_folds, 1 + 2 * np.asarray(counts).shape[1]))
+    np.add.at(table, [fold_of[name] for name in names], shares_of(np.asarray(counts)))
+    return table
 
 
 def random_data(seed: int, *, n: int = 60, n_classes: int = 4):
