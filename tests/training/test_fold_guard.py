@@ -1,0 +1,113 @@
+"""training.fold_guard: every pair of a checkpoint and a data set, by what the one has seen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain, combinations, product
+
+import pytest
+from torch import nn
+
+import cellseg_mm.components
+from cellseg_mm.core.errors import ConfigError, FoldError
+from cellseg_mm.training.fold_guard import (
+    refuse_other_class_count,
+    refuse_other_folds,
+    refuse_seen_start,
+)
+
+pytestmark = pytest.mark.mm
+assert cellseg_mm.components
+
+FOLDS = range(3)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the guard reads of a data set."""
+
+    fold: int
+    split: str = 'val'
+    exclude_folds: tuple[int, ...] = ()
+    fold_hash: str = 'ours'
+    data_hash: str = 'cells'
+    folds_file: str = 'folds.json'
+
+
+def some_folds() -> list[tuple[int, ...]]:
+    """Every set of excluded folds but all of them."""
+    return list(chain.from_iterable(combinations(FOLDS, n) for n in range(len(FOLDS))))
+
+
+def trained(fold: int, *excluded: int, folds: str = 'ours', data: str = 'cells') -> dict:
+    return {'fold': fold, 'excluded_folds': list(excluded), 'fold_hash': folds, 'data_hash': data}
+
+
+@pytest.mark.parametrize('excluded', some_folds(), ids=str)
+@pytest.mark.parametrize(('model_fold', 'fold'), list(product(FOLDS, FOLDS)))
+def test_validation_images_are_scored_by_models_that_never_saw_them(
+    model_fold: int, fold: int, excluded: tuple[int, ...]
+) -> None:
+    seen = set(FOLDS) - {model_fold, *excluded}  # the images that this model was trained on
+    if fold in seen:
+        with pytest.raises(FoldError, match=f'trained for fold {model_fold} .*has seen images'):
+            refuse_other_folds(trained(model_fold, *excluded), Part(fold))
+    else:
+        refuse_other_folds(trained(model_fold, *excluded), Part(fold))
+
+
+def test_resuming_needs_the_very_same_images() -> None:
+    refuse_other_folds(trained(1, 2), Part(1, 'train', (2,)))
+    for other in (Part(1, 'train'), Part(2, 'train', (1,)), Part(0, 'train', (2,))):
+        with pytest.raises(FoldError, match='use the config of its own fold'):
+            refuse_other_folds(trained(1, 2), other)
+    with pytest.raises(FoldError, match=r'folds theirs, folds\.json now has folds ours'):
+        refuse_other_folds(trained(1, folds='theirs'), Part(1))
+
+
+@pytest.mark.parametrize('excluded', some_folds(), ids=str)
+@pytest.mark.parametrize('held_out', some_folds()[1:], ids=str)
+@pytest.mark.parametrize('model_fold', FOLDS)
+def test_training_begins_with_weights_that_never_saw_what_it_holds_out(
+    model_fold: int, held_out: tuple[int, ...], excluded: tuple[int, ...]
+) -> None:
+    part = Part(held_out[0], 'train', held_out[1:])
+    seen = sorted(set(held_out) & (set(FOLDS) - {model_fold, *excluded}))
+    start = trained(model_fold, *excluded)
+    if seen:
+        named = ', '.join(map(str, seen))
+        with pytest.raises(FoldError, match=f'has seen images of fold {named} of folds.json'):
+            refuse_seen_start(start, part)
+    else:
+        refuse_seen_start(start, part)
+
+
+def test_weights_of_other_data_are_welcome_and_of_other_folds_are_not() -> None:
+    refuse_seen_start(trained(0, folds='theirs', data='cats'), Part(1, 'train'))
+    with pytest.raises(FoldError, match='of folds theirs and has seen images of fold 1'):
+        refuse_seen_start(trained(1, folds='theirs'), Part(1, 'train'))
+
+
+class Head(nn.Module):
+    def __init__(self, num_classes: int, class_agnostic: bool = False) -> None:
+        super().__init__()
+        self.num_classes, self.class_agnostic = num_classes, class_agnostic
+
+
+def model_of(**heads: nn.Module) -> nn.Module:
+    model = nn.Module()
+    model.roi_head = nn.Module()
+    for name, head in heads.items():
+        model.roi_head.add_module(name, head)
+    return model
+
+
+def test_heads_have_as_many_classes_as_the_data() -> None:
+    names = ('round', 'long')
+    cascade = nn.ModuleList([Head(2), Head(3)])
+    refuse_other_class_count(model_of(bbox_head=Head(2), mask_head=Head(2)), names)
+    refuse_other_class_count(model_of(bbox_head=Head(9)), ())  # the data name none
+    refuse_other_class_count(model_of(mask_head=Head(1, class_agnostic=True)), names)
+    refuse_other_class_count(model_of(semantic_head=Head(9)), names)  # no head of cells
+    with pytest.raises(ConfigError, match=r'model\.roi_head\.bbox_head\.1\.num_classes=3: .*2 cl'):
+        refuse_other_class_count(model_of(bbox_head=cascade, mask_head=Head(2)), names)
