@@ -52,7 +52,7 @@ def summary(lines: Sequence[Line]) -> str:
     return f'{counts["ok"]} OK, {counts["warn"]} warnings, {counts["error"]} errors'
 
 
-def _guarded(what: str, check: Callable[[], Iterator[Line]]) -> Iterator[Line]:
+def guarded(what: str, check: Callable[[], Iterator[Line]]) -> Iterator[Line]:
     """Yield a check's lines; its own failure becomes one line."""
     try:
         yield from check()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from cellseg_mm.checks.lines import Line, _guarded, error, ok, warn
+from cellseg_mm.checks.lines import Line, error, guarded, ok, warn
 from cellseg_mm.core import files, provenance
 from cellseg_mm.core.errors import CellSegError
 from cellseg_mm.core.layout import DATA_REPORT, FINISHED, INDEX, SCORES_SUFFIX
@@ -41,7 +41,7 @@ SHOWN = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Now:
+class InForce:
     """What results are compared with.
 
     Attributes:
@@ -125,7 +125,8 @@ def _check_folds(path: Path, data: Mapping, names: list[str], report: object) ->
     yield ok('folds', f'{path}: hash {found.hash}, {sizes} images, method {found.method}')
 
 
-def _now(cfg: Config) -> Now:
+def in_force_of(cfg: Config) -> InForce:
+    """Return what results of a config are compared with."""
     data = DataSettings.from_config(cfg)
     hashes = set()
     for split in ('train', 'test'):
@@ -138,10 +139,10 @@ def _now(cfg: Config) -> Now:
         fold_hash = load_folds(data.folds_path).hash
     except CellSegError:
         fold_hash = ''
-    return Now(frozenset(hashes), fold_hash)
+    return InForce(frozenset(hashes), fold_hash)
 
 
-def check_work_dir(work_dir: Path, now: Now) -> Iterator[Line]:
+def check_work_dir(work_dir: Path, in_force: InForce) -> Iterator[Line]:
     """Open every checkpoint and result file and compare what it says with how things are."""
     if not work_dir.is_dir():
         yield ok('files', f'{work_dir}: not there yet')
@@ -149,14 +150,14 @@ def check_work_dir(work_dir: Path, now: Now) -> Iterator[Line]:
     yield from _check_leftovers(work_dir)
     for path in sorted(work_dir.rglob('*.pth')):
         if not path.name.startswith('.tmp-'):
-            yield from _guarded('checkpoint', functools.partial(_check_checkpoint, path, now))
+            yield from guarded('checkpoint', functools.partial(_check_checkpoint, path, in_force))
     for path in sorted(work_dir.rglob('*.npz')):
         if not path.name.startswith('.tmp-'):
-            yield from _guarded('predictions', functools.partial(_check_predictions, path, now))
+            yield from guarded('predictions', functools.partial(_check_predictions, path, in_force))
     for path in sorted(work_dir.rglob('*.json')):
         # mmengine's own scalars are JSON lines
         if 'vis_data' not in path.parts and not path.name.startswith('.tmp-'):
-            yield from _guarded('result', functools.partial(_check_json, path))
+            yield from guarded('result', functools.partial(_check_json, path))
 
 
 def _check_leftovers(work_dir: Path) -> Iterator[Line]:
@@ -169,7 +170,7 @@ def _check_leftovers(work_dir: Path) -> Iterator[Line]:
         )
 
 
-def _check_checkpoint(path: Path, now: Now) -> Iterator[Line]:
+def _check_checkpoint(path: Path, in_force: InForce) -> Iterator[Line]:
     content = checkpoints.load_checkpoint_file(path)
     if 'state_dict' not in content:
         yield warn('checkpoint', f'{path}: opens, holds no state_dict; is it of this project?')
@@ -186,13 +187,13 @@ def _check_checkpoint(path: Path, now: Now) -> Iterator[Line]:
     lacking = [key for key in TRAINED_KEYS if key not in origin]
     if 'cfg' not in meta:
         lacking.append('the config')
-    yield from _compare('checkpoint', path, origin, lacking, now)
+    yield from _compare('checkpoint', path, origin, lacking, in_force)
 
 
-def _check_predictions(path: Path, now: Now) -> Iterator[Line]:
+def _check_predictions(path: Path, in_force: InForce) -> Iterator[Line]:
     predictions = load_predictions(path)
     origin = predictions.provenance
-    yield from _compare('predictions', path, origin, _lacking(origin), now)
+    yield from _compare('predictions', path, origin, _lacking(origin), in_force)
     checkpoint = Path(str(origin.get('checkpoint') or ''))
     known = origin.get('checkpoint_hash')
     if known and checkpoint.is_file() and files.file_hash(checkpoint)[:16] != known:
@@ -205,14 +206,14 @@ def _lacking(origin: Mapping) -> list[str]:
 
 
 def _compare(
-    what: str, path: Path, origin: Mapping, lacking: Sequence[str], now: Now
+    what: str, path: Path, origin: Mapping, lacking: Sequence[str], in_force: InForce
 ) -> Iterator[Line]:
     """Say whether a file's origin is complete and is still what is there."""
     commit = str(origin.get('commit') or origin.get('code_commit') or '')
     found = []
     if lacking:
         found.append(warn(what, f'{path}: does not say {", ".join(lacking)}; make it again'))
-    found += _moved(what, path, origin, now)
+    found += _moved(what, path, origin, in_force)
     if commit.endswith('+'):
         text = f'{path}: made with uncommitted changes on {commit[:-1]}; commit, and make it again'
         found.append(warn(what, text))
@@ -232,17 +233,17 @@ def _compare(
     yield from found or [ok(what, f'{path}: opens; {origin_text}')]
 
 
-def _moved(what: str, path: Path, origin: Mapping, now: Now) -> Iterator[Line]:
+def _moved(what: str, path: Path, origin: Mapping, in_force: InForce) -> Iterator[Line]:
     """Compare the folds and the data that a file was made from with those that are there."""
     fold_hash, data_hash = origin.get('fold_hash'), origin.get('data_hash')
-    if fold_hash and now.fold_hash and fold_hash != now.fold_hash:
+    if fold_hash and in_force.fold_hash and fold_hash != in_force.fold_hash:
         yield error(
             what,
-            f'{path}: made with folds {fold_hash}, the folds file has {now.fold_hash}; scores '
+            f'{path}: made with folds {fold_hash}, the folds file has {in_force.fold_hash}; scores '
             'would not be out of fold; restore the folds file or train again',
         )
-    if data_hash and now.data_hashes and data_hash not in now.data_hashes:
-        there = ' and '.join(sorted(now.data_hashes))
+    if data_hash and in_force.data_hashes and data_hash not in in_force.data_hashes:
+        there = ' and '.join(sorted(in_force.data_hashes))
         yield warn(
             what,
             f'{path}: made from data {data_hash}, there is {there} now; files were added, removed '

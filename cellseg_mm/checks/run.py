@@ -18,8 +18,8 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
 from cellseg_mm import runtime
-from cellseg_mm.checks.lines import Line, _guarded, error, ok, warn
-from cellseg_mm.checks.on_disk import _now, check_data, check_work_dir
+from cellseg_mm.checks.lines import Line, error, guarded, ok, warn
+from cellseg_mm.checks.on_disk import check_data, check_work_dir, in_force_of
 from cellseg_mm.core.errors import CellSegError
 from cellseg_mm.core.layout import REPOSITORY, WORK_ROOT, work_dir_of
 from cellseg_mm.core.progress import track
@@ -38,8 +38,8 @@ def run_checks(config_paths: Sequence[str], *, work_root: str | None = None) -> 
         config_paths: Configs whose data, work folders and settings are checked.
         work_root: Folder of the work folders; None for ``work_dirs``.
     """
-    yield from _guarded('environment', check_environment)
-    yield from _guarded('disk', functools.partial(check_disk, Path(work_root or WORK_ROOT)))
+    yield from guarded('environment', check_environment)
+    yield from guarded('disk', functools.partial(check_disk, Path(work_root or WORK_ROOT)))
     truths: dict[tuple, object] = {}
     for path in config_paths:
         yield ok('config', path)
@@ -59,7 +59,7 @@ def check_config(cfg: Config, work_dir: Path, truths: dict[tuple, object]) -> It
     data = DataSettings.from_config(cfg)
     key = (data.data_root, data.folds_path, data.class_names)
     if key not in truths:
-        yield from _guarded('data', functools.partial(check_data, cfg))
+        yield from guarded('data', functools.partial(check_data, cfg))
         truths[key] = None
         try:
             cases = tuple(cases_of(data, 'train'))
@@ -68,10 +68,10 @@ def check_config(cfg: Config, work_dir: Path, truths: dict[tuple, object]) -> It
         except CellSegError as problem:
             yield error('data', f'{problem}')
     truth = truths[key]
-    yield from _guarded('files', functools.partial(check_work_dir, work_dir, _now(cfg)))
-    yield from _guarded('learning rates', functools.partial(settings.check_learning_rates, cfg))
-    yield from _guarded('norm', functools.partial(_check_norms, cfg))
-    yield from _guarded('meta keys', functools.partial(settings.check_meta_keys, cfg))
+    yield from guarded('files', functools.partial(check_work_dir, work_dir, in_force_of(cfg)))
+    yield from guarded('learning rates', functools.partial(settings.check_learning_rates, cfg))
+    yield from guarded('norm', functools.partial(_check_norms, cfg))
+    yield from guarded('meta keys', functools.partial(settings.check_meta_keys, cfg))
     if truth is None:
         yield warn('sizes', 'anchors, caps and colours were not checked, the data have errors')
         return
@@ -81,7 +81,7 @@ def check_config(cfg: Config, work_dir: Path, truths: dict[tuple, object]) -> It
         ('caps', settings.check_caps),
         ('colours', settings.check_colours),
     ):
-        yield from _guarded(what, functools.partial(check, cfg, truth))
+        yield from guarded(what, functools.partial(check, cfg, truth))
 
 
 # ---- environment

@@ -13,14 +13,17 @@ compete for places.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+import torch
 from mmdet.registry import HOOKS
+from mmdet.structures import DetDataSample
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.runner import Runner
+from mmengine.structures import InstanceData
 from torch import nn
 
 from cellseg_mm.core.instances import InstanceSet
@@ -28,18 +31,48 @@ from cellseg_mm.core.instances import InstanceSet
 LIKELY_PROPOSAL = 0.9  # a region proposal that scores so much most likely shows a cell
 
 
+class Cuts:
+    """Where proposals were cut, one number per image and network, kept on the device.
+
+    To read a number from a device waits until all that was asked of it is done, so that scores stay
+    there until somebody wants them, and come over together.
+    """
+
+    def __init__(self) -> None:
+        self._scores: list[torch.Tensor | None] = []
+
+    def __len__(self) -> int:
+        return len(self._scores)
+
+    def add(self, score: torch.Tensor | None) -> None:
+        """Add the lowest score that was passed on for an image; None where nothing was cut."""
+        self._scores.append(score)
+
+    def read(self) -> list[float]:
+        """Return the numbers, 0 where the cap was not reached; waits once for each device."""
+        cuts = [0.0] * len(self._scores)
+        by_device: dict[torch.device, list[int]] = {}
+        for i, score in enumerate(self._scores):
+            if score is not None:
+                by_device.setdefault(score.device, []).append(i)
+        for indices in by_device.values():
+            scores = torch.stack([self._scores[i].float() for i in indices])  # (N,)
+            for i, value in zip(indices, scores.tolist(), strict=True):
+                cuts[i] = value
+        return cuts
+
+
 @contextmanager
-def watch_proposals(model: nn.Module) -> Iterator[list[float]]:
-    """Note where each region proposal network cuts while ``model`` predicts inside the block.
+def watch_proposals(model: nn.Module) -> Iterator[Cuts]:
+    """Record where each region proposal network cuts while ``model`` predicts inside the block.
 
     Yields:
-        A list that grows by one number per image and network: 0 where the cap was not reached,
-        else the lowest score that was passed on.
+        What grows by one number per image and network; ask for it after the model has predicted.
     """
-    cuts: list[float] = []
+    cuts = Cuts()
     heads = [m for name, m in model.named_modules() if name.split('.')[-1] == 'rpn_head']
     for head in heads:
-        head.predict = _noting(head.predict, head, cuts)
+        head.predict = _with_cuts_recorded(head.predict, head, cuts)
     try:
         yield cuts
     finally:
@@ -47,16 +80,18 @@ def watch_proposals(model: nn.Module) -> Iterator[list[float]]:
             del head.predict  # the class's own is there again
 
 
-def _noting(predict, head: nn.Module, cuts: list[float]):
-    def noting(*args: object, **kwargs: object) -> list:
+def _with_cuts_recorded(
+    predict: Callable[..., list[InstanceData]], head: nn.Module, cuts: Cuts
+) -> Callable[..., list[InstanceData]]:
+    def predict_and_record(*args: object, **kwargs: object) -> list[InstanceData]:
         found = predict(*args, **kwargs)
         cap = cap_of(head)
         for proposals in found:
             is_cut = 0 < cap <= len(proposals)
-            cuts.append(float(proposals.scores.min()) if is_cut else 0.0)
+            cuts.add(proposals.scores.min() if is_cut else None)
         return found
 
-    return noting
+    return predict_and_record
 
 
 def cap_of(head: nn.Module) -> int:
@@ -70,32 +105,39 @@ class ProposalCapHook(Hook):
 
     def __init__(self) -> None:
         self._open = ExitStack()
-        self._cuts: list[float] = []
-        self._by_name: dict[str, float] = {}
+        self._cuts = Cuts()
+        self._batches: list[tuple[list[str], int]] = []  # names, and how many numbers so far
 
     def _begin(self, runner: Runner) -> None:
         self._open.close()  # of a loop that an error ended
-        self._by_name = {}
+        self._batches = []
         self._cuts = self._open.enter_context(watch_proposals(runner.model))
 
-    def _note(self, outputs: Sequence | None) -> None:
-        # Views and members give several numbers per image; a batch's highest stands for all.
+    def _add_batch(self, outputs: Sequence[DetDataSample] | None) -> None:
         names = [str(sample.metainfo.get('name', '?')) for sample in outputs or ()]
-        values = list(self._cuts)
-        self._cuts.clear()
-        if len(values) != len(names):
-            values = [max(values, default=0.0)] * len(names)
-        self._by_name.update(zip(names, values, strict=True))
+        self._batches.append((names, len(self._cuts)))
+
+    def _cut_by_name(self) -> dict[str, float]:
+        cuts, start, found = self._cuts.read(), 0, {}
+        for names, end in self._batches:
+            values, start = cuts[start:end], end
+            # Views and members give several numbers per image; a batch's highest stands for all.
+            if len(values) != len(names):
+                values = [max(values, default=0.0)] * len(names)
+            found.update(zip(names, values, strict=True))
+        return found
 
     def _end(self) -> None:
         self._open.close()
-        reached = {name: cut for name, cut in self._by_name.items() if cut > 0}
+        by_name = self._cut_by_name()
+        self._cuts, self._batches = Cuts(), []
+        reached = {name: cut for name, cut in by_name.items() if cut > 0}
         if not reached:
             return
         likely = sum(cut >= LIKELY_PROPOSAL for cut in reached.values())
         name = max(reached, key=lambda key: (reached[key], key))
         text = (
-            f'{len(reached)} of {len(self._by_name)} images reached the cap of region proposals '
+            f'{len(reached)} of {len(by_name)} images reached the cap of region proposals '
             f'(model.test_cfg.rpn.max_per_img); what was cut scored up to {reached[name]:.3f} '
             f'({name})'
         )
@@ -112,16 +154,24 @@ class ProposalCapHook(Hook):
         self._begin(runner)
 
     def after_val_iter(
-        self, runner: Runner, batch_idx: int, data_batch=None, outputs: Sequence | None = None
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: object = None,
+        outputs: Sequence[DetDataSample] | None = None,
     ) -> None:
-        """Note the batch."""
-        self._note(outputs)
+        """Remember which images the batch had."""
+        self._add_batch(outputs)
 
     def after_test_iter(
-        self, runner: Runner, batch_idx: int, data_batch=None, outputs: Sequence | None = None
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: object = None,
+        outputs: Sequence[DetDataSample] | None = None,
     ) -> None:
-        """Note the batch."""
-        self._note(outputs)
+        """Remember which images the batch had."""
+        self._add_batch(outputs)
 
     def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
         """Log."""

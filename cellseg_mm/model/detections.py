@@ -7,21 +7,18 @@ cost pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import PurePath
 from typing import TypeVar
 
 import numpy as np
 import torch
 from mmdet.structures import DetDataSample
-from mmengine.model import is_model_wrapper
 from mmengine.structures import InstanceData
 from numpy.typing import NDArray
-from torch import nn
 
 from cellseg_mm.core import rle
-from cellseg_mm.core.errors import ConfigError, PredictionError
+from cellseg_mm.core.errors import PredictionError
 from cellseg_mm.core.instances import InstanceSet
 
 Sample = TypeVar('Sample', DetDataSample, dict)
@@ -169,40 +166,3 @@ def _raise_size(name: str, found_hw: tuple[int, ...], image_hw: tuple[int, int])
         f'{name}: masks are of {found_hw[0]} x {found_hw[1]} px, the image of '
         f'{image_hw[0]} x {image_hw[1]}; they must match; predict with rescale=True.'
     )
-
-
-@contextmanager
-def count_proposals(model: nn.Module) -> Iterator[list[int]]:
-    """Count the region proposals per image of everything the model predicts inside the block.
-
-    The counts come from the boxes that reach the first RoI extractor, so nothing is run twice.
-    A count equal to ``test_cfg.rpn.max_per_img`` means that the cap was hit.
-
-    Yields:
-        A list that grows by one count per image, in the order of the batches. A batch in which no
-        image has a proposal never reaches the extractor and adds nothing.
-
-    Raises:
-        ConfigError: The model has no RoI extractor.
-    """
-    inner = model.module if is_model_wrapper(model) else model
-    extractor = getattr(getattr(inner, 'roi_head', None), 'bbox_roi_extractor', None)
-    if isinstance(extractor, nn.ModuleList):  # cascade: the first stage sees the proposals
-        extractor = extractor[0]
-    if extractor is None:
-        raise ConfigError(
-            f'model: {type(inner).__name__} has no roi_head.bbox_roi_extractor; '
-            'proposals can be counted in two-stage detectors only.'
-        )
-    counts: list[int] = []
-
-    def note(_: nn.Module, args: tuple) -> None:
-        feats, rois = args[:2]
-        image_of = rois[:, 0].to(torch.int64).cpu()
-        counts.extend(torch.bincount(image_of, minlength=len(feats[0])).tolist())
-
-    handle = extractor.register_forward_pre_hook(note)
-    try:
-        yield counts
-    finally:
-        handle.remove()

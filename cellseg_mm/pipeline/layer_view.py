@@ -22,7 +22,7 @@ Layers = NDArray[np.int32] | torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Runs:
+class RasterRuns:
     """Horizontal runs of one value in a label map, in raster order, background left out.
 
     Attributes:
@@ -43,7 +43,7 @@ class Runs:
         return sum(a.nbytes for a in (self.rows, self.starts, self.ends, self.values))
 
 
-def find_runs(label_map: NDArray[np.int32]) -> Runs:
+def find_runs(label_map: NDArray[np.int32]) -> RasterRuns:
     """Find the runs of an (H, W) label map in one pass."""
     height, width = label_map.shape
     begins = np.ones((height, width), dtype=bool)  # a run begins where the left neighbour differs
@@ -53,10 +53,10 @@ def find_runs(label_map: NDArray[np.int32]) -> Runs:
     values = np.ascontiguousarray(label_map).reshape(-1)[first]
     used = values > 0
     rows, starts = np.divmod(first[used].astype(np.int32), np.int32(max(width, 1)))
-    return Runs(rows, starts, starts + lengths[used].astype(np.int32), values[used])
+    return RasterRuns(rows, starts, starts + lengths[used].astype(np.int32), values[used])
 
 
-def paint_runs(runs: Runs, image_hw: tuple[int, int]) -> Int32:
+def paint_runs(runs: RasterRuns, image_hw: tuple[int, int]) -> Int32:
     """Return the (H, W) label map that has these runs; the inverse of :func:`find_runs`."""
     height, width = image_hw
     first = runs.rows.astype(np.int64) * width + runs.starts
@@ -79,19 +79,21 @@ class LayerSource:
         shape: (L, h, w).
     """
 
-    def __init__(self, shape: tuple[int, int, int], array: Layers | None, runs: Sequence[Runs]):
+    def __init__(
+        self, shape: tuple[int, int, int], array: Layers | None, runs: Sequence[RasterRuns]
+    ) -> None:
         """Use :meth:`of_array` or :meth:`of_runs`."""
         self.shape = shape
         self._array = array
-        self._runs: dict[int, Runs] = dict(enumerate(runs))
+        self._runs: dict[int, RasterRuns] = dict(enumerate(runs))
 
     @classmethod
-    def of_array(cls, array: Layers, runs: Sequence[Runs] = ()) -> LayerSource:
+    def of_array(cls, array: Layers, runs: Sequence[RasterRuns] = ()) -> LayerSource:
         """Hold (L, h, w) int32 layers, and the runs of all of them where they are known."""
         return cls(tuple(array.shape), array, runs)
 
     @classmethod
-    def of_runs(cls, runs: Sequence[Runs], hw: tuple[int, int]) -> LayerSource:
+    def of_runs(cls, runs: Sequence[RasterRuns], hw: tuple[int, int]) -> LayerSource:
         """Hold the runs of L layers of h x w px; they are painted when pixels are asked for."""
         return cls((len(runs), *hw), None, runs)
 
@@ -110,7 +112,7 @@ class LayerSource:
         """Where the layers are; None for numpy."""
         return self._array.device if isinstance(self._array, torch.Tensor) else None
 
-    def runs(self, layer: int) -> Runs:
+    def runs(self, layer: int) -> RasterRuns:
         """Return the runs of one layer; found once."""
         if layer not in self._runs:
             label_map = self.array[layer]

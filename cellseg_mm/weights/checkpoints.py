@@ -24,65 +24,23 @@ from mmengine.logging import HistoryBuffer
 from numpy.typing import NDArray
 
 from cellseg_mm.core.errors import CheckpointError
+from cellseg_mm.weights.stand_ins import Array, Dtype, Refused, reconstruct, scalar
 
 logger = logging.getLogger(__name__)
 
-NUMERIC_DTYPES = ('b1', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'f2', 'f4', 'f8')
 STATISTICS = ('min', 'max', 'mean', 'current')
 
 Weights = dict[str, object]
 MapLocation = str | torch.device | Callable | None
 
 
-class _Refused(CheckpointError):
-    """The file asks for something that weights do not need; the text says what."""
+def _number(dtype: object, data: object) -> np.generic:
+    return scalar(dtype, data).to_numpy()[()]
 
 
-class _Dtype:
-    """Stand-in for ``numpy.dtype``: a plain number type and its byte order, nothing else.
-
-    numpy's own trusts what it unpickles: one changed byte of its state ends the process with a
-    segmentation fault (numpy 2.2), so files must not reach it.
-    """
-
-    def __init__(self, code: str, *_: object) -> None:
-        if code not in NUMERIC_DTYPES:
-            raise _Refused(f'asks for numpy.dtype({code!r:.40})')
-        self.code, self.order = code, '<'
-
-    def __setstate__(self, state: tuple) -> None:
-        if state[1] not in ('<', '>', '|'):
-            raise _Refused(f'asks for numpy.dtype of byte order {state[1]!r:.40}')
-        self.order = state[1]
-
-    def read(self, data: bytes, shape: tuple[int, ...], order: str = 'C') -> NDArray:
-        """Return an array that owns its numbers, in the byte order of this machine."""
-        array = np.frombuffer(data, np.dtype(self.order + self.code)).reshape(shape, order=order)
-        return array.astype(self.code)
-
-
-class _Array:
-    """Stand-in for ``numpy.ndarray``, filled in two steps as pickle does."""
-
-    value: NDArray | None = None
-
-    def __setstate__(self, state: tuple) -> None:
-        _, shape, dtype, is_fortran, data = state
-        if not isinstance(dtype, _Dtype):
-            raise _Refused('asks for numpy.ndarray of objects')
-        self.value = dtype.read(data, shape, 'F' if is_fortran else 'C')
-
-
-def _reconstruct(kind: type, *_: object) -> _Array:
-    """Stand in for numpy's first step."""
-    if kind is not _Array:
-        raise _Refused('asks for numpy.reconstruct of no array')
-    return _Array()
-
-
-def _scalar(dtype: _Dtype, data: bytes) -> np.generic:
-    """Stand in for numpy's constructor of scalars."""
-    return dtype.read(data, (1,))[0]
+def _owned(array: NDArray) -> NDArray:
+    """Return an array that owns its numbers, in the byte order of this machine."""
+    return array.astype(array.dtype.newbyteorder('='))
 
 
 class _History:
@@ -96,17 +54,17 @@ class _History:
     def read(self) -> HistoryBuffer:
         """Return the buffer with mmengine's own statistics, whatever the file names."""
         state = self.state or {}
-        logs, counts = (state[key].value for key in ('_log_history', '_count_history'))
+        logs, counts = (_owned(state[key].to_numpy()) for key in ('_log_history', '_count_history'))
         max_length = int(state['max_length'])
         if not len(logs) == len(counts) <= max_length:
-            raise _Refused('asks for a HistoryBuffer of impossible length')
+            raise Refused('a HistoryBuffer of impossible length')
         return HistoryBuffer(logs, counts, max_length)
 
 
 def _statistic(owner: type, name: str) -> str:
     """Stand in for ``getattr``: a HistoryBuffer carries references to its own methods."""
     if owner is not _History or name not in STATISTICS:
-        raise _Refused(f'asks for getattr of {name!r:.60}')
+        raise Refused(f'getattr of {name!r:.60}')
     return name
 
 
@@ -115,25 +73,23 @@ def _statistic(owner: type, name: str) -> str:
 ADMITTED = [
     (_History, 'mmengine.logging.history_buffer.HistoryBuffer'),
     (_statistic, 'builtins.getattr'),
-    (_Array, 'numpy.ndarray'),
-    (_Dtype, 'numpy.dtype'),
-    (_reconstruct, 'numpy.core.multiarray._reconstruct'),
-    (_reconstruct, 'numpy._core.multiarray._reconstruct'),
-    (_scalar, 'numpy.core.multiarray.scalar'),
-    (_scalar, 'numpy._core.multiarray.scalar'),
+    (Array, 'numpy.ndarray'),
+    (Dtype, 'numpy.dtype'),
+    (reconstruct, 'numpy.core.multiarray._reconstruct'),
+    (reconstruct, 'numpy._core.multiarray._reconstruct'),
+    (_number, 'numpy.core.multiarray.scalar'),
+    (_number, 'numpy._core.multiarray.scalar'),
 ]
 
 
 def _resolve(value: object, seen: set[int]) -> object:
     """Replace stand-ins inside containers by what they stand for; dicts and lists in place."""
-    if isinstance(value, _Array):
-        if value.value is None:
-            raise _Refused('asks for numpy.ndarray without data')
-        return value.value
+    if isinstance(value, Array):
+        return _owned(value.to_numpy())
     if isinstance(value, _History):
         return value.read()
-    if isinstance(value, _Dtype | type) or callable(value):
-        raise _Refused(f'asks for {value!r:.60}')
+    if isinstance(value, Dtype | type) or callable(value):
+        raise Refused(f'{value!r:.60}')
     if type(value) is tuple:
         return tuple(_resolve(item, seen) for item in value)
     if isinstance(value, dict | list) and id(value) not in seen:
@@ -220,8 +176,8 @@ def _check_archive(path: Path, size: int) -> None:
 def _explain(error: Exception) -> str:
     """Say in one clause what is wrong with a file that torch could not load."""
     text = str(error)
-    if isinstance(error, _Refused):
-        asked = text
+    if isinstance(error, Refused):
+        asked = f'asks for {text}'
     else:
         found = re.search(r'GLOBAL ([\w.]+)', text)
         asked = f'asks for {found.group(1)}' if found else ''

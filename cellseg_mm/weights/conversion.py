@@ -29,7 +29,7 @@ from cellseg_mm.weights.names import (
     REGNET,
     SOURCES,
     Preprocessing,
-    Source,
+    WeightFamily,
 )
 
 
@@ -173,7 +173,7 @@ def _expand(template: str, match: re.Match) -> str:
     return re.sub(r'\{(\w+)(?:-(\d))?\}', value, template)
 
 
-def _rename(tensors: Mapping[str, Tensor], family: Source, where: str) -> dict[str, Tensor]:
+def _rename(tensors: Mapping[str, Tensor], family: WeightFamily, where: str) -> dict[str, Tensor]:
     rules = [(_compile(pattern), template) for pattern, template in family.names]
     renamed: dict[str, Tensor] = {}
     left_over = []
@@ -238,7 +238,7 @@ def _classwise_names() -> set[str]:
 
 
 def _keep_rows(
-    state: dict[str, Tensor], family: Source, keep: Sequence[int] | None, where: str
+    state: dict[str, Tensor], family: WeightFamily, keep: Sequence[int] | None, where: str
 ) -> int:
     """Cut and reorder the class-wise rows in place; background last. Return the class count."""
     missing = sorted(_classwise_names() - set(state))
@@ -328,7 +328,7 @@ def _match_target(state: dict[str, Tensor], target: Mapping[str, tuple], where: 
     return len(counters)
 
 
-def _preprocessing(family: Source, blocks: tuple[int, ...], *, caffe: bool) -> Preprocessing:
+def _preprocessing(family: WeightFamily, blocks: tuple[int, ...], *, caffe: bool) -> Preprocessing:
     if caffe:
         return CAFFE
     if family.preprocessing is CAFFE and BACKBONES[blocks][0].startswith('regnet'):

@@ -2,7 +2,7 @@
 
 In and out: nothing; ``weights`` reads these tables. This is the one place where a name, a row order
 or a preprocessing constant of somebody else's weights is written down.
-Invariant: core; a new family of weights is a new ``Source`` here and nothing else.
+Invariant: core; a new family of weights is a new ``WeightFamily`` here and nothing else.
 
 In a table the left name is the published one, the right one ours. ``{norm}`` is one part of a batch
 norm, ``{part}`` is weight or bias, any other word in braces is a number; ``{n-2}`` is that number
@@ -182,7 +182,7 @@ _PYTORCH = Preprocessing('RGB', (123.675, 116.28, 103.53), (58.395, 57.12, 57.37
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class WeightFamily:
     """One family of published weights.
 
     Attributes:
@@ -201,7 +201,7 @@ class Source:
 
 
 SOURCES = {
-    'detectron2': Source(
+    'detectron2': WeightFamily(
         title="detectron2's new_baselines",
         names=_DETECTRON2_NAMES,
         ignored=(
@@ -212,7 +212,7 @@ SOURCES = {
         background_first=False,
         preprocessing=CAFFE,
     ),
-    'torchvision': Source(
+    'torchvision': WeightFamily(
         title="torchvision's maskrcnn_resnet50_fpn_v2",
         names=_TORCHVISION_NAMES,
         ignored=(),
@@ -220,7 +220,7 @@ SOURCES = {
         background_first=True,
         preprocessing=_PYTORCH,
     ),
-    'mmdet': Source(
+    'mmdet': WeightFamily(
         title="MMDetection's strong_baselines and simple_copy_paste",
         names=_MMDET_NAMES,
         ignored=(r'data_preprocessor\.(mean|std)',),

@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 
 from cellseg_mm.core.errors import CheckpointError
 from cellseg_mm.weights.stand_ins import (
-    _NDARRAY,
-    _Array,
-    _Dtype,
-    _make_array,
-    _Name,
-    _reconstruct,
-    _Refused,
-    _scalar,
+    NDARRAY,
+    AdmittedName,
+    Array,
+    Dtype,
+    Refused,
+    make_array,
+    reconstruct,
+    scalar,
 )
 
 Value = (
@@ -53,53 +53,53 @@ _OPCODES = frozenset(
 )
 
 
-def _frombuffer(data: object, dtype: object, shape: object, order: object) -> _Array:
-    made = _Array()
-    made.array = _make_array(data, dtype, shape, order)
+def _frombuffer(data: object, dtype: object, shape: object, order: object) -> Array:
+    made = Array()
+    made.array = make_array(data, dtype, shape, order)
     return made
 
 
 def _encode(text: object, encoding: object = 'latin1') -> bytes:
     if not isinstance(text, str) or encoding != 'latin1':
-        raise _Refused('text in an encoding other than latin1')
+        raise Refused('text in an encoding other than latin1')
     return text.encode('latin1')
 
 
 def _no_bytes(*args: object) -> bytes:
     if args:
-        raise _Refused('bytes made from other objects')
+        raise Refused('bytes made from other objects')
     return b''
 
 
 def _ordered_dict(*args: object) -> OrderedDict:
     if args:
-        raise _Refused('an OrderedDict made from other objects')
+        raise Refused('an OrderedDict made from other objects')
     return OrderedDict()
 
 
-_STAND_INS: dict[tuple[str, str], _Name] = {
-    ('numpy', 'dtype'): _Name(_Dtype),
-    ('numpy', 'ndarray'): _NDARRAY,
-    ('numpy.core.multiarray', '_reconstruct'): _Name(_reconstruct),
-    ('numpy._core.multiarray', '_reconstruct'): _Name(_reconstruct),
-    ('numpy.core.multiarray', 'scalar'): _Name(_scalar),
-    ('numpy._core.multiarray', 'scalar'): _Name(_scalar),
-    ('numpy.core.numeric', '_frombuffer'): _Name(_frombuffer),
-    ('numpy._core.numeric', '_frombuffer'): _Name(_frombuffer),
-    ('_codecs', 'encode'): _Name(_encode),  # how protocols 0-2 carry bytes
-    ('__builtin__', 'bytes'): _Name(_no_bytes),  # and how they carry empty bytes
-    ('collections', 'OrderedDict'): _Name(_ordered_dict),
+_STAND_INS: dict[tuple[str, str], AdmittedName] = {
+    ('numpy', 'dtype'): AdmittedName(Dtype),
+    ('numpy', 'ndarray'): NDARRAY,
+    ('numpy.core.multiarray', '_reconstruct'): AdmittedName(reconstruct),
+    ('numpy._core.multiarray', '_reconstruct'): AdmittedName(reconstruct),
+    ('numpy.core.multiarray', 'scalar'): AdmittedName(scalar),
+    ('numpy._core.multiarray', 'scalar'): AdmittedName(scalar),
+    ('numpy.core.numeric', '_frombuffer'): AdmittedName(_frombuffer),
+    ('numpy._core.numeric', '_frombuffer'): AdmittedName(_frombuffer),
+    ('_codecs', 'encode'): AdmittedName(_encode),  # how protocols 0-2 carry bytes
+    ('__builtin__', 'bytes'): AdmittedName(_no_bytes),  # and how they carry empty bytes
+    ('collections', 'OrderedDict'): AdmittedName(_ordered_dict),
 }
 
 
 class _ArrayUnpickler(pickle.Unpickler):
     """Hands out stand-ins for the admitted names and refuses all others."""
 
-    def find_class(self, module: str, name: str) -> _Name:
+    def find_class(self, module: str, name: str) -> AdmittedName:
         try:
             return _STAND_INS[module, name]
         except KeyError:
-            raise _Refused(f'{module}.{name}') from None
+            raise Refused(f'{module}.{name}') from None
 
 
 def read_pickle(path: Path | str, *, max_bytes: int = MAX_BYTES) -> Value:
@@ -124,7 +124,7 @@ def read_pickle(path: Path | str, *, max_bytes: int = MAX_BYTES) -> Value:
         _check_opcodes(content)
         unpickler = _ArrayUnpickler(io.BytesIO(content), fix_imports=False, encoding='latin1')
         return _resolve(unpickler.load(), {}, 0)
-    except _Refused as refused:
+    except Refused as refused:
         raise CheckpointError(
             f'{path}: the pickle asks for {refused}; only arrays of numbers, dicts, lists and text '
             'are read, and nothing was run; get the file again from a source you trust'
@@ -167,13 +167,13 @@ def _check_opcodes(content: bytes) -> None:
         for opcode, argument, _ in pickletools.genops(content):
             count += 1
             if opcode.name not in _OPCODES:
-                raise _Refused(f'the opcode {opcode.name}')
+                raise Refused(f'the opcode {opcode.name}')
             if opcode.name in ('PUT', 'LONG_BINPUT') and argument > MAX_MEMO:
-                raise _Refused(f'memo slot {argument}')
+                raise Refused(f'memo slot {argument}')
             if count > MAX_OPCODES:
-                raise _Refused(f'more than {MAX_OPCODES} opcodes')
+                raise Refused(f'more than {MAX_OPCODES} opcodes')
             if opcode.name == 'GLOBAL' and tuple(argument.split(' ', 1)) not in _STAND_INS:
-                raise _Refused(argument.replace(' ', '.', 1))
+                raise Refused(argument.replace(' ', '.', 1))
     except ValueError as error:
         # genops' own words for "the data ended": the only way to tell this from garbage.
         cut = ('exhausted', 'not enough data', 'but only', 'no newline found')
@@ -185,20 +185,18 @@ def _check_opcodes(content: bytes) -> None:
 def _resolve(value: object, seen: dict[int, object], depth: int) -> Value:
     """Replace stand-ins by arrays; every container is visited once, however often it is shared."""
     if depth > MAX_DEPTH:
-        raise _Refused(f'containers nested deeper than {MAX_DEPTH}')
-    if isinstance(value, _Array):
-        if value.array is None:
-            raise _Refused('an array without data')
-        return value.array
+        raise Refused(f'containers nested deeper than {MAX_DEPTH}')
+    if isinstance(value, Array):
+        return value.to_numpy()
     if value is None or isinstance(value, bool | int | float | str | bytes):
         return value
     if not isinstance(value, dict | list | tuple):
-        raise _Refused(f'an object of type {type(value).__name__.strip("_")}')
+        raise Refused(f'an object of type {type(value).__name__.strip("_")}')
     if id(value) not in seen:
         seen[id(value)] = None  # a container that holds itself resolves to None inside itself
         if isinstance(value, dict):
             if not all(isinstance(key, str | int) for key in value):
-                raise _Refused('a dict whose keys are not text')
+                raise Refused('a dict whose keys are not text')
             made = {key: _resolve(item, seen, depth + 1) for key, item in value.items()}
         else:
             made = type(value)([_resolve(item, seen, depth + 1) for item in value])

@@ -17,8 +17,8 @@ from mmengine.config import Config
 import cellseg_mm.components
 from cellseg_mm.checks import settings as check_settings
 from cellseg_mm.checks.anchors import AnchorFit, AnchorLevel, best_ious
-from cellseg_mm.checks.lines import Line, _guarded, summary
-from cellseg_mm.checks.on_disk import _now, check_data, check_work_dir
+from cellseg_mm.checks.lines import Line, guarded, summary
+from cellseg_mm.checks.on_disk import check_data, check_work_dir, in_force_of
 from cellseg_mm.checks.settings import Truth
 from cellseg_mm.core import files, provenance
 from cellseg_mm.core.instances import InstanceSet
@@ -249,7 +249,7 @@ def save_model(path: Path, origin: dict | None) -> None:
 
 
 def look(config: Config, work_dir: Path) -> list[Line]:
-    return list(check_work_dir(work_dir, _now(config)))
+    return list(check_work_dir(work_dir, in_force_of(config)))
 
 
 def test_whole_files_are_well(config: Config, sample_data: Path, tmp_path: Path) -> None:
@@ -347,16 +347,16 @@ def test_data_errors_and_missing_cases(config: Config, sample_data: Path, tmp_pa
     settings.data_root, settings.folds_file = str(data), str(tmp_path / 'folds.json')
     names = [case.name for case in find_cases(data, 'train', 4)]
     save_folds(tmp_path / 'folds.json', Folds((tuple(names[:2]), tuple(names[2:5]))))
-    lines = list(_guarded('data', lambda: check_data(config)))
+    lines = list(guarded('data', lambda: check_data(config)))
     assert '1 case(s) of the data are in no fold' in found(lines, 'error')
     (data / 'train' / names[0] / 'image.tif').write_bytes(b'')
-    lines = list(_guarded('data', lambda: check_data(config)))
+    lines = list(guarded('data', lambda: check_data(config)))
     assert 'is empty (0 bytes)' in found(lines, 'error')
 
 
 def test_a_check_that_fails_is_one_line(config: Config) -> None:
     del config.model.train_cfg
-    (line,) = _guarded('anchors', lambda: check_settings.check_anchors(config, None))
+    (line,) = guarded('anchors', lambda: check_settings.check_anchors(config, None))
     assert line.level == 'error'
     assert 'could not be done (AttributeError' in line.text
 

@@ -15,6 +15,8 @@ from mmdet.registry import MODELS  # noqa: E402
 from mmdet.structures import DetDataSample  # noqa: E402
 from mmengine.config import Config  # noqa: E402
 from mmengine.registry import DefaultScope  # noqa: E402
+from mmengine.structures import InstanceData  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from cellseg_mm import components  # noqa: E402, F401
 from cellseg_mm.model import caps as proposal_caps  # noqa: E402
@@ -47,20 +49,54 @@ def test_cut_is_the_score_of_the_last_that_was_passed_on(model: torch.nn.Module)
     head, found = model.rpn_head, []
     head.test_cfg.max_per_img = 10_000
     with proposal_caps.watch_proposals(model) as cuts:
-        noting = head.predict
-        head.predict = lambda *args, **kwargs: found.extend(noting(*args, **kwargs)) or found[-2:]
+        recorded = head.predict
+        head.predict = lambda *args, **kw: found.extend(recorded(*args, **kw)) or found[-2:]
         step(model, 'ab')
-    assert cuts == [0.0, 0.0]  # nothing was cut
+    assert cuts.read() == [0.0, 0.0]  # nothing was cut
     assert 'predict' not in vars(head)
     for cap in (1, 7, len(found[0])):
         head.test_cfg.max_per_img = cap
         with proposal_caps.watch_proposals(model) as cuts:
             step(model, 'ab')
         scores = [p.scores.sort(descending=True).values for p in found]
-        assert cuts == pytest.approx([float(s[cap - 1]) for s in scores], rel=1e-6)
+        assert cuts.read() == pytest.approx([float(s[cap - 1]) for s in scores], rel=1e-6)
     with pytest.raises(RuntimeError, match='stop'), proposal_caps.watch_proposals(model):
         raise RuntimeError('stop')
     assert 'predict' not in vars(head)
+
+
+class CountedReads(TorchDispatchMode):
+    """Counts how often a number of a tensor is asked for, which waits for the tensor's device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_recording_reads_nothing_from_the_device_while_the_model_predicts() -> None:
+    """A read per image keeps a GPU waiting; 5 images in 2 batches are read together at the end."""
+    scores = iter(torch.tensor([[0.5, 0.25], [0.75, 0.125], [1.0, 0.0625]]).repeat(2, 1))
+    model = torch.nn.Module()
+    model.rpn_head = torch.nn.Module()
+    model.rpn_head.test_cfg = {'max_per_img': 2}
+    model.rpn_head.predict = lambda n: [InstanceData(scores=next(scores)) for _ in range(n)]
+    hook, runner = proposal_caps.ProposalCapHook(), SimpleNamespace(model=model)
+    hook.before_test_epoch(runner)
+    with CountedReads() as reads:
+        for i, names in enumerate(['abc', 'de']):
+            model.rpn_head.predict(len(names))
+            samples = [DetDataSample(metainfo={'name': name}) for name in names]
+            hook.after_test_iter(runner, i, None, samples)
+    assert reads.n == 0
+    expected = {'a': 0.25, 'b': 0.125, 'c': 0.0625, 'd': 0.25, 'e': 0.125}
+    assert hook._cut_by_name() == expected
+    with CountedReads() as reads:
+        [float(score) for score in torch.zeros(3)]
+    assert reads.n == 3  # the counter counts
 
 
 @pytest.mark.parametrize('phase', ['val', 'test'])

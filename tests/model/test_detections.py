@@ -14,14 +14,13 @@ torch = pytest.importorskip('torch')
 pytest.importorskip('mmdet')
 
 from mmdet.evaluation.metrics import DumpDetResults  # noqa: E402
-from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor  # noqa: E402
 from mmdet.structures import DetDataSample  # noqa: E402
 from mmdet.structures.bbox import HorizontalBoxes  # noqa: E402
 from mmdet.structures.mask import encode_mask_results  # noqa: E402
 from mmdet.visualization import DetLocalVisualizer  # noqa: E402
 from mmengine.structures import InstanceData  # noqa: E402
 
-from cellseg_mm.core.errors import ConfigError, PredictionError  # noqa: E402
+from cellseg_mm.core.errors import PredictionError  # noqa: E402
 from cellseg_mm.core.instances import InstanceSet  # noqa: E402
 from cellseg_mm.model import detections  # noqa: E402
 from cellseg_mm.model.caps import count_truncation  # noqa: E402
@@ -177,35 +176,3 @@ def test_cap_report() -> None:
     assert '... and 1 more' in text
     assert 'No image of 4 hit the cap of 4' in count_truncation(sets, 4).describe()
     assert count_truncation(sets, -1).capped == ()
-
-
-class TwoStage(torch.nn.Module):
-    def __init__(self, *, cascade: bool) -> None:
-        super().__init__()
-        layer = {'type': 'RoIAlign', 'output_size': 3, 'sampling_ratio': 1}
-        extractor = SingleRoIExtractor(roi_layer=layer, out_channels=2, featmap_strides=[4])
-        self.roi_head = torch.nn.Module()
-        self.roi_head.bbox_roi_extractor = (
-            torch.nn.ModuleList([extractor, torch.nn.Identity()]) if cascade else extractor
-        )
-
-    def run(self, image_of: list[int], n_images: int) -> None:
-        extractor = self.roi_head.bbox_roi_extractor
-        extractor = extractor[0] if isinstance(extractor, torch.nn.ModuleList) else extractor
-        rois = torch.tensor([[i, 0, 0, 8, 8] for i in image_of], dtype=torch.float32)
-        extractor((torch.zeros(n_images, 2, 4, 4),), rois)
-
-
-@pytest.mark.parametrize('cascade', [True, False])
-def test_proposals_are_counted_per_image(cascade: bool) -> None:
-    model = TwoStage(cascade=cascade)
-    with detections.count_proposals(model) as counts:
-        model.run([0, 0, 1, 1, 1], 3)
-        model.run([1], 2)
-    model.run([0], 1)  # after the block nothing is counted
-    assert counts == [2, 3, 0, 0, 1]
-    with (
-        pytest.raises(ConfigError, match='two-stage'),
-        detections.count_proposals(torch.nn.Linear(1, 1)),
-    ):
-        pass
