@@ -148,8 +148,7 @@ def check_same_pipeline(sources: Sequence[MemberSource]) -> None:
             raise ConfigError(
                 f'{source.config_path}: its test pipeline differs from that of '
                 f'{first.config_path}; models in one ensemble see one picture; predict with each '
-                'model by itself and merge the files: tools/ensemble.py CONFIG --predictions FILE '
-                'FILE'
+                'model by itself and merge the prediction files'
             )
 
 

@@ -161,7 +161,7 @@ def _load_file(
             made = f'augmentation {provenance["tta"]}' if provenance.get('tta') else 'none'
             raise ConfigError(
                 f'{path}: the settings ask for test-time augmentation {tta}, the file was made '
-                f'with {made}; no model is run on files; predict again with --tta {tta}, or choose '
+                f'with {made}; no model is run on files; predict again with {tta}, or choose '
                 'settings without it'
             )
     else:

@@ -176,7 +176,7 @@ def clean_members(
             seen = next(m for m in members if fold not in m.clean_folds)
             raise FoldError(
                 f'{seen.source}: has trained on image {name} (fold {fold} of folds {folds.hash}); '
-                'an ensemble is never scored on images that a member saw; add --leave-out-seen to '
+                'an ensemble is never scored on images that a member saw; choose leave-out-seen to '
                 'use only the others there, or predict the test images'
             )
         if not chosen[name]:

@@ -260,7 +260,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(
             f'{path}: there are no settings; make them with: python tools/find_best.py '
-            'configs/*.py, or leave --settings out'
+            'configs/*.py, or do without'
         )
     try:
         content = json.loads(path.read_text(encoding='utf-8'))

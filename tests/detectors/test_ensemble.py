@@ -55,7 +55,11 @@ def run_tool(tiny: TinyFolds, *words: str | Path, n_processes: int = 1) -> str:
 
 def test_two_processes_give_the_submission_of_one(tiny: TinyFolds) -> None:
     one, two = tiny.root / 'one', tiny.root / 'two'
-    said = run_tool(tiny, *tiny.configs, '--fusion', 'soft_mask', '--out', one)
+    said = run_tool(
+        tiny,
+        *(*tiny.configs, '--fusion', 'soft_mask', '--out', one),
+        *('--export', 'csv', 'geojson', '--overlays', '1'),
+    )
     run_tool(tiny, *tiny.configs[::-1], '--fusion', 'soft_mask', '--out', two, n_processes=2)
     name = 'test-results.json.zip'
     assert (one / name).read_bytes() == (two / name).read_bytes()
@@ -68,6 +72,8 @@ def test_two_processes_give_the_submission_of_one(tiny: TinyFolds) -> None:
     assert 'rule: soft_mask' in said
     assert '2 images: ' in said
     assert str(one / name) in said
+    assert f'exports: 5 files in {one / "exports"} (score_thr=0.5,disjoint=true)' in said
+    assert len(list((one / 'exports').iterdir())) == 5
 
 
 def test_a_tested_fold_with_views_is_what_the_ensemble_of_one_predicts(tiny: TinyFolds) -> None:

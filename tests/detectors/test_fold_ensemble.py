@@ -233,7 +233,7 @@ def test_different_test_pipelines_are_refused(tiny: TinyFolds, tmp_path: Path) -
     members = [members_of(tiny)[0], {'config': str(other), 'checkpoint': str(tiny.checkpoints[1])}]
     runner = make_runner(tiny, tmp_path)
     runner.register_hook(FoldEnsembleHook(members))
-    with pytest.raises(ConfigError, match=r'test pipeline differs.*--predictions'):
+    with pytest.raises(ConfigError, match=r'test pipeline differs.*merge the prediction files'):
         runner.test()
 
 
