@@ -30,11 +30,12 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from cellseg_mm.core import provenance
 from cellseg_mm.core.instances import InstanceSet, canonical_order
 from cellseg_mm.data.config import dataset_settings
-from cellseg_mm.detectors.member_models import Source, load_member
+from cellseg_mm.detectors.member_models import MemberSource, load_member
 from cellseg_mm.fusion.fuse import from_spec, fuse
 from cellseg_mm.model.detections import to_instance_set
 
@@ -62,7 +63,7 @@ def build_models(cfg: Config, args: argparse.Namespace) -> list[nn.Module]:
     rcnn = cfg.model.test_cfg.rcnn
     rcnn.max_per_img, rcnn.keep_mask_probs = args.detections, False
     if args.checkpoints:
-        sources = [Source(cfg, args.config, Path(path)) for path in args.checkpoints]
+        sources = [MemberSource(cfg, args.config, Path(path)) for path in args.checkpoints]
         return [load_member(source).model.to(args.device) for source in sources]
     rcnn.score_thr = 1e-3
     models = []
@@ -78,7 +79,7 @@ def build_models(cfg: Config, args: argparse.Namespace) -> list[nn.Module]:
     return models
 
 
-def make_loader(cfg: Config, data_root: Path):
+def make_loader(cfg: Config, data_root: Path) -> DataLoader:
     """Return a loader of the data folder's test images."""
     settings = dataset_settings(cfg, 'test_dataloader')
     settings.split, settings.data_root = 'test', str(data_root)
