@@ -42,6 +42,7 @@ RULES = ('nms', 'mask_nms', 'soft_nms', 'wbf', 'soft_mask')
 
 
 def read_arguments() -> argparse.Namespace:
+    """Return the parsed command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--data-root', type=Path, required=True, help='folder with train/')
     parser.add_argument('--members', type=int, default=5)
@@ -156,6 +157,7 @@ def time_jobs(jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str, l
 
 
 def print_table(times: dict[str, list[float]], n_members: int, forward_ms: float) -> None:
+    """Print the median times and how they compare."""
     peer = next(iter(times.values())) if next(iter(times)).startswith('original') else None
     print(f'{"":<32} {"ms/image":>9} {"peer/ours":>10} {"% of forwards":>14}')
     for name, found in times.items():
@@ -167,6 +169,7 @@ def print_table(times: dict[str, list[float]], n_members: int, forward_ms: float
 
 
 def main() -> None:
+    """Time every rule on the same images, in turns."""
     args = read_arguments()
     rng = np.random.default_rng(args.seed)
     cases = find_cases(args.data_root, 'train', 4)

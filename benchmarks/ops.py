@@ -41,6 +41,7 @@ Ops = dict[str, Callable]
 
 
 def read_arguments() -> argparse.Namespace:
+    """Return the parsed command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--repeats', type=int, default=9, help='runs of each step and backend')
     parser.add_argument('--image-size', type=int, default=512, help='px of the square images')
@@ -86,6 +87,7 @@ class Swap:
         self.modules = [sys.modules['mmcv.ops.nms'], sys.modules['mmcv.ops.roi_align']]
 
     def use(self, backend: str) -> None:
+        """Make every module use the ops of one backend."""
         for module in self.modules:
             module.ext_module = argparse.Namespace(**self.backends[backend])
 
@@ -333,6 +335,7 @@ def compare_steps(swap: Swap, stable: Swap, options: argparse.Namespace) -> None
 
 
 def describe_machine() -> str:
+    """Return machine, versions and commit in one line."""
     import mmcv
     import mmdet
 
@@ -352,6 +355,7 @@ def describe_machine() -> str:
 
 
 def main() -> None:
+    """Time each step with each backend, in turns."""
     options = read_arguments()
     torch.set_num_threads(options.threads)
     print(describe_machine())

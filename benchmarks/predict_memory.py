@@ -1,4 +1,6 @@
-"""Peak memory of a tiled prediction: python benchmarks/predict_memory.py [--side 20000]
+"""Peak memory of a tiled prediction.
+
+Example: python benchmarks/predict_memory.py --side 20000
 
 Writes a tiled TIFF with dark cells on a pale background, reads it by region, finds the cells in
 each tile by threshold (a detector that costs no memory of its own), stitches them, and writes all

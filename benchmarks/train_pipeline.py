@@ -132,6 +132,7 @@ def floor(case: Case) -> tuple[np.ndarray, np.ndarray]:
 
 
 def seed_all(seed: int) -> None:
+    """Seed everything that transforms draw from."""
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 (what mmdet's transforms draw from)
 
@@ -178,6 +179,7 @@ def time_samples(case: Case, repeats: int, clock: Callable[[], float]) -> tuple[
 
 
 def n_cells(made: dict) -> int:
+    """Return how many cells the stock sample has."""
     return len(made['stock']['data_samples'].gt_instances)
 
 
@@ -215,6 +217,7 @@ def peak_memory_mib(variant: str, case_dir: Path, data: Path) -> float:
 
 
 def print_peak(variant: str, case: Case) -> None:
+    """Print how much the peak memory grows while samples are made."""
     make = sample_of(variant, case)
     before = peak_kib()
     for seed in range(1, 4):
@@ -233,6 +236,7 @@ def peak_kib() -> int:
 
 
 def cases_of(data: Path) -> list[Case]:
+    """Return the cases of the real data, or exit."""
     roots = [data / name for name in ('hw3_train155', 'hw3_raw25')]
     found = [case for root in roots if root.is_dir() for case in find_cases(root, 'train', 4)]
     if not found:
@@ -241,6 +245,7 @@ def cases_of(data: Path) -> list[Case]:
 
 
 def environment() -> str:
+    """Return machine, versions and commit in one line."""
     git = ['git', '-C', str(Path(__file__).parent), 'describe', '--always', '--dirty']
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     cpu = platform.processor() or platform.machine()
@@ -257,6 +262,7 @@ def environment() -> str:
 
 
 def print_table(rows: list[dict], clock_name: str, repeats: int) -> None:
+    """Print the table as Markdown."""
     print(environment())
     print(f'Median {clock_name} of {repeats} samples, ms; (x) = times the floor. Peak in MiB.\n')
     head = ['cells', 'image', *VARIANTS, 'peak floor / ours / stock', '128 targets ours / stock']
@@ -278,6 +284,7 @@ def print_table(rows: list[dict], clock_name: str, repeats: int) -> None:
 
 
 def main() -> None:
+    """Time all variants on the same images, in turns."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default_data = Path(__file__).resolve().parents[2] / 'shared' / 'data'
     parser.add_argument('--data', type=Path, default=default_data)

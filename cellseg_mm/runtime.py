@@ -148,6 +148,7 @@ def torchvision_problem() -> str | None:
 
 
 def ops_of(backend: str) -> dict[str, Callable]:
+    """Return the ops of a backend by the names that mmcv knows them by."""
     from cellseg_mm.model import roi_align as torch_ops
     from cellseg_mm.model.nms import nms, softnms, torchvision_nms
 

@@ -63,13 +63,13 @@ class CellDataset(BaseDetDataset):
 
     def __init__(
         self,
-        *args,
+        *args: object,
         data_root: str,
         split: Literal['train', 'val', 'all', 'test'] = 'train',
         fold: int | None = 0,
         folds_file: str | None = 'auto',
         exclude_folds: Sequence[int] = (),
-        **kwargs,
+        **kwargs: object,
     ) -> None:
         if split not in ('train', 'val', 'all', 'test'):
             raise ConfigError(f'dataset.split: found {split!r}; expected train, val, all or test')

@@ -46,7 +46,7 @@ class RandomScale(Resize):
         ConfigError: ``ratio_range`` is not two rising positive numbers.
     """
 
-    def __init__(self, *, ratio_range: tuple[float, float], **kwargs) -> None:
+    def __init__(self, *, ratio_range: tuple[float, float], **kwargs: object) -> None:
         if not 0 < ratio_range[0] <= ratio_range[1]:
             raise ConfigError(
                 f'RandomScale.ratio_range: found {ratio_range}; expected two positive numbers, '
@@ -88,7 +88,7 @@ class ScaleBy(Resize):
         ConfigError: ``factor`` or ``max_side_px`` is not positive.
     """
 
-    def __init__(self, *, factor: float, max_side_px: int, **kwargs) -> None:
+    def __init__(self, *, factor: float, max_side_px: int, **kwargs: object) -> None:
         if factor <= 0 or max_side_px <= 0:
             raise ConfigError(
                 f'ScaleBy: found factor {factor}, max_side_px {max_side_px}; expected two positive '

@@ -31,7 +31,7 @@ class StepSeedHook(Hook):
 
     priority = 'VERY_HIGH'
 
-    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: object = None) -> None:
         """Set the seeds of random, numpy and torch."""
         entropy = [int(runner.seed or 0), runner.iter, get_rank()]
         seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
@@ -77,7 +77,7 @@ class StopOnInvalidLossHook(Hook):
         self.interval = interval
 
     def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch=None, outputs: dict | None = None
+        self, runner: Runner, batch_idx: int, data_batch: object = None, outputs: dict | None = None
     ) -> None:
         """Look at the loss of this step."""
         if not self.every_n_train_iters(runner, self.interval) or not outputs:

@@ -70,7 +70,7 @@ def fold_hash_of(cfg: Config) -> str:
     return load_folds(path).hash if path.is_file() else ''
 
 
-def _refuse_changed_settings(path: Path, state: dict) -> None:
+def refuse_changed_settings(path: Path, state: dict) -> None:
     """Raise ConfigError where training would not go on as it began; only its length may differ.
 
     A checkpoint brings the optimizer's rates and the schedule along: other ones would be ignored.
@@ -91,7 +91,7 @@ def _refuse_changed_settings(path: Path, state: dict) -> None:
         )
 
 
-def _mark_start(work_dir: Path, state: dict, *, is_new: bool) -> None:
+def mark_start(work_dir: Path, state: dict, *, is_new: bool) -> None:
     """Take back the mark of an earlier end, and note what is trained from the start."""
     (work_dir / FINISHED).unlink(missing_ok=True)
     if is_new or not (work_dir / STARTED).is_file():

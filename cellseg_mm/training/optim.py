@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from mmdet.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.logging import MMLogger, print_log
-from mmengine.optim import DefaultOptimWrapperConstructor
+from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from torch import nn
 
 from cellseg_mm.core.errors import ConfigError
@@ -29,7 +29,7 @@ class CellOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         ConfigError: A key of ``paramwise_cfg.custom_keys`` matches no parameter.
     """
 
-    def __call__(self, model: nn.Module):
+    def __call__(self, model: nn.Module) -> OptimWrapper:
         """Build the optimizer wrapper and log its groups."""
         plain = model.module if hasattr(model, 'module') else model
         self._refuse_unmatched_keys(plain)
@@ -37,7 +37,9 @@ class CellOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         print_log(group_table(wrapper.optimizer.param_groups), logger='current')
         return wrapper
 
-    def add_params(self, params: list[dict], module: nn.Module, prefix: str = '', **kwargs) -> None:
+    def add_params(
+        self, params: list[dict], module: nn.Module, prefix: str = '', **kwargs: object
+    ) -> None:
         """Add ``module``'s parameters; at the root, merge groups that share all settings."""
         if prefix:
             super().add_params(params, module, prefix=prefix, **kwargs)

@@ -27,11 +27,11 @@ from cellseg_mm.data.preparing.text import screen_text
 from cellseg_mm.model import tta
 from cellseg_mm.training.marks import (
     MARK_VERSION,
-    _mark_start,
-    _refuse_changed_settings,
     fold_hash_of,
+    mark_start,
     recipe_hash,
     recipe_parts,
+    refuse_changed_settings,
     write_finished,
 )
 from cellseg_mm.weights.find import best_checkpoint, last_good_checkpoint, remove_leftovers
@@ -62,6 +62,31 @@ def train(
             that is resumed began with; see the message.
     """
     ensure_folds(cfg)
+    _apply_options(cfg, amp=amp, auto_scale_lr=auto_scale_lr, deterministic=deterministic)
+    state = {
+        'version': MARK_VERSION,
+        'recipe': recipe_hash(cfg),
+        'parts': recipe_parts(cfg),
+        'fold_hash': fold_hash_of(cfg),
+    }
+    is_new = not resume or not _set_resume(cfg, resume)
+    if not is_new:
+        refuse_changed_settings(Path(cfg.load_from).parent / STARTED, state)
+    if is_main_process():
+        mark_start(Path(cfg.work_dir), state, is_new=is_new)
+        remove_leftovers(cfg.work_dir)
+    _runner(cfg).train()
+    # The main process alone writes checkpoints; others that look may come too early.
+    best: list[Path | None] = [None]
+    if is_main_process():
+        best[0] = best_checkpoint(cfg.work_dir)
+        write_finished(cfg.work_dir, best[0], state)
+    broadcast_object_list(best)
+    return best[0]
+
+
+def _apply_options(cfg: Config, *, amp: bool, auto_scale_lr: bool, deterministic: bool) -> None:
+    """Set in the config what MMDetection's training options mean."""
     if amp:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
@@ -79,26 +104,6 @@ def train(
         cfg.auto_scale_lr.enable = True
     if deterministic:
         cfg.setdefault('randomness', ConfigDict()).deterministic = True
-    state = {
-        'version': MARK_VERSION,
-        'recipe': recipe_hash(cfg),
-        'parts': recipe_parts(cfg),
-        'fold_hash': fold_hash_of(cfg),
-    }
-    is_new = not resume or not _set_resume(cfg, resume)
-    if not is_new:
-        _refuse_changed_settings(Path(cfg.load_from).parent / STARTED, state)
-    if is_main_process():
-        _mark_start(Path(cfg.work_dir), state, is_new=is_new)
-        remove_leftovers(cfg.work_dir)
-    _runner(cfg).train()
-    # The main process alone writes checkpoints; others that look may come too early.
-    best: list[Path | None] = [None]
-    if is_main_process():
-        best[0] = best_checkpoint(cfg.work_dir)
-        write_finished(cfg.work_dir, best[0], state)
-    broadcast_object_list(best)
-    return best[0]
 
 
 def _set_resume(cfg: Config, resume: str) -> bool:

@@ -71,6 +71,7 @@ class AdmittedName:
         self._make = make
 
     def __call__(self, *args: object) -> object:
+        """Make what the name stands for."""
         return self._make(*args)
 
     def __setstate__(self, state: object) -> None:
