@@ -21,7 +21,7 @@ from cellseg_mm.data.drawing.pictures import LEAST_PIXELS
 from cellseg_mm.data.drawing.sample import make_sample
 from cellseg_mm.data.labels import find_cases, read_gt
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope='module')
