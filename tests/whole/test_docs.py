@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
 import re
 from pathlib import Path
 
 import pytest
 
+from cellseg_mm import cli
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md'))]
 PLACES = 'tools|configs|docs|tests|benchmarks|cellseg_mm'
-SHARED_OPTIONS = {'--work-dir', '--cfg-options', '--launcher'}
 
 
 def lines_of(page: Path) -> list[str]:
@@ -33,12 +36,23 @@ def test_named_files_exist(page: Path) -> None:
                 assert list(ROOT.glob(name.rstrip('./'))), f'{page.name}: {name}'
 
 
+def shared_options(text: str) -> set[str]:
+    """Options that functions of ``cellseg_mm.cli`` add where a script calls them."""
+    parser = argparse.ArgumentParser()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            add = getattr(cli, node.func.id, None)
+            if node.func.id.startswith('add_') and add is not None:
+                add(parser, **{word.arg: ast.literal_eval(word.value) for word in node.keywords})
+    return {word for action in parser._actions for word in action.option_strings}
+
+
 def options_of(tool: Path) -> set[str]:
     """Options that a script adds to its parser, and those of the scripts and modules it shares."""
     text = tool.read_text(encoding='utf-8')
     found = {'--help', *re.findall(r"'(--[a-z][a-z-]*)'", text)}
-    if 'add_config_arguments' in text or tool.suffix == '.sh':
-        found |= SHARED_OPTIONS
+    if tool.suffix == '.py':
+        found |= shared_options(text)
     for name in re.findall(r'^\s*(?:import|from) (\w+)', text, re.MULTILINE):
         shared = tool.parent / f'{name}.py'
         if shared.is_file():
