@@ -1,7 +1,7 @@
 """Import annotated images from another format into a data folder that prepare_data.py accepts.
 
-Cases that cannot be imported are listed; the others are written. Exit status 1 means that there
-were problems.
+What cannot be used is left out, counted by reason and listed; the rest is written. Exit status: 0
+done, 1 some cases were not imported, 2 the command or the source as a whole is wrong.
 """
 
 from __future__ import annotations
@@ -10,16 +10,19 @@ import argparse
 import sys
 from pathlib import Path
 
-from cellseg_mm.core.errors import CellSegError
+from cellseg_mm.cli import run_tool
 from cellseg_mm.data.importing.import_data import FINDERS, import_data
 from cellseg_mm.data.importing.sources import ImportParams
 from cellseg_mm.data.tiff import DEFAULT_MAX_PIXELS
 
 
 def _pair(text: str) -> tuple[str, str]:
-    source, separator, target = text.partition('=')
-    if not (source and separator and target):
-        raise argparse.ArgumentTypeError(f'{text!r} is not SOURCE=CLASS')
+    source, separator, target = text.rpartition('=')
+    if not (separator and target.strip()):
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is not SOURCE=CLASS; expected such as Lymphocyte=immune (=CLASS for cells '
+            f'without a name)'
+        )
     return source, target
 
 
@@ -27,10 +30,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
-        epilog='monusac: folders of patients with .tif/.svs and .xml; coco: a JSON file; '
+        epilog='monusac: .tif/.svs and .xml of one name, in folders of patients (MoNuSAC) or in a '
+        'folder each (MoNuSeg: name its class with --class); coco: a JSON file; '
         'label-map: images with <name>_masks, <name>_cp_masks or masks/<name> (Cellpose, '
         'StarDist); '
-        'mask-folders: <name>/images/* and <name>/masks/* (DSB2018).',
+        'mask-folders: <name>/images/* and <name>/masks/* (DSB2018). What cannot be used is left '
+        'out, counted and listed. Exit status: 0 done, 1 some cases were not imported, 2 wrong '
+        'options or source.',
     )
     add = parser.add_argument
     add('source_format', choices=sorted(FINDERS))
@@ -39,12 +45,35 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add('--classes', nargs='+', default=[], metavar='NAME', help='names of class 1, 2, ...')
     add('--map', nargs='+', default=[], type=_pair, metavar='SOURCE=CLASS', help='rename classes')
     add('--skip', nargs='+', default=[], metavar='NAME', help='classes of the source to leave out')
-    add('--class', dest='single_class', default='', metavar='NAME', help='class of all cells')
+    add(
+        '--class',
+        dest='single_class',
+        default='',
+        metavar='NAME',
+        help='class of all cells that have no class name in the source',
+    )
     add('--images', type=Path, metavar='DIR', help='folder of the images of a COCO file')
+    add(
+        '--binary',
+        choices=['components', 'ids'],
+        default='',
+        help='masks of two values: components makes each connected part a cell, ids takes each '
+        'value as one cell; without it they are refused',
+    )
+    add(
+        '--strict',
+        action='store_true',
+        help='do not write a case of which something cannot be used',
+    )
     add('--swap-red-blue', action='store_true', help='store BGR, as the course collection does')
     add('--replace', action='store_true', help='write cases again that are already there')
     add('--max-pixels', type=int, default=DEFAULT_MAX_PIXELS, help='largest image accepted, in px')
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for source in dict(args.map):
+        targets = sorted({target for name, target in args.map if name == source})
+        if len(targets) > 1:
+            parser.error(f'--map: {source!r} goes to {targets}; expected one; remove the others')
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,15 +85,13 @@ def main(argv: list[str] | None = None) -> int:
         skipped=frozenset(args.skip),
         single_class=args.single_class,
         image_dir=args.images,
+        binary=args.binary,
+        strict=args.strict,
         swap_red_blue=args.swap_red_blue,
         replace=args.replace,
         max_pixels=args.max_pixels,
     )
-    try:
-        report = import_data(args.source_format, args.source, args.out_dir, params)
-    except CellSegError as problem:
-        print(f'error: {problem}', file=sys.stderr)
-        return 1
+    report = import_data(args.source_format, args.source, args.out_dir, params)
     print(report.text())
     if report.problems:
         print(f'error: {len(report.problems)} case(s) not imported, see above', file=sys.stderr)
@@ -74,4 +101,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    run_tool(main)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import tifffile
@@ -14,15 +15,17 @@ from numpy.typing import NDArray
 
 from cellseg_mm.core.files import atomic_path
 
+Pixels: TypeAlias = NDArray[np.uint8] | NDArray[np.uint16]
+
 
 def write_case(
-    case_dir: Path | str, image: NDArray[np.uint8], label_maps: Mapping[int, NDArray[np.integer]]
+    case_dir: Path | str, image: Pixels, label_maps: Mapping[int, NDArray[np.integer[Any]]]
 ) -> None:
     """Write one training case as the real collection stores it.
 
     Args:
         case_dir: Folder to make, named like the case.
-        image: (H, W, 3) uint8 RGB as it is to be stored; alpha is added.
+        image: (H, W, 3) RGB of 8 or 16 bits, as it is to be stored; alpha is added.
         label_maps: Class number (1-based) to an (H, W) label map. A map without any instance is
             not written.
     """
@@ -42,9 +45,9 @@ def write_case(
                 )
 
 
-def write_image(path: Path | str, image: NDArray[np.uint8]) -> None:
-    """Write (H, W, 3) uint8 as an RGBA TIFF: LZW with predictor, strips of about 8 KiB."""
-    alpha = np.full((*image.shape[:2], 1), 255, dtype=np.uint8)
+def write_image(path: Path | str, image: Pixels) -> None:
+    """Write (H, W, 3) of 8 or 16 bits as an RGBA TIFF: LZW with predictor, strips of some 8 KiB."""
+    alpha = np.full((*image.shape[:2], 1), np.iinfo(image.dtype).max, dtype=image.dtype)
     with atomic_path(path) as temporary:
         tifffile.imwrite(
             temporary,
@@ -53,7 +56,7 @@ def write_image(path: Path | str, image: NDArray[np.uint8]) -> None:
             extrasamples=['unassalpha'],
             compression='lzw',
             predictor=True,
-            rowsperstrip=max(1, 8192 // (4 * image.shape[1])),
+            rowsperstrip=max(1, 8192 // (4 * image.itemsize * image.shape[1])),
             metadata=None,
             software=False,
         )

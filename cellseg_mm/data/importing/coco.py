@@ -1,201 +1,347 @@
-"""COCO JSON: polygons and run lengths.
+"""COCO JSON: which annotations belong to which image, and which class they are.
 
-In: a JSON file and its images. Out: cells. Invariant: what cannot be drawn is named.
+In: a JSON file and its images. Out: cells. Invariant: an annotation that cannot be used is counted
+by its reason and costs no other; a path never leaves the folder of images.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote
 
-from pycocotools import mask as coco_mask
-
-from cellseg_mm.core import rle
-from cellseg_mm.core.errors import CellSegError, ImageError, LabelMapError
+from cellseg_mm.core.errors import CellSegError, ImageError
+from cellseg_mm.data.importing.classes import UNNAMED, Classes, build_classes, clean
+from cellseg_mm.data.importing.coco_shapes import UnusableError, coco_cell
+from cellseg_mm.data.importing.pictures import read_picture
 from cellseg_mm.data.importing.sources import (
     MAX_TEXT_BYTES,
     Annotated,
     Cell,
-    Classes,
     ImportParams,
     Job,
-    read_picture,
+    Tally,
+    composed,
+    first_of,
 )
+from cellseg_mm.data.tiff import size_text, swapped_text
+
+KEYS = ('images', 'annotations', 'categories')
+
+Row = Mapping[str, object]
+Id = int | str
 
 
-def _find_coco(source: Path, params: ImportParams) -> tuple[list[Job], Classes]:
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """A COCO file: its objects, the category names by id, and what was passed over."""
+
+    images: Sequence[Row]
+    annotations: Sequence[Row]
+    categories: Sequence[Row]
+    name_of: Mapping[Id, str]
+    tally: Tally
+
+
+def find_coco(source: Path, params: ImportParams) -> tuple[list[Job], Classes, list[str]]:
+    """Find the images of a COCO file; see ``import_data``."""
+    if params.image_dir is not None and not params.image_dir.is_dir():
+        raise CellSegError(f'--images {params.image_dir}: is no folder; expected one; correct it')
     content = _read_coco(source)
-    name_of = {_id_of(c, source, 'category'): str(c.get('name', '')) for c in content['categories']}
-    default = [name_of[key] for key in sorted(name_of)]
-    classes = Classes.from_params(params, default)
-    by_image: dict[int, list[dict]] = {}
-    for annotation in content['annotations']:
-        by_image.setdefault(_id_of(annotation, source, 'annotation', 'image_id'), []).append(
-            annotation
-        )
+    by_image: dict[Id, list[Row]] = {}
+    for annotation in content.annotations:
+        image_id = as_id(annotation.get('image_id'))
+        if image_id is None:
+            content.tally.leave_out('annotations without an image_id', _which(annotation))
+        else:
+            by_image.setdefault(image_id, []).append(annotation)
+    classes = _classes(source, content, params)
+    paths = [_path_text(entry) for entry in content.images]
+    counts = Counter(PurePosixPath(path).name for path in paths)
     jobs = []
-    for entry in sorted(content['images'], key=lambda e: str(e.get('file_name'))):
-        image_id = _id_of(entry, source, 'image')
-        annotations = by_image.pop(image_id, [])
-        file_name = str(entry.get('file_name', ''))
-        reader = _CocoReader(source, entry, annotations, name_of, classes, params)
-        name = Path(file_name).stem or str(image_id)
-        jobs.append(Job(name, Path(file_name or source), '', reader.read))
-    if by_image:
+    for path, entry in sorted(zip(paths, content.images, strict=True), key=lambda pair: pair[0]):
+        image_id = as_id(entry.get('id'))
+        annotations = by_image.pop(image_id, []) if image_id is not None else []
+        is_only = counts[PurePosixPath(path).name] == 1
+        reader = _CocoReader(source, entry, annotations, content.name_of, classes, params, is_only)
+        name = PurePosixPath(path).stem or str(image_id)
+        folder = str(PurePosixPath(path).parent).strip('./')
+        jobs.append(Job(name, Path(path or source), '', reader.read, folder))
+    for image_id, rows in by_image.items():
+        for row in rows:
+            content.tally.leave_out(
+                'annotations of images that are not listed', f'{_which(row)} of {image_id}'
+            )
+    return jobs, classes, _file_notes(source, content.tally, params)
+
+
+def _file_notes(source: Path, tally: Tally, params: ImportParams) -> list[str]:
+    notes = [f'{source}: {note}' for note in tally.notes()]
+    if params.strict and tally.unusable:
         raise CellSegError(
-            f'{source}: {sum(map(len, by_image.values()))} annotations are of image ids that '
-            f'are not listed: {sorted(by_image)[:5]}; add the images or remove the annotations'
+            f'{"; ".join(notes)}; expected that all can be used; correct them, or import without '
+            f'--strict'
         )
-    return jobs, classes
+    return notes
 
 
-def _read_coco(source: Path) -> dict[str, list[dict]]:
+# ---- the file ----
+
+
+def _read_coco(source: Path) -> _Content:
     try:
         if source.stat().st_size > MAX_TEXT_BYTES:
-            raise CellSegError(f'{source}: is larger than 2 GiB; expected a COCO file')
+            raise CellSegError(f'{source}: is larger than 2 GiB; expected a COCO file; split it')
         content = json.loads(source.read_bytes())
     except OSError as problem:
-        raise CellSegError(f'{source}: cannot be read ({problem.strerror})') from problem
+        raise CellSegError(
+            f'{source}: cannot be read ({problem.strerror}); expected a COCO file; check the path'
+        ) from problem
     except (ValueError, RecursionError) as problem:
         raise CellSegError(
-            f'{source}: not valid JSON ({str(problem)[:80]}); expected a COCO file'
+            f'{source}: not valid JSON ({str(problem)[:80]}); expected a COCO file; export it again'
         ) from problem
-    keys = ('images', 'annotations', 'categories')
-    for key in keys:
-        rows = content.get(key) if isinstance(content, dict) else None
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise CellSegError(f'{source}: {key} is no list of objects; expected a COCO file')
-    for key in ('images', 'categories'):
-        ids = Counter(_id_of(row, source, key) for row in content[key])
-        repeated = [i for i, n in ids.items() if n > 1]
-        if repeated:
-            raise CellSegError(f'{source}: {key} ids {repeated[:5]} occur more than once')
-    return {key: content[key] for key in keys}
+    tally = Tally()
+    rows = {key: _rows(source, content, key, tally) for key in KEYS}
+    _require_different(source, 'images', rows['images'])
+    name_of = _category_names(source, rows['categories'])
+    return _Content(rows['images'], rows['annotations'], rows['categories'], name_of, tally)
 
 
-def _id_of(row: Mapping, source: Path, what: str, key: str = 'id') -> int:
-    value = row.get(key)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise CellSegError(f'{source}: {what}: {key} is {value!r}; expected a whole number')
-    return value
+def _rows(source: Path, content: object, key: str, tally: Tally) -> list[Row]:
+    found = content.get(key) if isinstance(content, dict) else None
+    if key == 'categories' and isinstance(content, dict) and key not in content:
+        return []  # cells without a class name
+    if isinstance(found, dict):  # LIVECell: objects by id
+        found = list(found.values())
+    if not isinstance(found, list):
+        keys = f'the keys {first_of(map(str, content))}' if isinstance(content, dict) else ''
+        kind = keys or 'a list' * isinstance(content, list) or 'one value'
+        raise CellSegError(
+            f'{source}: {key} is no list of objects (the file holds {kind}); expected a COCO file '
+            f'with {", ".join(KEYS)}; export it as COCO instance segmentation'
+        )
+    for number, row in enumerate(found):
+        if not isinstance(row, dict):
+            tally.leave_out(f'entries of {key} that are no objects', f'number {number}')
+    return [row for row in found if isinstance(row, dict)]
+
+
+def as_id(value: object) -> Id | None:
+    """Return an id as one kind: 3, 3.0 and '3' are the same; None if it is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else None
+    if isinstance(value, str) and value.isdecimal() and value.isascii() and len(value) < 20:
+        return int(value)
+    return value if value != '' else None
+
+
+def _require_different(source: Path, key: str, rows: Sequence[Row]) -> None:
+    ids = [as_id(row.get('id')) for row in rows]
+    if None in ids:
+        bad = rows[ids.index(None)].get('id')
+        raise CellSegError(
+            f'{source}: {key}: id is {bad!r}; expected a number or a text; give each its own id'
+        )
+    repeated = [i for i, n in Counter(ids).items() if n > 1]
+    if repeated:
+        raise CellSegError(
+            f'{source}: {key} ids {repeated[:5]} occur more than once; expected each once; give '
+            f'each its own id'
+        )
+
+
+def _which(row: Row) -> str:
+    return f'annotation {row.get("id", "without id")}'
+
+
+# ---- classes ----
+
+
+def _category_names(source: Path, categories: Sequence[Row]) -> dict[Id, str]:
+    """Return the names by id, sorted by id; '' where there is none."""
+    names: dict[Id, str] = {}
+    for row in categories:
+        key, name = as_id(row.get('id')), row.get('name')
+        if key is None:
+            raise CellSegError(
+                f'{source}: categories: id is {row.get("id")!r}; expected a number or a text; give '
+                f'each category its own id'
+            )
+        name = clean(name) if isinstance(name, str) else UNNAMED
+        if names.setdefault(key, name) != name:
+            raise CellSegError(
+                f'{source}: categories ids [{key}] occur more than once ({names[key]} and {name}); '
+                f'expected each once; give each its own id'
+            )
+    return {key: names[key] for key in sorted(names, key=lambda key: (isinstance(key, str), key))}
+
+
+def _roots(categories: Sequence[Row], used: set[Id | None]) -> set[Id | None]:
+    """Return categories without cells that only stand above others, as Roboflow writes them."""
+    above = {
+        clean(str(row.get('supercategory')))
+        for row in categories
+        if row.get('supercategory') != row.get('name')
+    }
+    return {
+        as_id(row.get('id'))
+        for row in categories
+        if as_id(row.get('id')) not in used and clean(str(row.get('name'))) in above
+    }
+
+
+def _classes(source: Path, content: _Content, params: ImportParams) -> Classes:
+    """Return the classes: categories by rising id; those of one name are one class."""
+    used = {as_id(row.get('category_id')) for row in content.annotations}
+    roots = _roots(content.categories, used)
+    name_of = content.name_of
+    named = [name for key, name in name_of.items() if key not in roots and name != UNNAMED]
+    is_unnamed = not name_of or None in used or any(name_of.get(k) == UNNAMED for k in used if k)
+    found = list(dict.fromkeys(name_of.values() if not is_unnamed else [*name_of.values(), '']))
+    own = list(dict.fromkeys(named))
+    if is_unnamed and params.single_class and clean(params.single_class) not in own:
+        own.append(clean(params.single_class))
+    if not own and not params.class_names:
+        raise CellSegError(
+            f'{source}: no category has a name; expected class names; name the class of all cells '
+            f'with --class'
+        )
+    for name in (name for name, n in Counter(named).items() if n > 1):
+        content.tally.remarks.append(
+            f'several categories are named {name}: they are one class (see --classes)'
+        )
+    for name in (name for key, name in name_of.items() if key in roots and name not in own):
+        content.tally.remarks.append(
+            f'category {name} has no cells and stands above others: it is no class (see --classes)'
+        )
+    return build_classes(params, own, found=found, is_fixed=False)
+
+
+# ---- one image ----
 
 
 @dataclass(frozen=True, slots=True)
 class _CocoReader:
     source: Path
-    entry: Mapping
-    annotations: Sequence[Mapping]
-    name_of: Mapping[int, str]
+    entry: Row
+    annotations: Sequence[Row]
+    name_of: Mapping[Id, str]
     classes: Classes
     params: ImportParams
+    is_only: bool  # no other image of the file has its name
 
     def read(self) -> Annotated:
-        path = self._image_path()
-        image = read_picture(path, max_pixels=self.params.max_pixels)
-        stated = (self.entry.get('height'), self.entry.get('width'))
-        if stated != image.shape[:2]:
-            raise ImageError(
-                f'{path}: the image is {image.shape[0]} x {image.shape[1]} px, {self.source} says '
-                f'{stated[0]} x {stated[1]}; they must match'
-            )
+        tally = Tally()
+        path = self._image_path(tally)
+        image = read_picture(path, tally, max_pixels=self.params.max_pixels)
+        image_hw = image.shape[0], image.shape[1]
+        self._check_size(path, image_hw)
         cells: list[Cell] = []
-        left_out: Counter[str] = Counter()
         for annotation in self.annotations:
-            where = f'{self.source}: annotation {annotation.get("id")}'
-            category_id = _id_of(annotation, self.source, 'annotation', 'category_id')
-            category = self.name_of.get(category_id)
-            if category is None:
-                raise LabelMapError(
-                    f'{where}: category_id is {category_id}; expected one of {sorted(self.name_of)}'
-                )
-            number = self.classes.number(category, self.source)
-            if annotation.get('iscrowd', 0):
-                left_out['crowd areas (iscrowd)'] += 1
-            elif not number:
-                left_out[f'cells of class {category}'] += 1
-            else:
-                cell = coco_cell(annotation.get('segmentation'), number, image.shape[:2], where)
-                if cell.mask.any():
-                    cells.append(cell)
-                else:
-                    left_out['cells without a pixel'] += 1
-        return Annotated(
-            image, cells, [f'{n} {what} left out' for what, n in sorted(left_out.items())]
-        )
+            number = self._class_number(annotation, tally)
+            if number:
+                self._add_cell(cells, annotation, number, image_hw, tally)
+        return Annotated(image, cells, tally)
 
-    def _image_path(self) -> Path:
+    def _class_number(self, annotation: Row, tally: Tally) -> int:
+        """Return the class of an annotation, or count why it has none, and return 0."""
+        category_id = as_id(annotation.get('category_id'))
+        if category_id is not None and self.name_of and category_id not in self.name_of:
+            tally.leave_out(
+                'annotations of categories that are not listed',
+                f'{_which(annotation)} of {category_id}',
+            )
+            return 0
+        category = UNNAMED if category_id is None else self.name_of.get(category_id, UNNAMED)
+        if category == UNNAMED and UNNAMED not in self.classes.number_of:
+            tally.leave_out(
+                'annotations without a category (--class names one for them)', _which(annotation)
+            )
+            return 0
+        number = self.classes.number(category, self.source)
+        if annotation.get('iscrowd'):
+            tally.skipped['crowd areas (iscrowd)'] += 1
+            return 0
+        if not number:
+            tally.skipped[f'cells of class {category or "without name"}'] += 1
+        return number
+
+    def _add_cell(
+        self,
+        cells: list[Cell],
+        annotation: Row,
+        number: int,
+        image_hw: tuple[int, int],
+        tally: Tally,
+    ) -> None:
+        which = _which(annotation)
+        try:
+            cell, lost_parts = coco_cell(annotation.get('segmentation'), number, image_hw)
+        except UnusableError as problem:
+            tally.leave_out(str(problem), which)
+            return
+        for reason in lost_parts:
+            tally.leave_out(f'parts of cells: {reason}', which)
+        cells.append(cell)
+
+    def _check_size(self, path: Path, image_hw: tuple[int, int]) -> None:
+        """Refuse an image of another size than the file says; it need not say."""
+        stated = self.entry.get('height'), self.entry.get('width')
+        if None not in stated and stated != image_hw:
+            swapped = swapped_text(image_hw, image_hw[::-1]) if stated == image_hw[::-1] else ''
+            raise ImageError(
+                f'{path}: the image is {size_text(image_hw)}, {self.source} says {stated[0]} x '
+                f'{stated[1]}{swapped}; they must match; name the right folder with --images, or '
+                f'correct the file'
+            )
+
+    def _image_path(self, tally: Tally) -> Path:
+        """Return the image's file; it must lie in the folder of images."""
         folder = (self.params.image_dir or self.source.parent).resolve()
+        text = _path_text(self.entry)
+        candidates = [text, unquote(text)]
+        alone = PurePosixPath(text).name  # where the folders are those of another computer
+        if self.is_only and '..' not in PurePosixPath(text).parts:
+            candidates.append(alone)
+        inside = []
+        for candidate in candidates:
+            path = (folder / candidate).resolve() if '\0' not in candidate else folder
+            if path.is_relative_to(folder) and path != folder:
+                inside.append(path)
+                found = path if path.exists() else _same_name(path)
+                if found is not None:
+                    if candidate == alone != text:
+                        tally.remarks.append(f'the image was found as {alone}, without its folder')
+                    return found
         name = self.entry.get('file_name')
-        path = folder
-        if isinstance(name, str) and '\0' not in name:
-            path = (folder / name).resolve()
-        if not path.is_relative_to(folder) or path == folder:
+        if not inside:
             raise ImageError(
                 f'{self.source}: file_name is {name!r}; expected a file inside {folder}; correct '
-                f'it or name the folder of images'
+                f'it, or name the folder of images with --images'
             )
-        return path
-
-
-def coco_cell(segmentation: object, class_number: int, image_hw: Sequence[int], where: str) -> Cell:
-    """Turn a COCO segmentation into a cell.
-
-    Args:
-        segmentation: Polygons (lists of x, y; joined), or RLE with ``counts`` as a list or text.
-        class_number: 1-based.
-        image_hw: Height and width that an RLE must have; polygons are cut off there.
-        where: Begin of error messages.
-
-    Raises:
-        LabelMapError: The segmentation is broken.
-    """
-    if isinstance(segmentation, list) and segmentation:
-        polygons = [_checked_polygon(polygon, image_hw, where) for polygon in segmentation]
-        parts = coco_mask.frPyObjects(polygons, *image_hw)
-        counts = coco_mask.merge(parts)['counts']
-    elif isinstance(segmentation, dict):
-        if segmentation.get('size') != list(image_hw):
-            raise LabelMapError(
-                f'{where}: the RLE has size {segmentation.get("size")}, the image {list(image_hw)}'
-            )
-        counts = _rle_counts(segmentation.get('counts'), image_hw, where)
-    else:
-        raise LabelMapError(f'{where}: segmentation is missing; expected polygons or an RLE')
-    try:
-        crops, corners = rle.decode_crops([counts], (image_hw[0], image_hw[1]))
-    except CellSegError as problem:
-        raise LabelMapError(f'{where}: {problem}') from None
-    return Cell(class_number, int(corners[0, 0]), int(corners[0, 1]), crops[0])
-
-
-def _checked_polygon(polygon: object, image_hw: Sequence[int], where: str) -> list[float]:
-    values = polygon if isinstance(polygon, list) else []
-    are_numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
-    if not are_numbers or len(values) < 6 or len(values) % 2:
-        raise LabelMapError(
-            f'{where}: a polygon has {len(values)} values; expected an even number of at least 6 '
-            f'numbers'
+        raise ImageError(
+            f'{inside[0]}: is not there, {self.source} lists it as {name!r}; expected an image '
+            f'file; name the folder of images with --images'
         )
-    # pycocotools allocates by the length of the outline, and trusts what it gets.
-    reach = 2 * max(image_hw)
-    if not all(-reach <= v <= 2 * reach for v in values):
-        raise LabelMapError(f'{where}: a polygon leaves the image by far; expected pixels')
-    return [float(v) for v in values]
 
 
-def _rle_counts(counts: object, image_hw: Sequence[int], where: str) -> bytes:
-    if isinstance(counts, str) and counts.isascii():
-        return counts.encode()
-    runs = counts if isinstance(counts, list) else []
-    are_runs = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in runs)
-    if not are_runs or sum(runs) != math.prod(image_hw):
-        raise LabelMapError(
-            f'{where}: the RLE counts are broken; expected runs that fill {image_hw[0]} x '
-            f'{image_hw[1]} px'
-        )
-    encoded = coco_mask.frPyObjects({'size': list(image_hw), 'counts': runs}, *image_hw)
-    return bytes(encoded['counts'])
+def _path_text(entry: Row) -> str:
+    """Return an image's path with slashes; '' if it is no text."""
+    name = entry.get('file_name')
+    if not isinstance(name, str):
+        return ''
+    return name if '/' in name else name.replace('\\', '/')
+
+
+def _same_name(path: Path) -> Path | None:
+    """Return a file that is named the same in another Unicode form."""
+    if not path.parent.is_dir():
+        return None
+    wanted = composed(path.name)
+    return next((p for p in sorted(path.parent.iterdir()) if composed(p.name) == wanted), None)

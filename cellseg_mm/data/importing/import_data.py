@@ -28,12 +28,21 @@ from numpy.typing import NDArray
 from cellseg_mm.core.errors import CellSegError
 from cellseg_mm.core.files import write_text
 from cellseg_mm.core.progress import track
-from cellseg_mm.data.case_writer import write_case
-from cellseg_mm.data.importing.coco import _find_coco
-from cellseg_mm.data.importing.label_maps import _find_label_maps
-from cellseg_mm.data.importing.mask_folders import _find_mask_folders
-from cellseg_mm.data.importing.monusac import _find_monusac
-from cellseg_mm.data.importing.sources import Cell, Classes, Format, ImportParams, Job
+from cellseg_mm.data.case_writer import Pixels, write_case
+from cellseg_mm.data.importing.classes import Classes
+from cellseg_mm.data.importing.coco import find_coco
+from cellseg_mm.data.importing.label_maps import find_label_maps
+from cellseg_mm.data.importing.mask_folders import find_mask_folders
+from cellseg_mm.data.importing.monusac import find_monusac
+from cellseg_mm.data.importing.sources import (
+    Annotated,
+    Cell,
+    Format,
+    ImportParams,
+    Job,
+    composed,
+    first_of,
+)
 
 MAX_NAME_LENGTH = 150
 
@@ -45,6 +54,7 @@ class ImportReport:
     Attributes:
         class_names: Name of class 1, 2, ...
         rows: One row per written case, the keys are the manifest's columns.
+        left_out: Reason -> how often something was left out of the written cases.
         notes: Sentences about what was left out or lost.
         problems: Sentences about cases that were not written.
         manifest_path: The table of all cases.
@@ -52,6 +62,7 @@ class ImportReport:
 
     class_names: tuple[str, ...]
     rows: tuple[Mapping[str, str], ...]
+    left_out: Mapping[str, int]
     notes: tuple[str, ...]
     problems: tuple[str, ...]
     manifest_path: Path
@@ -64,6 +75,7 @@ class ImportReport:
         ]
         lost = sum(int(row['lost_px']) for row in self.rows)
         lines = [f'{len(self.rows)} cases written: {", ".join(parts)}; {lost} px lost to overlaps']
+        lines += [f'left out: {n} {reason}' for reason, n in sorted(self.left_out.items())]
         lines += [f'note: {note}' for note in self.notes]
         lines += [f'problem: {problem}' for problem in self.problems]
         return '\n'.join(lines)
@@ -75,7 +87,8 @@ def import_data(
     """Import every case that can be read, and report all that cannot.
 
     Args:
-        source_format: ``monusac``: folders of patients with ``.tif`` or ``.svs`` and ``.xml``.
+        source_format: ``monusac``: images (``.tif``, ``.svs`` ...) and ``.xml`` of one name, in
+            folders of patients, or images and outlines in a folder each (MoNuSeg).
             ``coco``: a JSON file. ``label-map``: images with ``<name>_masks``, ``<name>_cp_masks``
             or ``masks/<name>``. ``mask-folders``: ``<name>/images/*`` and ``<name>/masks/*``.
         source: Folder or file.
@@ -89,81 +102,158 @@ def import_data(
     source, out_dir = Path(source), Path(out_dir)
     if source_format not in FINDERS:
         raise CellSegError(f'format {source_format!r} is unknown; choose one of {sorted(FINDERS)}')
-    jobs, classes = FINDERS[source_format](source, params)
+    jobs, classes, notes = FINDERS[source_format](source, params)
     if not jobs:
-        raise CellSegError(f'{source}: nothing to import as {source_format}; check the path')
+        raise CellSegError(
+            f'{source}: nothing to import as {source_format}; expected images with their cells; '
+            f'check the path and the format'
+        )
+    run = _Run(out_dir, classes, params, notes)
     manifest_path = out_dir / 'manifest.csv'
     columns = _columns(len(classes.names))
     table = _read_manifest(manifest_path, columns)
-    rows: list[dict[str, str]] = []
-    notes: list[str] = []
-    problems: list[str] = []
-    taken: dict[str, Path] = {}
+    names = _case_names(jobs, run.notes)
     try:
-        for job in track(jobs, description='import', total=len(jobs)):
-            try:
-                name = _claim_name(job, taken)
-                row = _import_case(job, name, out_dir / 'train', classes, params, notes)
-            except CellSegError as problem:
-                problems.append(str(problem))
-                continue
-            except MemoryError:
-                problems.append(f'{job.source}: does not fit into memory; cut it into tiles')
-                continue
-            rows.append(row)
-            table[name] = row
+        for job, name in track(
+            zip(jobs, names, strict=True), description='import', total=len(jobs)
+        ):
+            run.try_case(job, name)
     finally:  # cases that are there must be in the table, even after an interruption
-        if rows:
+        if run.rows:
+            table |= {row['uuid']: row for row in run.rows}
             _write_manifest(manifest_path, columns, table)
-    return ImportReport(classes.names, tuple(rows), tuple(notes), tuple(problems), manifest_path)
+    return ImportReport(
+        classes.names,
+        tuple(run.rows),
+        dict(run.left_out),
+        (*classes.remarks, *run.notes),
+        tuple(run.problems),
+        manifest_path,
+    )
+
+
+# ---- names ----
+
+
+def _case_names(jobs: Sequence[Job], notes: list[str]) -> list[str]:
+    """Return a file name per case that is safe everywhere; equal names get their folders.
+
+    Notes say which names changed, because tables of patients may know the old ones.
+    """
+    names = [_safe_name(job.name) for job in jobs]
+    counts = Counter(name.casefold() for name in names)
+    changed = []
+    for i, job in enumerate(jobs):
+        if counts[names[i].casefold()] > 1 and job.folder:
+            names[i] = _safe_name(f'{job.folder}/{job.name}')
+        if names[i] != job.name:
+            changed.append(f'{job.name[:80]} is {names[i][:80]}')
+    if changed:
+        notes.append(f'names of {len(changed)} cases were changed: {first_of(changed)}')
+    return names
+
+
+def _safe_name(name: str) -> str:
+    safe = re.sub(r'[\x00-\x1f\x7f<>:"/\\|?*\s]+', '_', composed(name))
+    return safe.lstrip('.').rstrip('. ')
 
 
 # ---- cases ----
 
 
-def _claim_name(job: Job, taken: dict[str, Path]) -> str:
-    """Return a file name that is safe everywhere and not yet used."""
-    name = re.sub(r'[\x00-\x1f\x7f<>:"/\\|?*\s]+', '_', job.name).lstrip('.').rstrip('. ')
-    if not name or len(name.encode()) > MAX_NAME_LENGTH:
-        raise CellSegError(
-            f'{job.source}: the name {job.name[:80]!r} cannot name a folder; expected 1 to '
-            f'{MAX_NAME_LENGTH} bytes; rename it'
-        )
-    other = taken.get(name.casefold())
-    if other is not None:
-        raise CellSegError(
-            f'{job.source}: its case would be named {name}, like that of {other}; names must '
-            f'differ, also without case; rename one'
-        )
-    taken[name.casefold()] = job.source
-    return name
+class _Run:
+    """One import: the cases written so far, and what is to be reported."""
+
+    def __init__(
+        self, out_dir: Path, classes: Classes, params: ImportParams, notes: Sequence[str]
+    ) -> None:
+        self.train_dir = out_dir / 'train'
+        self.classes, self.params = classes, params
+        self.rows: list[dict[str, str]] = []
+        self.notes = list(notes)
+        self.problems: list[str] = []
+        self.left_out: Counter[str] = Counter()
+        self._taken: dict[str, Path] = {}
+
+    def try_case(self, job: Job, name: str) -> None:
+        """Import a case, or note why it cannot be."""
+        try:
+            self._claim(job, name)
+            self.rows.append(self._import_case(job, name))
+        except CellSegError as problem:
+            self.problems.append(str(problem))
+        except MemoryError:
+            self.problems.append(
+                f'{job.source}: does not fit into memory; expected a smaller image; cut it into '
+                f'tiles'
+            )
+
+    def _claim(self, job: Job, name: str) -> None:
+        """Require that a name is fit for a folder and not yet used."""
+        if not name or len(name.encode()) > MAX_NAME_LENGTH:
+            raise CellSegError(
+                f'{job.source}: the name {job.name[:80]!r} cannot name a folder; expected 1 to '
+                f'{MAX_NAME_LENGTH} bytes; rename it'
+            )
+        other = self._taken.setdefault(name.casefold(), job.source)
+        if other is not job.source and other == job.source:
+            raise CellSegError(
+                f'{job.source}: is listed twice; expected once; give all its cells to one entry'
+            )
+        if other is not job.source:
+            raise CellSegError(
+                f'{job.source}: its case would be named {name}, like that of {other}; names must '
+                f'differ, also without case and suffix; rename one'
+            )
+
+    def _import_case(self, job: Job, name: str) -> dict[str, str]:
+        case_dir = self.train_dir / name
+        if case_dir.exists() and not self.params.replace:
+            raise CellSegError(
+                f'{case_dir}: is already there; expected a new case; choose another folder, or '
+                f'write it again with --replace'
+            )
+        annotated = job.read()
+        _require_some_cell(job, annotated)
+        image_hw = annotated.image.shape[:2]
+        label_maps, lost_px = paint_cells(annotated.cells, image_hw)
+        counts = Counter({k: len(np.unique(m[m > 0])) for k, m in label_maps.items()})
+        if self.params.strict:
+            _require_all(job, annotated, sum(counts.values()))
+        image = annotated.image[..., ::-1] if self.params.swap_red_blue else annotated.image
+        _write_whole(case_dir, image, label_maps)
+        self.left_out += annotated.tally.counts()
+        self.notes += [f'{job.source}: {note}' for note in annotated.tally.notes()]
+        self.notes += _loss_notes(job, annotated.cells, counts, lost_px, self.classes)
+        row: dict[str, object] = {'uuid': name, 'height': image_hw[0], 'width': image_hw[1]}
+        row |= {f'c{k}': counts[k] for k in range(1, len(self.classes.names) + 1)}
+        row |= {'patient': job.patient, 'source': job.source.name, 'lost_px': sum(lost_px.values())}
+        return {key: str(value) for key, value in row.items()}
 
 
-def _import_case(
-    job: Job,
-    name: str,
-    train_dir: Path,
-    classes: Classes,
-    params: ImportParams,
-    notes: list[str],
-) -> dict[str, str]:
-    case_dir = train_dir / name
-    if case_dir.exists() and not params.replace:
+def _require_some_cell(job: Job, annotated: Annotated) -> None:
+    """Refuse an image of which no cell can be used: it would be taught as one without cells."""
+    tally = annotated.tally
+    if not annotated.cells and tally.unusable:
         raise CellSegError(
-            f'{case_dir}: is already there; choose another folder or ask to replace cases'
+            f'{job.source}: no cell can be used: {"; ".join(tally.notes())}; expected one that '
+            f'can; correct them, or remove the image'
         )
-    annotated = job.read()
-    label_maps, lost_px = paint_cells(annotated.cells, annotated.image.shape[:2])
-    image = annotated.image[..., ::-1] if params.swap_red_blue else annotated.image
-    _write_whole(case_dir, image, label_maps)
-    counts = Counter({k: len(np.unique(m[m > 0])) for k, m in label_maps.items()})
-    notes.extend(f'{job.source}: {note}' for note in annotated.notes)
-    notes.extend(_loss_notes(job, annotated.cells, counts, lost_px, classes))
-    height, width = annotated.image.shape[:2]
-    row = {'uuid': name, 'height': height, 'width': width}
-    row |= {f'c{k}': counts[k] for k in range(1, len(classes.names) + 1)}
-    row |= {'patient': job.patient, 'source': job.source.name, 'lost_px': sum(lost_px.values())}
-    return {key: str(value) for key, value in row.items()}
+
+
+def _require_all(job: Job, annotated: Annotated, n_kept: int) -> None:
+    faults = [
+        f'{len(which)} {reason} ({first_of(which)})'
+        for reason, which in sorted(annotated.tally.unusable.items())
+    ]
+    n_gone = len(annotated.cells) - n_kept
+    if n_gone:
+        faults.append(f'{n_gone} cells without a pixel of their own')
+    if faults:
+        raise CellSegError(
+            f'{job.source}: {"; ".join(faults)}; expected that all can be used; correct them, or '
+            f'import without --strict'
+        )
 
 
 def _loss_notes(
@@ -223,7 +313,7 @@ def paint_cells(
 
 
 def _write_whole(
-    case_dir: Path, image: NDArray[np.uint8], label_maps: Mapping[int, NDArray[np.int32]]
+    case_dir: Path, image: Pixels, label_maps: Mapping[int, NDArray[np.int32]]
 ) -> None:
     """Write a case folder under another name first, so that it is never seen half written."""
     case_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -255,7 +345,7 @@ def _read_manifest(path: Path, columns: list[str]) -> dict[str, dict[str, str]]:
     if reader.fieldnames != columns:
         raise CellSegError(
             f'{path}: has the columns {reader.fieldnames}, expected {columns}; import into '
-            f'another folder, or with the same classes as before'
+            f'another folder, or with the same --classes as before'
         )
     return {row['uuid']: row for row in reader}
 
@@ -268,9 +358,10 @@ def _write_manifest(path: Path, columns: list[str], table: Mapping[str, dict[str
     write_text(path, stream.getvalue())
 
 
-FINDERS: Mapping[str, Callable[[Path, ImportParams], tuple[list[Job], Classes]]] = {
-    'monusac': _find_monusac,
-    'coco': _find_coco,
-    'label-map': _find_label_maps,
-    'mask-folders': _find_mask_folders,
+Finder = Callable[[Path, ImportParams], tuple[list[Job], Classes, list[str]]]
+FINDERS: Mapping[str, Finder] = {
+    'monusac': find_monusac,
+    'coco': find_coco,
+    'label-map': find_label_maps,
+    'mask-folders': find_mask_folders,
 }

@@ -1,13 +1,14 @@
 """One label map an image, as Cellpose and StarDist write it.
 
-In: a folder. Out: cells of one class. Invariant: values are instances, never colours.
+In: a folder. Out: cells of one class. Invariant: values are instances, never colours, classes or
+the two values of a mask; what may be one of these is refused with the option that settles it.
 """
 
 from __future__ import annotations
 
-import math
+import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -16,77 +17,181 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from cellseg_mm.core.errors import CellSegError, LabelMapError
+from cellseg_mm.data.importing.classes import UNNAMED, Classes, build_classes
+from cellseg_mm.data.importing.parts import WAYS_OUT, count_parts, is_scattered, split
+from cellseg_mm.data.importing.pictures import IDS, read_grid, read_picture
 from cellseg_mm.data.importing.sources import (
     IMAGE_SUFFIXES,
-    MASK_SUFFIXES,
     Annotated,
+    Binary,
     Cell,
-    Classes,
     ImportParams,
     Job,
-    _check_size,
-    _listed,
-    _read_with_pillow,
-    _single_class,
-    read_picture,
+    Tally,
+    composed,
+    entries,
+    first_of,
+    listed,
+    unused_note,
 )
-from cellseg_mm.data.labels import read_label_map
-from cellseg_mm.data.tiff import DEFAULT_MAX_PIXELS
+
+# What people write after an image's name: Cellpose, StarDist, QuPath, Omnipose, ilastik, DSB
+LABEL_ENDS = re.compile(
+    r'(.+?)[_\-. ](?:cp_)?(?:masks?|labels?|lbl|instances?|inst(?:ance)?_?map|seg|gt)',
+    re.IGNORECASE,
+)
+# What Cellpose and StarDist write beside them
+BY_PRODUCTS = re.compile(
+    r'(.+?)_(?:d?flows?|cp_outputs?|cp_flows?|outlines|probs?|cellprob|dP|dist)', re.IGNORECASE
+)
+LABEL_FOLDERS = ('masks', 'labels', 'mask', 'label', 'gt')
+
+Paths = dict[str, list[Path]]
 
 
-def _find_label_maps(source: Path, params: ImportParams) -> tuple[list[Job], Classes]:
-    classes, number = _single_class(params)
-    image_dir = source / 'images' if (source / 'images').is_dir() else source
-    mask_dir = source / 'masks'
-    images: dict[str, list[Path]] = {}
-    masks: dict[str, list[Path]] = {}
-    for path in _listed(image_dir, IMAGE_SUFFIXES):
-        mask_of = re.fullmatch(r'(.+?)_(?:cp_)?masks', path.stem)
-        stem = mask_of[1] if mask_of else path.stem
-        (masks if mask_of else images).setdefault(re.sub('_img$', '', stem), []).append(path)
-    if mask_dir.is_dir():
-        for path in _listed(mask_dir, MASK_SUFFIXES):
-            stem = re.sub(r'_(?:cp_)?masks?$', '', path.stem)
-            masks.setdefault(re.sub('_img$', '', stem), []).append(path)
+def find_label_maps(source: Path, params: ImportParams) -> tuple[list[Job], Classes, list[str]]:
+    """Find pairs of an image and its label map; see ``import_data``."""
+    number, classes = one_class(source, params)
+    images, masks, notes = _find_files(source)
+    if not images and not masks:
+        raise CellSegError(_where_instead(source))
     jobs = []
     for stem in sorted(images.keys() | masks.keys()):
         pair = images.get(stem, []), masks.get(stem, [])
         first = (pair[0] or pair[1])[0]
-        jobs.append(Job(stem, first, '', partial(_read_pair, stem, *pair, number, params)))
-    return jobs, classes
+        others = sorted((masks if pair[0] else images).keys() - {stem})
+        read = partial(_read_pair, stem, *pair, others, number, params)
+        jobs.append(Job(stem, first, '', read))
+    return jobs, classes, notes
+
+
+def one_class(source: Path, params: ImportParams) -> tuple[int, Classes]:
+    """Return the class of all cells of a format without classes.
+
+    Raises:
+        CellSegError: Several classes are named, and not which one it is.
+    """
+    own = [params.single_class or 'cell']
+    classes = build_classes(params, own, found=[UNNAMED])
+    return classes.number(UNNAMED, source), classes
+
+
+def _find_files(source: Path) -> tuple[Paths, Paths, list[str]]:
+    """Return images and label maps by the image's name, and what was passed over."""
+    image_dir = source / 'images' if (source / 'images').is_dir() else source
+    notes = unused_note(image_dir, IMAGE_SUFFIXES)
+    beside = {path: composed(path.stem) for path in listed(image_dir, IMAGE_SUFFIXES)}
+    stems = {_image_name(stem) for stem in beside.values()}
+    images: Paths = {}
+    masks: Paths = {}
+    passed: list[str] = []
+    for path, stem in beside.items():
+        mask_of = LABEL_ENDS.fullmatch(stem)
+        by_product = BY_PRODUCTS.fullmatch(stem)
+        is_sure = re.fullmatch(r'.+_(cp_)?masks', stem)
+        if mask_of and (is_sure or _image_name(mask_of[1]) in stems):
+            masks.setdefault(_image_name(mask_of[1]), []).append(path)
+        elif by_product and _image_name(by_product[1]) in stems:
+            passed.append(path.name)
+        else:
+            images.setdefault(_image_name(stem), []).append(path)
+    if passed:
+        notes.append(f'{image_dir}: by-products of other tools were not used: {first_of(passed)}')
+    for folder in (source / name for name in LABEL_FOLDERS):
+        if folder.is_dir():
+            notes += unused_note(folder, IMAGE_SUFFIXES)
+            for path in listed(folder, IMAGE_SUFFIXES):
+                masks.setdefault(_label_name(composed(path.stem), images), []).append(path)
+    return images, masks, notes
+
+
+def _image_name(stem: str) -> str:
+    return re.sub('_img$', '', stem)
+
+
+def _label_name(stem: str, images: Mapping[str, list[Path]]) -> str:
+    """Return the image's name that the name of a file in a folder of label maps means."""
+    if _image_name(stem) in images:
+        return _image_name(stem)
+    mask_of = LABEL_ENDS.fullmatch(stem)
+    return _image_name(mask_of[1] if mask_of else stem)
+
+
+def _where_instead(source: Path) -> str:
+    inner = [
+        str(folder)
+        for folder in entries(source)
+        if folder.is_dir() and any((folder / name).is_dir() for name in ('images', *LABEL_FOLDERS))
+    ]
+    advice = f'name one of its folders: {first_of(inner)}' if inner else 'check the path'
+    return (
+        f'{source}: nothing to import as label-map; expected images with <name>_masks or '
+        f'masks/<name>; {advice}'
+    )
 
 
 def _read_pair(
-    stem: str, images: list[Path], masks: list[Path], number: int, params: ImportParams
+    stem: str,
+    images: list[Path],
+    masks: list[Path],
+    others: list[str],
+    number: int,
+    params: ImportParams,
 ) -> Annotated:
     for what, paths in (('image', images), ('label map', masks)):
         if len(paths) != 1:
             beside = (images + masks)[0]
             found = ' and '.join(str(path) for path in paths) or 'none'
-            raise CellSegError(f'{beside}: {stem} has {len(paths)} {what}s ({found}); expected one')
-    image = read_picture(images[0], max_pixels=params.max_pixels)
-    label_map = _read_any_label_map(masks[0], image.shape[:2])
-    return Annotated(image, _cells_of(label_map, number))
+            near = difflib.get_close_matches(stem, others, n=1)
+            hint = f' (nearest: {near[0]})' if near and not paths else ''
+            raise CellSegError(
+                f'{beside}: {stem} has {len(paths)} {what}s ({found}){hint}; expected one; name '
+                f'the label map <image>_masks or masks/<image>, or move the file away'
+            )
+    tally = Tally()
+    image = read_picture(images[0], tally, max_pixels=params.max_pixels)
+    ids = read_grid(masks[0], image.shape[:2])
+    return Annotated(image, _cells(masks[0], ids, number, params.binary, tally), tally)
 
 
-def _read_any_label_map(path: Path, image_hw: Sequence[int]) -> NDArray[np.int32]:
-    if path.suffix.lower() in ('.tif', '.tiff'):
-        return read_label_map(path, (image_hw[0], image_hw[1]))
-    limit = max(math.prod(image_hw), DEFAULT_MAX_PIXELS)
-    values, mode = _read_with_pillow(path, limit, LabelMapError)
-    if values.ndim != 2 or values.dtype.kind not in 'bui' or values.min(initial=0) < 0:
+def _cells(
+    path: Path, ids: NDArray[np.int64], number: int, binary: Binary, tally: Tally
+) -> list[Cell]:
+    """Return the cells of a label map, or refuse what is a mask or a map of classes."""
+    cells = cells_of(ids, number)
+    values = np.unique(ids[ids > 0])
+    if not cells or binary == 'ids':
+        return cells
+    n_parts = [count_parts(cell) for cell in cells]
+    n_torn = sum(n > 1 for n in n_parts)
+    if len(cells) == 1 and (n_torn or values[0] in (255, 65535) or ids.all()):
+        if binary == 'components':
+            found = split(cells[0])
+            tally.remarks.append(f'{path.name}: a mask of one value became {len(found)} cells')
+            return found
         raise LabelMapError(
-            f'{path}: the mode is {mode}; expected one channel with an id per pixel; export ids, '
-            f'not colours'
+            f'{path}: has one value ({values[0]}) in {n_parts[0]} parts, as a mask that does not '
+            f'tell cells apart; expected an id per cell; {WAYS_OUT}, --binary ids one cell of it'
         )
-    _check_size(path, values.shape, image_hw)
-    return values.astype(np.int32)
+    if is_scattered(n_parts):
+        raise LabelMapError(
+            f'{path}: {n_torn} of its {len(cells)} values lie in several parts, {sum(n_parts)} in '
+            f'all, as classes, probabilities or grey values do; expected an id per cell; {IDS}, or '
+            f'--binary ids takes each value as one cell'
+        )
+    if len(cells) == 1:
+        tally.remarks.append(f'{path.name}: a single value ({values[0]}) was taken as one cell')
+    elif n_torn:
+        tally.remarks.append(
+            f'{path.name}: {n_torn} of {len(cells)} cells lie in several parts that do not touch'
+        )
+    return cells
 
 
-def _cells_of(label_map: NDArray[np.int32], class_number: int) -> list[Cell]:
+def cells_of(ids: NDArray[np.int64], class_number: int) -> list[Cell]:
     """Return the instances of a label map by rising id."""
-    ids, compact = np.unique(label_map, return_inverse=True)
-    compact = compact.reshape(label_map.shape) + (0 if ids[0] == 0 else 1)
+    values, compact = np.unique(ids, return_inverse=True)
+    compact = compact.reshape(ids.shape) + (0 if values[0] == 0 else 1)
     boxes = ndimage.find_objects(compact)
     return [
         Cell(class_number, box[0].start, box[1].start, compact[box] == i)

@@ -1,6 +1,6 @@
 """One PNG a nucleus, as DSB2018 has it.
 
-In: a folder. Out: cells of one class. Invariant: a file is one cell.
+In: a folder. Out: cells of one class. Invariant: a file is one cell, or the folder is refused.
 """
 
 from __future__ import annotations
@@ -9,62 +9,95 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from scipy import ndimage
 
-from cellseg_mm.core.errors import CellSegError
+from cellseg_mm.core.errors import CellSegError, LabelMapError
+from cellseg_mm.data.importing.classes import Classes
+from cellseg_mm.data.importing.label_maps import cells_of, one_class
+from cellseg_mm.data.importing.parts import WAYS_OUT, count_parts, is_scattered, split
+from cellseg_mm.data.importing.pictures import read_grid, read_picture
 from cellseg_mm.data.importing.sources import (
     IMAGE_SUFFIXES,
-    MASK_SUFFIXES,
     Annotated,
+    Binary,
     Cell,
-    Classes,
     ImportParams,
     Job,
-    _check_size,
-    _entries,
-    _listed,
-    _single_class,
-    read_picture,
+    Picture,
+    Tally,
+    entries,
+    listed,
+    unused_note,
 )
 
 
-def _tight(cell: Cell) -> Cell:
-    """Cut empty rows and columns off."""
-    box = ndimage.find_objects(cell.mask.astype(np.uint8))
-    if not box:
-        return Cell(cell.class_number, 0, 0, np.zeros((0, 0), dtype=bool))
-    rows, columns = box[0]
-    return Cell(
-        cell.class_number,
-        cell.top + rows.start,
-        cell.left + columns.start,
-        cell.mask[rows, columns],
-    )
-
-
-def _find_mask_folders(source: Path, params: ImportParams) -> tuple[list[Job], Classes]:
-    classes, number = _single_class(params)
+def find_mask_folders(source: Path, params: ImportParams) -> tuple[list[Job], Classes, list[str]]:
+    """Find folders with one image and a mask per cell; see ``import_data``."""
+    number, classes = one_class(source, params)
     jobs = []
-    for folder in sorted(path for path in _entries(source) if path.is_dir()):
+    for folder in sorted(path for path in entries(source) if path.is_dir()):
         read = partial(_read_mask_folder, folder, number, params)
         jobs.append(Job(folder.name, folder, '', read))
-    return jobs, classes
+    return jobs, classes, unused_note(source, ())
 
 
 def _read_mask_folder(folder: Path, number: int, params: ImportParams) -> Annotated:
     for name in ('images', 'masks'):
         if not (folder / name).is_dir():
-            raise CellSegError(f'{folder}: has no folder {name}; expected images and masks')
-    images = _listed(folder / 'images', IMAGE_SUFFIXES)
+            raise CellSegError(
+                f'{folder}: has no folder {name}; expected images and masks; check the path'
+            )
+    images = listed(folder / 'images', IMAGE_SUFFIXES)
     if len(images) != 1:
-        raise CellSegError(f'{folder / "images"}: has {len(images)} images; expected one')
-    image = read_picture(images[0], max_pixels=params.max_pixels)
-    cells, n_empty = [], 0
-    for path in _listed(folder / 'masks', MASK_SUFFIXES):
-        mask = read_picture(path, max_pixels=params.max_pixels).max(axis=2) > 0
-        _check_size(path, mask.shape, image.shape[:2])
-        cell = _tight(Cell(number, 0, 0, mask))
-        n_empty += not cell.mask.size
-        cells += [cell] if cell.mask.size else []
-    notes = [f'{n_empty} masks without a pixel left out'] if n_empty else []
-    return Annotated(image, cells, notes)
+        raise CellSegError(
+            f'{folder / "images"}: has {len(images)} images; expected one, and its cells in masks; '
+            f'for label maps choose the format label-map'
+        )
+    tally = Tally()
+    image = read_picture(images[0], tally, max_pixels=params.max_pixels)
+    tally.remarks += unused_note(folder / 'masks', IMAGE_SUFFIXES)
+    cells = _read_masks(folder / 'masks', image, number, tally)
+    return Annotated(image, _one_each(folder, cells, params.binary, tally), tally)
+
+
+def _read_masks(folder: Path, image: Picture, number: int, tally: Tally) -> list[Cell]:
+    cells: list[Cell] = []
+    for path in listed(folder, IMAGE_SUFFIXES):
+        try:
+            mask = read_grid(path, image.shape[:2])
+        except LabelMapError as problem:
+            tally.leave_out('masks that cannot be read', str(problem))
+            continue
+        values = np.unique(mask[mask > 0])
+        if not len(values):
+            tally.leave_out('masks without a pixel', path.name)
+        elif len(values) > 1:
+            tally.leave_out(
+                'masks with more than two values (label maps need the format label-map)', path.name
+            )
+        else:
+            cells += cells_of(mask, number)
+    return cells
+
+
+def _one_each(folder: Path, cells: list[Cell], binary: Binary, tally: Tally) -> list[Cell]:
+    """Return the cells, or refuse masks that hold many."""
+    if binary == 'ids':
+        return cells
+    n_parts = [count_parts(cell) for cell in cells]
+    if binary == 'components':
+        found = [part for cell in cells for part in split(cell)]
+        if len(found) > len(cells):
+            tally.remarks.append(f'{len(cells)} masks became {len(found)} cells')
+        return found
+    n_torn = sum(n > 1 for n in n_parts)
+    if is_scattered(n_parts):
+        raise LabelMapError(
+            f'{folder / "masks"}: {n_torn} of {len(cells)} masks lie in several parts, '
+            f'{sum(n_parts)} in all; expected one cell in each; {WAYS_OUT}, --binary ids one cell '
+            f'of each mask'
+        )
+    if n_torn:
+        tally.remarks.append(
+            f'{n_torn} of {len(cells)} cells lie in several parts that do not touch'
+        )
+    return cells

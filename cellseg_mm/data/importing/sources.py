@@ -1,35 +1,34 @@
-"""Finds and reads annotated images in the formats that ``importers`` turns into data folders.
+"""The records that every source format fills in, and how its folders are listed.
 
-In: MoNuSAC's own distribution, COCO JSON, one label map per image, one picture per cell.
-Out: per case a :class:`Job` whose reader returns :class:`Annotated`: pixels, cells as crops, and
-sentences about what the source holds but a label map cannot.
+In: options and folders. Out: a :class:`Job` per case, whose reader returns :class:`Annotated`:
+pixels, cells as crops, and a :class:`Tally` of what was not taken over.
 Invariant: sources are not trusted: sizes are judged before decoding, paths stay inside the folder,
-XML with a document type is refused, and nothing is guessed.
+nothing is guessed, and what cannot be used is counted by its reason.
 """
 
 from __future__ import annotations
 
-import math
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
-import tifffile
 from numpy.typing import NDArray
-from PIL import Image
 
-from cellseg_mm.core.errors import CellSegError, ImageError, LabelMapError
-from cellseg_mm.data.labels import read_image
+from cellseg_mm.core.errors import CellSegError
 from cellseg_mm.data.tiff import DEFAULT_MAX_PIXELS
 
 Format = Literal['monusac', 'coco', 'label-map', 'mask-folders']
-Mask = NDArray[np.bool_]
+Binary = Literal['', 'components', 'ids']
+Mask: TypeAlias = NDArray[np.bool_]
+Picture: TypeAlias = NDArray[np.uint8] | NDArray[np.uint16]
 
 IMAGE_SUFFIXES = ('.tif', '.tiff', '.png', '.jpg', '.jpeg', '.bmp')
-MASK_SUFFIXES = ('.tif', '.tiff', '.png')
 MAX_TEXT_BYTES = 2 << 30  # an annotation file beyond 2 GiB is a mistake
+SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +38,14 @@ class ImportParams:
     Attributes:
         class_names: Name of class 1, 2, ...; empty means the format's own: MoNuSAC's four types,
             COCO's categories by rising id, or the single class ``cell``.
-        class_map: Name in the source -> name in ``class_names``; names are compared without case.
+        class_map: Name in the source -> class; names are compared as ``classes`` says.
         skipped: Names in the source to leave out; they are counted in the report.
-        single_class: Class of all cells, for formats without classes; empty means class 1.
+        single_class: Class of the cells that have no class name in the source. Where it is empty,
+            a single name in ``class_names`` is taken.
         image_dir: Folder of the images of a COCO file; by default the file's folder.
+        binary: What to do with a mask that does not tell cells apart: '' refuses it, 'components'
+            makes each connected part a cell, 'ids' takes each value as one cell, as it stands.
+        strict: Do not write a case of which something cannot be used.
         swap_red_blue: Exchange the two channels, to match data that is stored so.
         replace: Write cases again that are already there.
         max_pixels: Most pixels (height times width) of an image that are accepted.
@@ -53,6 +56,8 @@ class ImportParams:
     skipped: frozenset[str] = frozenset()
     single_class: str = ''
     image_dir: Path | None = None
+    binary: Binary = ''
+    strict: bool = False
     swap_red_blue: bool = False
     replace: bool = False
     max_pixels: int = DEFAULT_MAX_PIXELS
@@ -68,209 +73,85 @@ class Cell:
     mask: Mask
 
 
+@dataclass(slots=True)
+class Tally:
+    """What was not taken over from a source, by reason.
+
+    Attributes:
+        skipped: Reason -> number; left out because the options or the format say so.
+        unusable: Reason -> which ones; left out because they cannot be used.
+        remarks: What a person should know about what was taken.
+    """
+
+    skipped: Counter[str] = field(default_factory=Counter)
+    unusable: dict[str, list[str]] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+
+    def leave_out(self, reason: str, which: str) -> None:
+        """Count something that cannot be used; ``reason`` names the kind in the plural."""
+        self.unusable.setdefault(reason, []).append(which)
+
+    def n_unusable(self) -> int:
+        """Return how many things could not be used."""
+        return sum(map(len, self.unusable.values()))
+
+    def counts(self) -> Counter[str]:
+        """Return reason -> number of everything that was left out."""
+        return self.skipped + Counter({reason: len(w) for reason, w in self.unusable.items()})
+
+    def notes(self) -> list[str]:
+        """Return one sentence per reason, and the remarks."""
+        notes = [f'{n} {reason} left out' for reason, n in sorted(self.skipped.items())]
+        for reason, which in sorted(self.unusable.items()):
+            notes.append(f'{len(which)} {reason} left out ({first_of(which)})')
+        return notes + self.remarks
+
+
 @dataclass(frozen=True, slots=True)
 class Annotated:
-    """One source image, (H, W, 3) uint8, its cells in the source's order, and what to report."""
+    """One source image, (H, W, 3), its cells in the source's order, and what was left out."""
 
-    image: NDArray[np.uint8]
+    image: Picture
     cells: Sequence[Cell]
-    notes: Sequence[str] = ()
+    tally: Tally = field(default_factory=Tally)
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One case to import: its name in the source, file for messages, patient, how to read it."""
+    """One case to import.
+
+    Attributes:
+        name: Its name in the source.
+        source: A file for messages.
+        patient: Whose image it is, '' if the source does not say.
+        read: Reads it.
+        folder: Its folder inside the source, which tells equal names apart.
+    """
 
     name: str
     source: Path
     patient: str
     read: Callable[[], Annotated]
+    folder: str = ''
 
 
-# ---- classes ----
+def first_of(words: Iterable[str]) -> str:
+    """Return the first few words, and how many there are more."""
+    words = list(words)
+    more = len(words) - SHOWN
+    return ', '.join(words[:SHOWN]) + (f' and {more} more' if more > 0 else '')
 
 
-@dataclass(frozen=True, slots=True)
-class Classes:
-    """How names in the source become class numbers.
-
-    Attributes:
-        names: Name of class 1, 2, ...
-        number_of: Lower-case name in the source -> class number, or 0 for names to leave out.
-    """
-
-    names: tuple[str, ...]
-    number_of: Mapping[str, int]
-
-    @classmethod
-    def from_params(
-        cls, params: ImportParams, default: Sequence[str], skipped: Iterable[str] = ()
-    ) -> Classes:
-        """Combine the options with a format's own class names."""
-        names = params.class_names or tuple(default)
-        number_of = {name.casefold(): k for k, name in enumerate(names, start=1)}
-        if len(number_of) < len(names):
-            raise CellSegError(f'class names must differ, found {", ".join(names)}')
-        known = dict(number_of)
-        for origin, target in params.class_map.items():
-            if target.casefold() not in known:
-                raise CellSegError(
-                    f'{origin} is mapped to {target}, which is none of {", ".join(names)}'
-                )
-            number_of[origin.casefold()] = known[target.casefold()]
-        for name in (*skipped, *params.skipped):
-            number_of.setdefault(name.casefold(), 0)
-        return cls(names, number_of)
-
-    def number(self, name: str, source: Path) -> int:
-        """Return the class number of a name in the source, 0 if it is to be left out.
-
-        Raises:
-            LabelMapError: The name is neither known nor skipped.
-        """
-        number = self.number_of.get(name.strip().casefold())
-        if number is None:
-            raise LabelMapError(
-                f'{source}: has cells of class {name!r}; expected {", ".join(self.names)}; map it '
-                f'to one of them, or name it among those to skip'
-            )
-        return number
-
-
-def _single_class(params: ImportParams) -> tuple[Classes, int]:
-    classes = Classes.from_params(params, [params.single_class or 'cell'])
-    if not params.single_class:
-        return classes, 1
-    number = classes.number_of.get(params.single_class.casefold(), 0)
-    if not number:
-        raise CellSegError(
-            f'class {params.single_class!r} is none of {", ".join(classes.names)}; name one'
-        )
-    return classes, number
-
-
-# ---- pixels ----
-
-
-def read_picture(path: Path, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> NDArray[np.uint8]:
-    """Read an image of any of the formats that sources use; alpha is dropped.
-
-    Args:
-        path: TIFF, SVS (its full-resolution level), PNG, JPEG or BMP.
-        max_pixels: Most pixels that are accepted, judged on the header.
-
-    Returns:
-        (H, W, 3) uint8 in the file's channel order.
-
-    Raises:
-        ImageError: The file cannot be read, is too large, or is marked as turned.
-    """
-    suffix = path.suffix.lower()
-    if suffix in ('.tif', '.tiff'):
-        return read_image(path, max_pixels=max_pixels)
-    if suffix == '.svs':
-        return _read_svs(path, max_pixels)
-    values, mode = _read_with_pillow(path, max_pixels, ImageError)
-    if mode in ('L', 'LA', 'F', '1') or mode.startswith('I'):
-        values = _grey_to_uint8(path, values if values.ndim == 2 else values[..., 0])
-        return np.repeat(values[..., None], 3, axis=2)
-    if mode not in ('RGB', 'RGBA'):
-        raise ImageError(f'{path}: the colours are {mode}; expected RGB or grey; convert it')
-    return np.ascontiguousarray(values[..., :3])
-
-
-def _grey_to_uint8(path: Path, values: NDArray) -> NDArray[np.uint8]:
-    """Keep 8-bit values; scale 16-bit values by the full range unless none exceeds 255."""
-    if values.dtype == bool:
-        return values.astype(np.uint8) * np.uint8(255)
-    if values.dtype == np.uint8:
-        return values
-    low, high = float(values.min(initial=0)), float(values.max(initial=0))
-    if low < 0 or high > 65535 or values.dtype.kind == 'f':
-        raise ImageError(f'{path}: grey values {low} to {high}; expected 8 or 16 bit integers')
-    scale = 1.0 if high <= 255 else 255 / 65535
-    return np.rint(values * scale).astype(np.uint8)
-
-
-def _read_with_pillow(
-    path: Path, max_pixels: int, error: type[CellSegError]
-) -> tuple[NDArray, str]:
-    """Return values and mode; palettes become RGB for images and stay indices for label maps."""
-    try:
-        with Image.open(path) as picture:
-            width, height = picture.size
-            if width * height > max_pixels:
-                raise error(
-                    f'{path}: has {height} x {width} px; at most {max_pixels} px are accepted; '
-                    f'cut it into tiles or raise the limit'
-                )
-            if picture.getexif().get(0x0112, 1) != 1:
-                raise error(
-                    f'{path}: is marked as turned (EXIF), so annotations may not fit; save it '
-                    f'turned as it should be'
-                )
-            if picture.mode == 'P' and error is ImageError:
-                mode = 'RGBA' if 'transparency' in picture.info else 'RGB'
-                return np.asarray(picture.convert(mode)), mode
-            return np.asarray(picture), picture.mode
-    except CellSegError:
-        raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:
-        raise error(
-            f'{path}: cannot be read ({str(problem)[:120]}); expected a PNG, JPEG or BMP picture; '
-            f'export it again'
-        ) from problem
-
-
-def _read_svs(path: Path, max_pixels: int) -> NDArray[np.uint8]:
-    """Read the full-resolution level of a slide, which is the one that vertices refer to."""
-    try:
-        with tifffile.TiffFile(path) as slide:
-            level = slide.series[0].levels[0]
-            n_pixels = math.prod(level.shape[:2])
-            if n_pixels > max_pixels:
-                raise ImageError(
-                    f'{path}: level 0 has {n_pixels} px; at most {max_pixels} are accepted; cut '
-                    f'the slide into regions first'
-                )
-            values = level.asarray(maxworkers=1)
-    except ImageError:
-        raise
-    except Exception as problem:  # damaged files raise anything from struct.error to codec errors
-        raise ImageError(
-            f'{path}: cannot be read as SVS ({str(problem)[:120]}); export it again'
-        ) from problem
-    if values.dtype != np.uint8 or values.ndim != 3 or values.shape[2] not in (3, 4):
-        raise ImageError(
-            f'{path}: level 0 has shape {values.shape} and type {values.dtype}; expected 8-bit RGB'
-        )
-    return np.ascontiguousarray(values[..., :3])
-
-
-# ---- MoNuSAC: patient folders, Aperio XML ----
-
-
-# ---- COCO JSON ----
-
-
-# ---- one label map per image (Cellpose, StarDist) ----
-
-
-def _check_size(path: Path, hw: tuple[int, ...], image_hw: Sequence[int]) -> None:
-    if tuple(hw) != tuple(image_hw):
-        raise LabelMapError(
-            f'{path}: is {hw[0]} x {hw[1]} px, the image is {image_hw[0]} x {image_hw[1]} px; '
-            f'they must match'
-        )
-
-
-# ---- one picture per cell (DSB2018) ----
+def composed(text: str) -> str:
+    """Return one spelling of accents; macOS decomposes them, most files do not."""
+    return unicodedata.normalize('NFC', text)
 
 
 # ---- folders ----
 
 
-def _entries(folder: Path) -> list[Path]:
+def entries(folder: Path) -> list[Path]:
+    """Return what a folder holds, sorted; names that begin with a dot are left out."""
     try:
         return sorted(path for path in folder.iterdir() if not path.name.startswith('.'))
     except OSError as problem:
@@ -279,12 +160,34 @@ def _entries(folder: Path) -> list[Path]:
         ) from problem
 
 
-def _listed(folder: Path, suffixes: Sequence[str], *, deep: bool = False) -> list[Path]:
+def listed(folder: Path, suffixes: Sequence[str], *, deep: bool = False) -> list[Path]:
     """Return files with one of the suffixes, sorted; ``deep`` looks one folder further down."""
     found = []
-    for path in _entries(folder):
+    for path in entries(folder):
         if path.is_file() and path.suffix.lower() in suffixes:
             found.append(path)
         elif deep and path.is_dir():
-            found += _listed(path, suffixes)
+            found += listed(path, suffixes)
     return found
+
+
+def unused_note(folder: Path, suffixes: Sequence[str], *, deep: bool = False) -> list[str]:
+    """Return a sentence about files of other kinds, counted by suffix; nothing without any."""
+    counts: Counter[str] = Counter()
+    for path in entries(folder):
+        if deep and path.is_dir():
+            counts += Counter(_kind(p) for p in entries(path) if _is_other(p, suffixes))
+        elif _is_other(path, suffixes):
+            counts[_kind(path)] += 1
+    if not counts:
+        return []
+    kinds = ', '.join(f'{n} {kind}' for kind, n in sorted(counts.items()))
+    return [f'{folder}: files of other kinds were not used: {kinds}']
+
+
+def _is_other(path: Path, suffixes: Sequence[str]) -> bool:
+    return path.is_file() and path.suffix.lower() not in suffixes
+
+
+def _kind(path: Path) -> str:
+    return path.suffix.lower() or 'without suffix'

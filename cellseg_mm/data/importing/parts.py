@@ -1,0 +1,41 @@
+"""Connected parts of masks: what tells a mask of many cells from the mask of one.
+
+In: masks as crops. Out: their parts. Invariant: pixels that touch at a corner are one part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import ndimage
+
+from cellseg_mm.data.importing.sources import Cell
+
+EIGHT = np.ones((3, 3), dtype=bool)
+WAYS_OUT = '--binary components makes every connected part a cell'
+
+
+def count_parts(cell: Cell) -> int:
+    """Return in how many parts that do not touch a cell lies."""
+    return int(ndimage.label(cell.mask, EIGHT)[1])
+
+
+def split(cell: Cell) -> list[Cell]:
+    """Return one cell per connected part, in reading order of their first pixels."""
+    labels, _ = ndimage.label(cell.mask, EIGHT)
+    return [
+        Cell(cell.class_number, cell.top + rows.start, cell.left + columns.start, crop == number)
+        for number, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1)
+        for crop in [labels[rows, columns]]
+    ]
+
+
+def is_scattered(n_parts: Sequence[int]) -> bool:
+    """Tell whether masks cannot be one cell each: most lie in parts, and in many.
+
+    Real cells fall apart where a smaller one lies on them: in the 276 label maps of 155 images of
+    the HW3 collection, of at most one cell in eight (in maps of five cells or more).
+    """
+    n_torn = sum(n > 1 for n in n_parts)
+    return 2 * n_torn >= len(n_parts) > 0 and sum(n_parts) >= 2 * len(n_parts)
