@@ -1,13 +1,12 @@
 """Files that people and other programs open, by one word each: ``FORMATS`` has the words.
 
-In: an image's cells, or a prediction file with its images. Out: one file per image and format.
-Invariant: ``predict`` and ensembles write the same bytes for the same cells, and what is written is
-what the prediction file holds, from a score on.
+In: an image and the cells to show. Out: one file per format. Invariant: ``predict`` and ensembles
+write the same bytes for the same cells, and every format holds every cell that was given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,13 +15,10 @@ import numpy as np
 
 from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.core.instances import InstanceSet
-from cellseg_mm.core.progress import track
-from cellseg_mm.data.image_reader import ImageReader, open_image
-from cellseg_mm.data.images import Images
+from cellseg_mm.data.image_reader import ImageReader
 from cellseg_mm.results import export, overlay
 from cellseg_mm.results.export import Exported
 from cellseg_mm.results.measure import CellFeatures, RegionReader, measure
-from cellseg_mm.results.predictions import load_predictions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,79 +150,3 @@ def _true_colours(reader: ImageReader, look: Look) -> RegionReader:
     if not look.red_blue_swapped:
         return reader.read
     return lambda *region: np.ascontiguousarray(reader.read(*region)[..., ::-1])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outputs:
-    """What to write of a prediction file.
-
-    Attributes:
-        formats: Words of ``FORMATS`` for every image.
-        n_overlays: Pictures of the first so many images, besides.
-        score_thr: Cells below it are left out.
-        class_colours: RGB of each class.
-        red_blue_swapped: Whether the files have red and blue exchanged.
-
-    Raises:
-        ConfigError: A format is not known.
-    """
-
-    formats: tuple[str, ...] = ()
-    n_overlays: int = 0
-    score_thr: float = 0.5
-    class_colours: tuple[tuple[int, int, int], ...]
-    red_blue_swapped: bool = False
-
-    def __post_init__(self) -> None:
-        check_words(self.formats)
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """What :func:`write_outputs` wrote.
-
-    Attributes:
-        folder: Where.
-        n_files: How many files.
-        score_thr: Least score of the cells in them.
-        exported: What each file holds, by image and word.
-    """
-
-    folder: Path
-    n_files: int
-    score_thr: float
-    exported: Mapping[str, Mapping[str, Exported]]
-
-    def describe(self) -> str:
-        """Return lines for a terminal: what could not be expressed, and where the files are."""
-        notes = {name: export.describe(files) for name, files in self.exported.items()}
-        where = f'exports: {self.n_files} files in {self.folder} (scores >= {self.score_thr:g})'
-        return '\n'.join([*(f'{name}: {note}' for name, note in notes.items() if note), where])
-
-
-def write_outputs(
-    predictions_path: Path | str, images: Images, out_dir: Path | str, outputs: Outputs
-) -> Written:
-    """Write a prediction file's images in the formats asked for, below ``exports``.
-
-    Raises:
-        ImageError: An image cannot be read.
-    """
-    by_name = {s.name: s for s in load_predictions(predictions_path).sets}
-    look = Look(
-        class_names=images.class_names,
-        class_colours=outputs.class_colours,
-        red_blue_swapped=outputs.red_blue_swapped,
-    )
-    folder = Path(out_dir) / 'exports'
-    exported: dict[str, dict[str, Exported]] = {}
-    for i, case in enumerate(track(images.cases, description='export')):
-        words = set(outputs.formats) | ({OVERLAY} if i < outputs.n_overlays else set())
-        if not words:
-            continue
-        found = by_name[case.name]
-        shown = found[found.scores >= outputs.score_thr]
-        with open_image(case.image_path) as reader:
-            exported[case.name] = write_formats(folder, sorted(words), shown, reader, look)
-    n_files = sum(len(files) for files in exported.values())
-    return Written(folder, n_files, outputs.score_thr, exported)
