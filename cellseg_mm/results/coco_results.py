@@ -15,13 +15,14 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_mm.core import rle
 from cellseg_mm.core.errors import PredictionError
+from cellseg_mm.core.files import JsonValue
 from cellseg_mm.core.instances import InstanceSet
 
 MAX_JSON_BYTES = 1 << 30
@@ -47,8 +48,15 @@ class ImageLike(Protocol):
     It also has ``name``, or ``file_name`` whose stem is the name.
     """
 
-    image_id: int
-    image_hw: tuple[int, int]
+    @property
+    def image_id(self) -> int:
+        """The COCO id."""
+        ...
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        """Height and width in px."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +76,7 @@ def image_refs(images: Iterable[ImageLike]) -> list[ImageRef]:
     """
     refs = []
     for image in images:
-        name = getattr(image, 'name', None) or PurePath(image.file_name).stem
+        name = getattr(image, 'name', None) or PurePath(getattr(image, 'file_name', '')).stem
         height, width = image.image_hw
         refs.append(ImageRef(str(name), int(image.image_id), (int(height), int(width))))
     for key in ('name', 'image_id'):
@@ -306,7 +314,7 @@ def _parse_record(
     return _Row(index, image_of[image_id], category - 1, score, _box(record), counts)
 
 
-def _integer(record: dict, key: str, code: str) -> int:
+def _integer(record: Mapping[str, object], key: str, code: str) -> int:
     value = _number(record.get(key))
     if not abs(value) < 2**53 or value != int(value):  # NaN fails the first comparison
         raise _BadRecordError(code, f'{key} is {str(record.get(key))[:40]}; expected an integer')
@@ -323,7 +331,7 @@ def _number(value: object) -> float:
         return math.inf
 
 
-def _box(record: dict) -> list[float]:
+def _box(record: Mapping[str, object]) -> list[float]:
     box = record.get('bbox')
     if box is None:
         return [math.nan] * 4
@@ -370,20 +378,23 @@ def _compressed(counts: list[object], ref: ImageRef) -> bytes:
     return rle.encode_runs(runs)[0]
 
 
-def box_iou(first_xyxy: NDArray, second_xyxy: NDArray) -> NDArray[np.float64]:
+def box_iou(first_xyxy: NDArray[Any], second_xyxy: NDArray[Any]) -> NDArray[np.float64]:
     """Return the IoU of boxes pair by pair, (N,) float64; 0 where both are empty."""
     first, second = np.asarray(first_xyxy, float), np.asarray(second_xyxy, float)
 
-    def area(boxes: NDArray) -> NDArray:
-        return np.maximum(boxes[:, 2:] - boxes[:, :2], 0).prod(axis=1)
+    def area(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
+        width, height = np.maximum(boxes[:, 2:] - boxes[:, :2], 0).T
+        return np.asarray(width * height, dtype=np.float64)
 
     low, high = np.maximum(first[:, :2], second[:, :2]), np.minimum(first[:, 2:], second[:, 2:])
     common = area(np.concatenate([low, high], axis=1))
     union = area(first) + area(second) - common
-    return np.divide(common, union, out=np.zeros(len(first)), where=union > 0)
+    iou: NDArray[np.float64] = np.zeros(len(first))
+    np.divide(common, union, out=iou, where=union > 0)
+    return iou
 
 
-def xywh_to_xyxy(boxes: NDArray) -> NDArray:
+def xywh_to_xyxy(boxes: NDArray[Any]) -> NDArray[Any]:
     """Turn x, y, width, height into x0, y0, x1, y1, (N, 4)."""
     return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
 
@@ -421,9 +432,10 @@ def from_coco_results(
     Raises:
         PredictionError: A record is wrong, or the boxes are corners (xyxy).
     """
-    is_file = isinstance(results, str | Path)
-    where = str(results) if is_file else 'COCO results'
-    listed = read_results_file(results).records if is_file else results
+    if isinstance(results, str | Path):
+        where, listed = str(results), read_results_file(results).records
+    else:
+        where, listed = 'COCO results', list(results)
     records = parse_records(listed, image_refs(images), n_classes=n_classes)
     if records.problems:
         first = records.problems[0]
@@ -454,7 +466,7 @@ def _sets(records: Records, *, boxes_from_masks: bool) -> tuple[InstanceSet, ...
                 ref.image_id,
                 ref.image_hw,
                 class_ids=records.class_ids[rows],
-                scores=records.scores[rows],
+                scores=records.scores[rows].astype(np.float32),
                 boxes_xyxy=boxes[rows],
                 rles=records.rles[rows],
             )
@@ -462,16 +474,16 @@ def _sets(records: Records, *, boxes_from_masks: bool) -> tuple[InstanceSet, ...
     return tuple(sets)
 
 
-def to_coco_results(sets: Iterable[InstanceSet]) -> list[dict]:
+def to_coco_results(sets: Iterable[InstanceSet]) -> list[dict[str, JsonValue]]:
     """Return COCO results records: 1-based category, box as xywh px, RLE with size.
 
     Boxes are rounded to 1/1000 px. Scores are the shortest decimals that give the same float32.
     """
-    records = []
+    records: list[dict[str, JsonValue]] = []
     for s in sets:
         low, high = s.boxes_xyxy[:, :2].astype(float), s.boxes_xyxy[:, 2:].astype(float)
         xywh = np.round(np.concatenate([low, high - low], axis=1), 3).tolist()
-        size = list(s.image_hw)
+        size: list[JsonValue] = [*s.image_hw]
         for class_id, score, box, counts in zip(
             s.class_ids.tolist(), s.scores, xywh, s.rles, strict=True
         ):

@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tifffile
@@ -28,6 +29,9 @@ from cellseg_mm.core.windows import boxes_and_areas
 from cellseg_mm.results.coco_results import to_coco_results
 from cellseg_mm.results.measure import CellFeatures, RegionReader, measure
 from cellseg_mm.results.polygons import Polygon, trace_polygons
+
+if TYPE_CHECKING:
+    import roifile
 
 TILE_PX = 512
 CHUNK = 2000  # cells whose outlines are in memory at once
@@ -105,7 +109,7 @@ class _Painter:
         self.first_row, self.end_row = boxes[:, 1], boxes[:, 3]
         self.n_pixels = np.zeros(len(ranked), dtype=np.int64)
 
-    def tiles(self) -> Iterator[NDArray]:
+    def tiles(self) -> Iterator[NDArray[Any]]:
         """Yield tiles row by row, padded to full size."""
         height, width = self.ranked.image_hw
         for top in range(0, height, TILE_PX):
@@ -113,7 +117,7 @@ class _Painter:
             for left in range(0, width, TILE_PX):
                 yield np.ascontiguousarray(band[:, left : left + TILE_PX])
 
-    def _band(self, top: int) -> NDArray:
+    def _band(self, top: int) -> NDArray[Any]:
         """Paint rows ``top`` to ``top + TILE_PX``, the best cells last."""
         width = -(-self.ranked.image_hw[1] // TILE_PX) * TILE_PX
         band = np.zeros((TILE_PX, width), dtype=self.dtype)
@@ -198,7 +202,7 @@ def write_geojson(
     return Exported(path, n_written, len(ranked) - n_written)
 
 
-def _check_classes(instances: InstanceSet, *per_class: Sequence) -> None:
+def _check_classes(instances: InstanceSet, *per_class: Sequence[object]) -> None:
     highest = int(instances.class_ids.max(initial=-1))
     n_known = min(len(values) for values in per_class)
     if highest >= n_known:
@@ -208,7 +212,7 @@ def _check_classes(instances: InstanceSet, *per_class: Sequence) -> None:
         )
 
 
-def _measurements(features: CellFeatures | None, order: NDArray[np.intp]) -> dict[str, list]:
+def _measurements(features: CellFeatures | None, order: NDArray[np.intp]) -> dict[str, list[float]]:
     """Return QuPath's measurement names and columns."""
     if features is None:
         return {}
@@ -237,7 +241,7 @@ def _short(score: np.float32) -> float:
     return float(str(score))
 
 
-def _geometry(polygons: Sequence[Polygon]) -> dict:
+def _geometry(polygons: Sequence[Polygon]) -> dict[str, object]:
     parts = [[_closed(ring) for ring in polygon.rings] for polygon in polygons]
     if len(parts) == 1:
         return {'type': 'Polygon', 'coordinates': parts[0]}
@@ -307,7 +311,7 @@ def _imagej_roi(polygons: Sequence[Polygon], name: str, colour: Sequence[int]) -
     return roi.tobytes()
 
 
-def _composite(rings: Sequence[NDArray[np.int64]], name: str):
+def _composite(rings: Sequence[NDArray[np.int64]], name: str) -> roifile.ImagejRoi:
     """Return a selection of several rings; ImageJ fills it by the even-odd rule."""
     import roifile
 
@@ -328,7 +332,7 @@ def write_cells_csv(
     instances: InstanceSet,
     class_names: Sequence[str],
     *,
-    image: NDArray | RegionReader | None = None,
+    image: NDArray[Any] | RegionReader | None = None,
     features: CellFeatures | None = None,
 ) -> Exported:
     """Write a table with one row per cell, by falling score.
@@ -370,7 +374,7 @@ def write_cells_csv(
 def write_coco(path: Path | str, sets: Sequence[InstanceSet]) -> Exported:
     """Write COCO results as JSON: 1-based ``category_id``, ``bbox`` xywh, compressed RLE."""
     records = to_coco_results([instances.by_score() for instances in sets])
-    files.write_json(path, records, indent=None)
+    files.write_json(path, [*records], indent=None)
     return Exported(Path(path), len(records))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -21,7 +22,7 @@ from cellseg_mm.results.polygons import stack_crops
 
 Float = NDArray[np.float64]
 # Rows y0..y1 and columns x0..x1 (half-open) -> (y1 - y0, x1 - x0, C).
-RegionReader = Callable[[int, int, int, int], NDArray]
+RegionReader = Callable[[int, int, int, int], NDArray[Any]]
 
 BLOCK_PX = 2048  # a block of an image with 3 channels is 12 MB
 
@@ -47,7 +48,9 @@ class CellFeatures:
     mean_intensities: Float
 
 
-def measure(instances: InstanceSet, image: NDArray | RegionReader | None = None) -> CellFeatures:
+def measure(
+    instances: InstanceSet, image: NDArray[Any] | RegionReader | None = None
+) -> CellFeatures:
     """Measure all masks.
 
     Args:
@@ -78,7 +81,7 @@ def measure(instances: InstanceSet, image: NDArray | RegionReader | None = None)
     return CellFeatures(areas, centroids, boxes, perimeters, eccentricities, means)
 
 
-def _as_reader(image: NDArray | RegionReader, image_hw: tuple[int, int]) -> RegionReader:
+def _as_reader(image: NDArray[Any] | RegionReader, image_hw: tuple[int, int]) -> RegionReader:
     if callable(image):
         return image
     if image.shape[:2] != image_hw:
@@ -103,7 +106,7 @@ def _moments(runs: rle.Runs) -> tuple[NDArray[np.int64], Float, Float]:
     sum_yy = (b - 1) * b * (2 * b - 1) / 6 - (a - 1) * a * (2 * a - 1) / 6
 
     def total(values: Float) -> Float:
-        return np.bincount(owner, weights=values, minlength=n)
+        return np.bincount(owner, weights=values, minlength=n).astype(np.float64)
 
     with np.errstate(invalid='ignore', divide='ignore'):
         cy, cx = total(sum_y) / areas, total(x * rows) / areas
@@ -133,7 +136,7 @@ def _perimeters(crops: list[NDArray[np.bool_]]) -> Float:
     weights = np.array([[10, 2, 10], [2, 1, 2], [10, 2, 10]], dtype=np.float32)
     perimeters = np.zeros(len(crops))
     for canvas in stack_crops(crops):
-        border = canvas.pixels - cv2.erode(canvas.pixels, cross)
+        border = cv2.subtract(canvas.pixels, cv2.erode(canvas.pixels, cross))
         codes = cv2.filter2D(border, -1, weights, borderType=cv2.BORDER_CONSTANT)
         per_row = lengths[codes].sum(axis=1)
         perimeters[canvas.index] = np.add.reduceat(per_row, canvas.tops - 1)

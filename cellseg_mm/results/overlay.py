@@ -323,7 +323,7 @@ def _shrink(picture: Picture, longest_px: int) -> Picture:
     if factor >= 1:
         return picture
     size_wh = [max(round(n * factor), 1) for n in picture.shape[1::-1]]
-    return cv2.resize(picture, size_wh, interpolation=cv2.INTER_AREA)
+    return cv2.resize(picture, size_wh, interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
 
 
 def write_png(path: Path | str, picture: Picture) -> None:

@@ -112,7 +112,7 @@ def trace_polygons(
 def _rings_by_part(canvas: Canvas) -> Iterator[tuple[int, list[Int]]]:
     """Yield each part's crop (place in the canvas) and its rings, the exterior first."""
     _, labels = cv2.connectedComponents(canvas.pixels, connectivity=4, ltype=cv2.CV_32S)
-    corners, starts, part_of = _trace(labels)
+    corners, starts, part_of = _trace(labels.astype(np.int32, copy=False))
     if not len(starts):
         return
     ends = np.append(starts[1:], len(corners))
@@ -157,7 +157,7 @@ def _trace(labels: NDArray[np.int32]) -> tuple[Int, Int, Int]:
         following = np.where(is_corner[following], following, following[following])
     order, starts = _walk(np.flatnonzero(is_corner), following)
     y, x = np.divmod(keys[order] // 4, labels.shape[1])
-    return np.stack([x, y], axis=1), starts, part[order[starts]]
+    return np.stack([x, y], axis=1), starts, part[order[starts]].astype(np.int64)
 
 
 def _edges(labels: NDArray[np.int32]) -> tuple[Int, NDArray[np.int32], Int]:

@@ -19,6 +19,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,10 +105,10 @@ def save_predictions(path: Path | str, predictions: Predictions) -> None:
             info = zipfile.ZipInfo(f'{name}.npy')  # dated 1980: the bytes do not tell the time
             info.compress_type = zipfile.ZIP_DEFLATED
             with archive.open(info, 'w', force_zip64=True) as stream:
-                np.lib.format.write_array(stream, array, allow_pickle=False)
+                np.lib.format.write_array(stream, array, allow_pickle=False)  # type: ignore[no-untyped-call]
 
 
-def _pack(predictions: Predictions) -> dict[str, NDArray]:
+def _pack(predictions: Predictions) -> dict[str, NDArray[Any]]:
     sets = predictions.sets
     header = {
         'format': FORMAT,
@@ -139,7 +140,7 @@ def _pack(predictions: Predictions) -> dict[str, NDArray]:
     return arrays
 
 
-def _joined(arrays: Sequence[NDArray], shape: tuple[int, ...]) -> NDArray:
+def _joined(arrays: Sequence[NDArray[Any]], shape: tuple[int, ...]) -> NDArray[Any]:
     return np.concatenate([np.empty(shape), *arrays])
 
 
@@ -171,7 +172,7 @@ def load_predictions(path: Path | str) -> Predictions:
         ) from problem
 
 
-def _read_arrays(path: Path) -> dict[str, NDArray]:
+def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     limit = FREE_BYTES + MAX_RATIO * path.stat().st_size
     arrays = {}
     with zipfile.ZipFile(path) as archive:
@@ -190,10 +191,10 @@ def _read_arrays(path: Path) -> dict[str, NDArray]:
     return arrays
 
 
-def _read_array(content: bytes) -> NDArray:
+def _read_array(content: bytes) -> NDArray[Any]:
     """Read one .npy: like ``np.load``, but a false shape cannot make it allocate."""
     stream = io.BytesIO(content)
-    version = np.lib.format.read_magic(stream)
+    version = np.lib.format.read_magic(stream)  # type: ignore[no-untyped-call]
     readers = {
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,
@@ -201,7 +202,7 @@ def _read_array(content: bytes) -> NDArray:
     if version not in readers:
         raise ValueError(f'npy version {version}')
     try:
-        shape, fortran, dtype = readers[version](stream)
+        shape, fortran, dtype = readers[version](stream)  # type: ignore[no-untyped-call]
     except (tokenize.TokenError, RecursionError, MemoryError) as problem:
         # numpy hands a header that is no Python literal to Python's tokenizer
         raise ValueError(f'a damaged array header ({problem})') from problem
@@ -211,7 +212,7 @@ def _read_array(content: bytes) -> NDArray:
     return values.reshape(tuple(int(n) for n in shape))
 
 
-def _unpack(arrays: dict[str, NDArray]) -> Predictions:
+def _unpack(arrays: dict[str, NDArray[Any]]) -> Predictions:
     header = _header(arrays)
     for name, (dtype, tail) in COLUMNS.items():
         array = arrays.get(name)
@@ -226,7 +227,8 @@ def _unpack(arrays: dict[str, NDArray]) -> Predictions:
     sets, offsets = [], arrays['offsets'].tolist()
     for i, name in enumerate(names):
         rows = slice(offsets[i], offsets[i + 1])
-        hw = tuple(arrays['image_hws'][i].tolist())
+        height, width = arrays['image_hws'][i].tolist()
+        hw = (height, width)
         try:
             # Strings of foreign make may be longer than needed; C readers want the shortest.
             counts = rle.encode_runs(rle.decode_runs(rles[rows], hw))
@@ -247,7 +249,7 @@ def _unpack(arrays: dict[str, NDArray]) -> Predictions:
     return Predictions(tuple(sets), header['provenance'])
 
 
-def _header(arrays: Mapping[str, NDArray]) -> dict:
+def _header(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
     if 'header' not in arrays or arrays['header'].dtype != np.uint8:
         raise ValueError('has no header')
     header = json.loads(arrays['header'].tobytes())
@@ -260,7 +262,7 @@ def _header(arrays: Mapping[str, NDArray]) -> dict:
     return header
 
 
-def _check_lengths(arrays: Mapping[str, NDArray], n_names: int, n_images: int) -> None:
+def _check_lengths(arrays: Mapping[str, NDArray[Any]], n_names: int, n_images: int) -> None:
     offsets, n = arrays['offsets'], len(arrays['class_ids'])
     if not n_names == n_images == len(arrays['image_hws']) == len(offsets) - 1:
         raise ValueError('names, ids, sizes and offsets differ in number')
@@ -286,7 +288,7 @@ def _check_lengths(arrays: Mapping[str, NDArray], n_names: int, n_images: int) -
     _check_values(arrays)
 
 
-def _check_values(arrays: Mapping[str, NDArray]) -> None:
+def _check_values(arrays: Mapping[str, NDArray[Any]]) -> None:
     scores = arrays['scores']
     if not ((scores >= 0) & (scores <= 1)).all():
         raise ValueError('a score is not in 0..1')
