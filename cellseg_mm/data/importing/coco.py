@@ -16,6 +16,7 @@ from urllib.parse import unquote
 from cellseg_mm.core.errors import CellSegError, ImageError
 from cellseg_mm.data.importing.classes import UNNAMED, Classes, build_classes, clean
 from cellseg_mm.data.importing.coco_shapes import UnusableError, coco_cell
+from cellseg_mm.data.importing.parts import tell_apart
 from cellseg_mm.data.importing.pictures import read_picture
 from cellseg_mm.data.importing.sources import (
     MAX_TEXT_BYTES,
@@ -79,7 +80,7 @@ def find_coco(source: Path, params: ImportParams) -> tuple[list[Job], Classes, l
 
 
 def _file_notes(source: Path, tally: Tally, params: ImportParams) -> list[str]:
-    notes = [f'{source}: {note}' for note in tally.notes()]
+    notes = [f'{source}: {note}' for note in (*tally.notes(), *tally.remarks)]
     if params.strict and tally.unusable:
         raise CellSegError(
             f'{"; ".join(notes)}; expected that all can be used; correct them, or import without '
@@ -92,6 +93,10 @@ def _file_notes(source: Path, tally: Tally, params: ImportParams) -> list[str]:
 
 
 def _read_coco(source: Path) -> _Content:
+    if source.exists() and not source.is_file():
+        raise CellSegError(
+            f'{source}: is no regular file; expected the JSON file of COCO; name the file itself'
+        )
     try:
         if source.stat().st_size > MAX_TEXT_BYTES:
             raise CellSegError(f'{source}: is larger than 2 GiB; expected a COCO file; split it')
@@ -247,6 +252,8 @@ class _CocoReader:
             number = self._class_number(annotation, tally)
             if number:
                 self._add_cell(cells, annotation, number, image_hw, tally)
+        # an annotator may join two parts of a hidden cell; a mask of all cells has many
+        cells = tell_apart(str(path), cells, self.params.binary, tally, least=4)
         return Annotated(image, cells, tally)
 
     def _class_number(self, annotation: Row, tally: Tally) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 import shutil
 import tempfile
@@ -26,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_mm.core.errors import CellSegError
-from cellseg_mm.core.files import write_text
+from cellseg_mm.core.files import write_json, write_text
 from cellseg_mm.core.progress import track
 from cellseg_mm.data.case_writer import Pixels, write_case
 from cellseg_mm.data.importing.classes import Classes
@@ -45,6 +46,7 @@ from cellseg_mm.data.importing.sources import (
 )
 
 MAX_NAME_LENGTH = 150
+CLASSES_FILE = 'import.json'  # what class 1, 2, ... of a folder mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,7 @@ def import_data(
     source, out_dir = Path(source), Path(out_dir)
     if source_format not in FINDERS:
         raise CellSegError(f'format {source_format!r} is unknown; choose one of {sorted(FINDERS)}')
+    _refuse_useless_options(source_format, params)
     jobs, classes, notes = FINDERS[source_format](source, params)
     if not jobs:
         raise CellSegError(
@@ -110,6 +113,7 @@ def import_data(
         )
     run = _Run(out_dir, classes, params, notes)
     manifest_path = out_dir / 'manifest.csv'
+    _require_same_classes(out_dir / CLASSES_FILE, classes.names)
     columns = _columns(len(classes.names))
     table = _read_manifest(manifest_path, columns)
     names = _case_names(jobs, run.notes)
@@ -122,14 +126,47 @@ def import_data(
         if run.rows:
             table |= {row['uuid']: row for row in run.rows}
             _write_manifest(manifest_path, columns, table)
+            write_json(out_dir / CLASSES_FILE, {'classes': list(classes.names)})
     return ImportReport(
         classes.names,
         tuple(run.rows),
         dict(run.left_out),
-        (*classes.remarks, *run.notes),
+        (*classes.remarks, *run.all_notes()),
         tuple(run.problems),
         manifest_path,
     )
+
+
+def _require_same_classes(path: Path, names: Sequence[str]) -> None:
+    """Refuse to add other classes to a folder in which their numbers mean something else."""
+    if not path.exists():
+        return
+    try:
+        before = json.loads(path.read_bytes())['classes']
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise CellSegError(
+            f'{path}: cannot be read ({problem}); expected the classes of earlier imports; remove '
+            f'it if the classes are {", ".join(names)}'
+        ) from problem
+    if before != list(names):
+        raise CellSegError(
+            f'{path}: the folder has the classes {", ".join(map(str, before))}, this import '
+            f'{", ".join(names)}; expected the same in the same order; give them with --classes, '
+            f'or choose another folder'
+        )
+
+
+def _refuse_useless_options(source_format: Format, params: ImportParams) -> None:
+    if params.image_dir is not None and source_format != 'coco':
+        raise CellSegError(
+            f'--images {params.image_dir}: {source_format} finds images itself; expected it with '
+            f'coco only; remove it'
+        )
+    if params.binary and source_format == 'monusac':
+        raise CellSegError(
+            f'--binary {params.binary}: monusac has outlines, no masks; expected it with formats '
+            f'of masks; remove it'
+        )
 
 
 # ---- names ----
@@ -173,7 +210,18 @@ class _Run:
         self.notes = list(notes)
         self.problems: list[str] = []
         self.left_out: Counter[str] = Counter()
+        self._remarks: dict[str, list[str]] = {}
         self._taken: dict[str, Path] = {}
+
+    def all_notes(self) -> list[str]:
+        """Return all notes; what is said of several cases is said once."""
+        remarks = [
+            f'{where[0]}: {remark}'
+            if len(where) == 1
+            else f'{len(where)} cases: {remark} ({first_of(where)})'
+            for remark, where in self._remarks.items()
+        ]
+        return self.notes + remarks
 
     def try_case(self, job: Job, name: str) -> None:
         """Import a case, or note why it cannot be."""
@@ -224,6 +272,8 @@ class _Run:
         _write_whole(case_dir, image, label_maps)
         self.left_out += annotated.tally.counts()
         self.notes += [f'{job.source}: {note}' for note in annotated.tally.notes()]
+        for remark in annotated.tally.remarks:
+            self._remarks.setdefault(remark, []).append(str(job.source))
         self.notes += _loss_notes(job, annotated.cells, counts, lost_px, self.classes)
         row: dict[str, object] = {'uuid': name, 'height': image_hw[0], 'width': image_hw[1]}
         row |= {f'c{k}': counts[k] for k in range(1, len(self.classes.names) + 1)}

@@ -6,7 +6,6 @@ the two values of a mask; what may be one of these is refused with the option th
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from cellseg_mm.core.errors import CellSegError, LabelMapError
-from cellseg_mm.data.importing.classes import UNNAMED, Classes, build_classes
+from cellseg_mm.data.importing.classes import UNNAMED, Classes, build_classes, nearest
 from cellseg_mm.data.importing.parts import WAYS_OUT, count_parts, is_scattered, split
 from cellseg_mm.data.importing.pictures import IDS, read_grid, read_picture
 from cellseg_mm.data.importing.sources import (
@@ -142,8 +141,8 @@ def _read_pair(
         if len(paths) != 1:
             beside = (images + masks)[0]
             found = ' and '.join(str(path) for path in paths) or 'none'
-            near = difflib.get_close_matches(stem, others, n=1)
-            hint = f' (nearest: {near[0]})' if near and not paths else ''
+            near = '' if paths else nearest(stem, others)
+            hint = f' (nearest: {near})' if near else ''
             raise CellSegError(
                 f'{beside}: {stem} has {len(paths)} {what}s ({found}){hint}; expected one; name '
                 f'the label map <image>_masks or masks/<image>, or move the file away'

@@ -13,12 +13,11 @@ import numpy as np
 from cellseg_mm.core.errors import CellSegError, LabelMapError
 from cellseg_mm.data.importing.classes import Classes
 from cellseg_mm.data.importing.label_maps import cells_of, one_class
-from cellseg_mm.data.importing.parts import WAYS_OUT, count_parts, is_scattered, split
+from cellseg_mm.data.importing.parts import tell_apart
 from cellseg_mm.data.importing.pictures import read_grid, read_picture
 from cellseg_mm.data.importing.sources import (
     IMAGE_SUFFIXES,
     Annotated,
-    Binary,
     Cell,
     ImportParams,
     Job,
@@ -56,7 +55,8 @@ def _read_mask_folder(folder: Path, number: int, params: ImportParams) -> Annota
     image = read_picture(images[0], tally, max_pixels=params.max_pixels)
     tally.remarks += unused_note(folder / 'masks', IMAGE_SUFFIXES)
     cells = _read_masks(folder / 'masks', image, number, tally)
-    return Annotated(image, _one_each(folder, cells, params.binary, tally), tally)
+    cells = tell_apart(str(folder / 'masks'), cells, params.binary, tally)
+    return Annotated(image, cells, tally)
 
 
 def _read_masks(folder: Path, image: Picture, number: int, tally: Tally) -> list[Cell]:
@@ -76,28 +76,4 @@ def _read_masks(folder: Path, image: Picture, number: int, tally: Tally) -> list
             )
         else:
             cells += cells_of(mask, number)
-    return cells
-
-
-def _one_each(folder: Path, cells: list[Cell], binary: Binary, tally: Tally) -> list[Cell]:
-    """Return the cells, or refuse masks that hold many."""
-    if binary == 'ids':
-        return cells
-    n_parts = [count_parts(cell) for cell in cells]
-    if binary == 'components':
-        found = [part for cell in cells for part in split(cell)]
-        if len(found) > len(cells):
-            tally.remarks.append(f'{len(cells)} masks became {len(found)} cells')
-        return found
-    n_torn = sum(n > 1 for n in n_parts)
-    if is_scattered(n_parts):
-        raise LabelMapError(
-            f'{folder / "masks"}: {n_torn} of {len(cells)} masks lie in several parts, '
-            f'{sum(n_parts)} in all; expected one cell in each; {WAYS_OUT}, --binary ids one cell '
-            f'of each mask'
-        )
-    if n_torn:
-        tally.remarks.append(
-            f'{n_torn} of {len(cells)} cells lie in several parts that do not touch'
-        )
     return cells

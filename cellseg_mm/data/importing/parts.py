@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import ndimage
 
-from cellseg_mm.data.importing.sources import Cell
+from cellseg_mm.core.errors import LabelMapError
+from cellseg_mm.data.importing.sources import Binary, Cell, Tally
 
 EIGHT = np.ones((3, 3), dtype=bool)
 WAYS_OUT = '--binary components makes every connected part a cell'
@@ -31,11 +32,40 @@ def split(cell: Cell) -> list[Cell]:
     ]
 
 
-def is_scattered(n_parts: Sequence[int]) -> bool:
-    """Tell whether masks cannot be one cell each: most lie in parts, and in many.
+def is_scattered(n_parts: Sequence[int], least: int = 2) -> bool:
+    """Tell whether masks cannot be one cell each: most lie in parts, ``least`` on average.
 
     Real cells fall apart where a smaller one lies on them: in the 276 label maps of 155 images of
     the HW3 collection, of at most one cell in eight (in maps of five cells or more).
     """
     n_torn = sum(n > 1 for n in n_parts)
-    return 2 * n_torn >= len(n_parts) > 0 and sum(n_parts) >= 2 * len(n_parts)
+    return 2 * n_torn >= len(n_parts) > 0 and sum(n_parts) >= least * len(n_parts)
+
+
+def tell_apart(
+    where: str, cells: list[Cell], binary: Binary, tally: Tally, *, least: int = 2
+) -> list[Cell]:
+    """Return the cells of masks that should hold one cell each, or refuse masks that hold many.
+
+    Raises:
+        LabelMapError: Most lie in several parts, and the options do not say what these are.
+    """
+    if binary == 'ids':
+        return cells
+    if binary == 'components':
+        found = [part for cell in cells for part in split(cell)]
+        if len(found) > len(cells):
+            tally.remarks.append(f'{len(cells)} masks became {len(found)} cells')
+        return found
+    n_parts = [count_parts(cell) for cell in cells]
+    n_torn = sum(n > 1 for n in n_parts)
+    if is_scattered(n_parts, least):
+        raise LabelMapError(
+            f'{where}: {n_torn} of {len(cells)} masks lie in several parts, {sum(n_parts)} in all; '
+            f'expected one cell in each; {WAYS_OUT}, --binary ids one cell of each mask'
+        )
+    if n_torn:
+        tally.remarks.append(
+            f'{n_torn} of {len(cells)} cells lie in several parts that do not touch'
+        )
+    return cells

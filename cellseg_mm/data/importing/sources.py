@@ -100,11 +100,11 @@ class Tally:
         return self.skipped + Counter({reason: len(w) for reason, w in self.unusable.items()})
 
     def notes(self) -> list[str]:
-        """Return one sentence per reason, and the remarks."""
+        """Return one sentence per reason."""
         notes = [f'{n} {reason} left out' for reason, n in sorted(self.skipped.items())]
         for reason, which in sorted(self.unusable.items()):
             notes.append(f'{len(which)} {reason} left out ({first_of(which)})')
-        return notes + self.remarks
+        return notes
 
 
 @dataclass(frozen=True, slots=True)

@@ -332,3 +332,27 @@ def test_categories_without_a_name(tmp_path: Path, categories: list | None) -> N
         report = run('coco', source, tmp_path / 'out', replace=True, **options)
         assert report.class_names == ('cell',)
         assert len(stored(tmp_path / 'out', 'a')[1]) == 2
+
+
+# ---- masks of many cells ----
+
+
+def test_a_mask_of_all_cells_is_not_one(tmp_path: Path) -> None:
+    spots = np.zeros(HW, bool)
+    spots[1:16:4, 1:22:5] = True
+    source = coco(tmp_path, [{'segmentation': packed(spots)}])
+    problem = run('coco', source, tmp_path / 'out').problems[0]
+    assert f'1 of 1 masks lie in several parts, {spots.sum()} in all' in problem
+    assert '--binary components' in problem
+    report = run('coco', source, tmp_path / 'out', binary='components')
+    assert report.rows[0]['c1'] == str(spots.sum())
+    run('coco', source, tmp_path / 'ids', binary='ids')
+    assert_masks(stored(tmp_path / 'ids', 'a'), {1: [spots]})
+
+
+def test_a_cell_in_two_parts_is_one(tmp_path: Path) -> None:
+    torn = f_mask(1, 1) | f_mask(9, 8)
+    source = coco(tmp_path, [{'segmentation': packed(torn)}])
+    report = run('coco', source, tmp_path / 'out')
+    assert_masks(stored(tmp_path / 'out', 'a'), {1: [torn]})
+    assert '1 of 1 cells lie in several parts' in report.notes[0]

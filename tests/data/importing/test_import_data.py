@@ -128,6 +128,9 @@ def test_existing_cases_stay_unless_asked(tmp_path: Path) -> None:
     assert report.problems == ()
     assert not mark.exists()
     two = ImportParams(class_names=('a', 'b'))
+    with pytest.raises(CellSegError, match='has the classes epithelial, .*, this import a, b'):
+        import_data('monusac', source, tmp_path / 'out', two)
+    (tmp_path / 'out' / 'import.json').unlink()  # a folder of before
     with pytest.raises(CellSegError, match='import into another folder'):
         import_data('monusac', source, tmp_path / 'out', two)
 
@@ -216,3 +219,48 @@ def test_tool_takes_cells_without_a_name() -> None:
         ('', 'cell'),
         ('a=b', 'c'),
     ]
+
+
+@pytest.mark.parametrize(
+    ('source_format', 'options', 'message'),
+    [
+        ('label-map', {'image_dir': Path()}, '--images .* with coco only'),
+        ('monusac', {'binary': 'components'}, '--binary components: monusac has outlines'),
+    ],
+)
+def test_options_of_other_formats_are_refused(
+    tmp_path: Path, source_format: str, options: dict, message: str
+) -> None:
+    with pytest.raises(CellSegError, match=message):
+        run(source_format, tmp_path, tmp_path / 'out', **options)
+
+
+def label_map_sources(folder: Path, names: str, values: np.ndarray) -> Path:
+    """Images of the same values, each with two cells."""
+    folder.mkdir()
+    cells = f_mask(1, 1) * np.uint8(1) + f_mask(9, 8) * np.uint8(2)
+    for name in names:
+        tifffile.imwrite(folder / f'{name}.tif', values, photometric='rgb')
+        Image.fromarray(cells).save(folder / f'{name}_masks.png')
+    return folder
+
+
+def test_what_is_said_of_several_cases_is_counted(tmp_path: Path) -> None:
+    source = label_map_sources(tmp_path / 'in', 'abc', np.float32(IMAGE) / 255)
+    report = run('label-map', source, tmp_path / 'out')
+    assert len(report.notes) == 1
+    assert report.notes[0].startswith('3 cases: values of 32 bits that are no plain 16-bit')
+
+
+def test_a_folder_keeps_the_meaning_of_its_classes(tmp_path: Path) -> None:
+    first = label_map_sources(tmp_path / 'first', 'a', IMAGE)
+    second = label_map_sources(tmp_path / 'second', 'b', IMAGE)
+    options = {'class_names': ('tumour', 'stroma'), 'single_class': 'tumour'}
+    run('label-map', first, tmp_path / 'out', **options)
+    swapped = {'class_names': ('stroma', 'tumour'), 'single_class': 'tumour'}
+    with pytest.raises(CellSegError, match='has the classes tumour, stroma, this import stroma'):
+        run('label-map', second, tmp_path / 'out', **swapped)
+    assert len(run('label-map', second, tmp_path / 'out', **options).rows) == 1
+    (tmp_path / 'out' / 'import.json').write_text('[]')
+    with pytest.raises(CellSegError, match='remove it if the classes are tumour, stroma'):
+        run('label-map', second, tmp_path / 'out', **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import imagecodecs
@@ -262,3 +263,31 @@ def test_masks_with_white_as_zero_are_refused(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / 'a.tif', (IDS > 0).astype(np.uint8), photometric='miniswhite')
     with pytest.raises(LabelMapError, match='white as zero'):
         read_grid(tmp_path / 'a.tif', HW)
+
+
+@pytest.mark.parametrize(
+    ('content', 'reason'),
+    [
+        (b'', 'it is empty'),
+        (b'version https://git-lfs.github.com/spec/v1', 'git lfs pull'),
+        (b'\n<!doctype html>', 'it is HTML'),
+        (b'\0\5\x16\7\0\2\0\0Mac OS X', 'it is a macOS resource fork'),
+        (b'II*\0\x08\0\0\0', 'it is a TIFF: name it so'),
+    ],
+)
+def test_what_is_no_picture_is_called_what_it_is(
+    tmp_path: Path, content: bytes, reason: str
+) -> None:
+    (tmp_path / 'a.png').write_bytes(content)
+    for error, read_it in ((ImageError, read), (LabelMapError, lambda path: read_grid(path, HW))):
+        with pytest.raises(error, match=f'cannot be read .*{reason}'):
+            read_it(tmp_path / 'a.png')
+
+
+def test_pipes_are_not_opened(tmp_path: Path) -> None:
+    for name in ('a.png', 'a.svs'):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(ImageError, match='is no regular file'):
+            read(tmp_path / name)
+        with pytest.raises(LabelMapError, match='is no regular file'):
+            read_grid(tmp_path / name, HW)
