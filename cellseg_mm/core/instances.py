@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,7 +50,7 @@ class InstanceSet:
     scores: NDArray[np.float32]
     boxes_xyxy: NDArray[np.float32]
     rles: tuple[bytes, ...]
-    extra: Mapping[str, NDArray] = field(default_factory=dict)
+    extra: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
@@ -61,7 +62,7 @@ class InstanceSet:
         set_(self, 'rles', tuple(self.rles))
         set_(self, 'extra', dict(self.extra))
         n = len(self.rles)
-        lengths = {
+        lengths: dict[str, NDArray[Any]] = {
             'class_ids': self.class_ids,
             'scores': self.scores,
             'boxes_xyxy': self.boxes_xyxy,
@@ -125,7 +126,8 @@ class InstanceSet:
     @classmethod
     def empty(cls, name: str, image_id: int, image_hw: tuple[int, int]) -> InstanceSet:
         """Return a set without instances."""
-        return cls(name, image_id, image_hw, np.empty(0), np.empty(0), np.empty((0, 4)), ())
+        none = np.empty(0, dtype=np.float32)
+        return cls(name, image_id, image_hw, np.empty(0, dtype=np.int64), none, none, ())
 
     @classmethod
     def from_crops(
@@ -219,7 +221,7 @@ def canonical_order(instances: InstanceSet, member_of: Int | None = None) -> Int
     """Return the indices by falling score, then class, box, RLE bytes and member, (N,) int64."""
     boxes, n = instances.boxes_xyxy, len(instances)
     keys = [*boxes.T[::-1], instances.class_ids, -instances.scores]
-    order = np.lexsort(keys)
+    order: Int = np.lexsort(keys)
     tied = np.ones(max(n - 1, 0), dtype=bool)
     for key in keys:
         tied &= key[order[1:]] == key[order[:-1]]
@@ -232,4 +234,5 @@ def canonical_order(instances: InstanceSet, member_of: Int | None = None) -> Int
     rank_of = {text: rank for rank, text in enumerate(sorted(set(tied_rles)))}
     rle_rank[order[edge]] = [rank_of[text] for text in tied_rles]
     member_of = np.zeros(n, dtype=np.int64) if member_of is None else member_of
-    return np.lexsort([member_of, rle_rank, *keys])
+    order[:] = np.lexsort([member_of, rle_rank, *keys])
+    return order

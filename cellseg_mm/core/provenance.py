@@ -24,7 +24,6 @@ PACKAGES = (
     'faster-coco-eval',
     'tifffile',
     'imagecodecs',
-    'scikit-learn',
     'opencv-python',
 )
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -147,7 +148,7 @@ def _compress(counts: Int, n_counts: Int) -> list[bytes]:
     # Most differences fit into one group: each round keeps only the numbers that go on.
     n_groups = np.ones(len(value), dtype=np.int64)
     rounds: list[tuple[Int, Int, NDArray[np.bool_]]] = []
-    index = np.arange(len(value))
+    index: Int = np.arange(len(value))
     while len(index):
         more = (value > 15) | (value < -16)
         rounds.append((index, value & 0x1F, more))
@@ -262,7 +263,8 @@ def boxes_of(runs: Runs) -> NDArray[np.float32]:
     np.maximum.at(high, owner, np.stack([column + 1, bottom], axis=1))
     empty = high[:, 0] == 0
     low[empty] = 0
-    return np.concatenate([low, high], axis=1).astype(np.float32)
+    boxes: NDArray[np.float32] = np.concatenate([low, high], axis=1).astype(np.float32)
+    return boxes
 
 
 def decode_crops(
@@ -294,7 +296,7 @@ def decode_crops(
     return crops, boxes[:, [1, 0]]
 
 
-def coco_dicts(rles: Sequence[bytes], image_hw: tuple[int, int]) -> list[dict]:
+def coco_dicts(rles: Sequence[bytes], image_hw: tuple[int, int]) -> list[dict[str, Any]]:
     """Return the objects that pycocotools functions take."""
     size = [int(image_hw[0]), int(image_hw[1])]
     return [{'size': size, 'counts': rle} for rle in rles]

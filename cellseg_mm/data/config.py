@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.core.layout import folds_file
@@ -103,7 +103,7 @@ def dataset_settings(cfg: Config, loader: str = 'train_dataloader') -> ConfigDic
     return node
 
 
-def classes_and_colours(metainfo: Mapping) -> tuple[tuple[str, ...], tuple[Rgb, ...]]:
+def classes_and_colours(metainfo: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[Rgb, ...]]:
     """Return a data set's class names and a colour for each; default ones where it has none."""
     names = tuple(map(str, metainfo['classes']))
     named = [(int(r), int(g), int(b)) for r, g, b in metainfo.get('palette') or ()]

@@ -239,7 +239,8 @@ def shares_of(counts: NDArray[np.integer]) -> NDArray[np.float64]:
     """
     parts = [np.ones((len(counts), 1)), counts.astype(np.float64), (counts > 0).astype(np.float64)]
     table = np.concatenate(parts, axis=1)
-    return table / np.maximum(table.sum(axis=0), 1)
+    shares: NDArray[np.float64] = table / np.maximum(table.sum(axis=0), 1)
+    return shares
 
 
 def _original_slices(names: Sequence[str], n_folds: int, seed: int) -> tuple[tuple[str, ...], ...]:
@@ -352,7 +353,7 @@ def save_folds(path: Path | str, folds: Folds) -> None:
     To change a fold by hand, change the number after ``"fold"``. The hash in the file is for
     people; readers compute it from the cases.
     """
-    head = {
+    head: dict[str, object] = {
         'version': VERSION,
         'method': folds.method,
         'seed': folds.seed,

@@ -53,7 +53,7 @@ def find_images(
         FoldError: ``val`` is asked for and the folds are missing, or have no such fold.
     """
     root, classes = Path(data_root), tuple(class_names)
-    where = 'test' if split == 'test' else 'train'
+    where: Literal['train', 'test'] = 'test' if split == 'test' else 'train'
     excluded = excluded_by(folds_path)
     cases = find_cases(root, where, len(classes), exclude_names=excluded)
     if split == 'val':

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -127,10 +128,11 @@ def _apply_palette(path: Path, raster: tiff.Raster) -> NDArray[np.uint16]:
             f'{path}: palette colour {index.max()} is used, the palette has '
             f'{raster.palette.shape[1]}; convert the image to RGB.'
         )
-    return raster.palette.T[index]  # (H, W, 3) uint16
+    colours: NDArray[np.uint16] = raster.palette.T[index]  # (H, W, 3)
+    return colours
 
 
-def to_uint8(path: Path, values: NDArray, bits: int) -> NDArray[np.uint8]:
+def to_uint8(path: Path, values: NDArray[Any], bits: int) -> NDArray[np.uint8]:
     """Bring values of any type to 8 bits by the rule of :func:`read_image`.
 
     Args:
@@ -193,7 +195,7 @@ def read_label_map(path: Path | str, image_hw: tuple[int, int] | None = None) ->
     return label_map
 
 
-def _read_stored_map(path: Path, image_hw: tuple[int, int] | None) -> NDArray:
+def _read_stored_map(path: Path, image_hw: tuple[int, int] | None) -> NDArray[Any]:
     n_pixels = image_hw[0] * image_hw[1] if image_hw is not None else 0
     limit = max(DEFAULT_MAX_PIXELS, n_pixels)  # an image that was let in may have its label maps
     raster = tiff.read_raster(path, max_pixels=limit, error=LabelMapError)
@@ -212,7 +214,7 @@ def _read_stored_map(path: Path, image_hw: tuple[int, int] | None) -> NDArray:
     return raster.values[..., 0]
 
 
-def _foreground(path: Path, stored: NDArray) -> tuple[NDArray[np.intp], Flat]:
+def _foreground(path: Path, stored: NDArray[Any]) -> tuple[NDArray[np.intp], Flat]:
     """Return the flat positions of all pixels that are not background, and their ids."""
     if stored.dtype.kind not in 'buif':
         raise LabelMapError(f'{path}: values of type {stored.dtype}; expected ids as numbers.')
@@ -233,7 +235,7 @@ def _foreground(path: Path, stored: NDArray) -> tuple[NDArray[np.intp], Flat]:
     return at, ids
 
 
-def _bad_ids(path: Path, values: NDArray) -> str:
+def _bad_ids(path: Path, values: NDArray[Any]) -> str:
     """Say what is wrong with ids of which at least one is."""
     wide = values.astype(np.float64)
     finite = np.isfinite(wide)
@@ -265,7 +267,7 @@ def read_label_layers(case: Case) -> LabelLayers:
         LabelMapError: See :func:`read_label_map`.
     """
     n_pixels = case.image_hw[0] * case.image_hw[1]
-    layers = [np.zeros(n_pixels, dtype=np.int32)]
+    layers: list[NDArray[np.int32]] = [np.zeros(n_pixels, dtype=np.int32)]
     layer_of, class_ids, original_ids = [], [], []
     n_before = 0
     for class_id in sorted(case.label_paths):

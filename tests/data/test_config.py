@@ -65,7 +65,8 @@ def test_what_is_not_said_is_as_the_data_set_has_it() -> None:
 
 
 def test_a_built_data_set_says_the_same() -> None:
-    from cellseg_mm.pipeline.dataset import CellDataset  # imports torch
+    import cellseg_mm.components  # noqa: F401  imports torch; registers the pipeline's steps
+    from cellseg_mm.pipeline.dataset import CellDataset
 
     with DefaultScope.overwrite_default_scope('mmdet'):
         dataset = CellDataset(**{k: v for k, v in DATASET.items() if k != 'type'}, lazy_init=True)

@@ -96,13 +96,15 @@ def blob(
     outline = np.full_like(theta, radius)
     for k in (2, 3, 4, 5):
         outline += radius * wobble * rng.normal() * np.cos(k * theta + rng.uniform(0, 2 * np.pi))
-    return (outline - np.hypot(u, v)).astype(np.float32)
+    inside: Field = (outline - np.hypot(u, v)).astype(np.float32)
+    return inside
 
 
 def _disc(size: int, centre_yx: Point, radius: float) -> Field:
     """Return the distance in px to a circle's outline, positive inside."""
     y, x = _grid(size)
-    return (radius - np.hypot(y - centre_yx[0], x - centre_yx[1])).astype(np.float32)
+    inside: Field = (radius - np.hypot(y - centre_yx[0], x - centre_yx[1])).astype(np.float32)
+    return inside
 
 
 def _strand(size: int, start: Point, end: Point, half_width: float) -> Field:
@@ -112,7 +114,8 @@ def _strand(size: int, start: Point, end: Point, half_width: float) -> Field:
     along = ((y - start[0]) * line[0] + (x - start[1]) * line[1]) / max(line @ line, 1e-6)
     along = np.clip(along, 0, 1)
     away = np.hypot(y - start[0] - along * line[0], x - start[1] - along * line[1])
-    return (half_width - away).astype(np.float32)
+    inside: Field = (half_width - away).astype(np.float32)
+    return inside
 
 
 def _epithelial(rng: Rng) -> Sprite:

@@ -112,7 +112,7 @@ def _window(
 
 
 def _is_connected(mask: Mask) -> bool:
-    return ndimage.label(mask)[1] == 1
+    return bool(ndimage.label(mask)[1] == 1)
 
 
 def _try_place(placed: Placed, sprite: Sprite, centre_yx: NDArray[np.float64]) -> bool:
@@ -190,7 +190,8 @@ def _fibres(rng: Rng, hw: tuple[int, int]) -> Field:
     y, x = np.mgrid[: hw[0], : hw[1]].astype(np.float32)
     along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
     across = across + 14 * smooth_noise(rng, hw, 70) + 3 * smooth_noise(rng, hw, 22)
-    return ndimage.map_coordinates(texture, [across, along], order=1, mode='grid-wrap')
+    fibres: Field = ndimage.map_coordinates(texture, [across, along], order=1, mode='grid-wrap')
+    return fibres
 
 
 def _tissue(rng: Rng, hw: tuple[int, int], scene: Scene) -> Field:
@@ -302,7 +303,8 @@ def _develop(rng: Rng, dye: Field, stain: Stain) -> NDArray[np.uint8]:
     light = stain.white.astype(np.float32) * np.exp(-density)
     light = ndimage.gaussian_filter(light, (stain.blur_px, stain.blur_px, 0))
     light += rng.standard_normal(light.shape).astype(np.float32) * 2.2
-    return np.clip(np.rint(light), 0, 255).astype(np.uint8)
+    picture: NDArray[np.uint8] = np.clip(np.rint(light), 0, 255).astype(np.uint8)
+    return picture
 
 
 @dataclass(frozen=True, slots=True)

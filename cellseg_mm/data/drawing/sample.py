@@ -25,7 +25,8 @@ from cellseg_mm.core.errors import CellSegError
 from cellseg_mm.core.files import JsonValue, write_json, write_text
 from cellseg_mm.data.case_writer import write_case, write_image
 from cellseg_mm.data.config import N_CLASSES
-from cellseg_mm.data.drawing.pictures import DENSE_SCENE, SCENES, Picture, Rng, Stain, draw_picture
+from cellseg_mm.data.drawing.cells import Rng
+from cellseg_mm.data.drawing.pictures import DENSE_SCENE, SCENES, Picture, Stain, draw_picture
 
 SMALLEST_HW, LARGEST_HW = (40, 60), (700, 500)
 

@@ -123,7 +123,7 @@ def _label_errors(case: Case) -> list[str]:
 
 def _pixel_hash(image: NDArray[np.uint8]) -> str:
     digest = hashlib.sha256(f'{image.shape[0]}x{image.shape[1]}:'.encode())
-    digest.update(image)
+    digest.update(image.data)
     return digest.hexdigest()[:32]
 
 

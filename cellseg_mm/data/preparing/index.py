@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from cellseg_mm.data.cases import Case
 from cellseg_mm.data.preparing.case_checks import CaseFacts, Finding
@@ -21,7 +22,7 @@ INDEX_VERSION = 1
 class _Index:
     """Facts of an earlier run, by case; see :func:`_fingerprint` for when they count."""
 
-    entries: dict[str, dict]
+    entries: dict[str, dict[str, Any]]
     n_reused: int = 0
 
     @classmethod
@@ -52,7 +53,7 @@ class _Index:
         cases: Sequence[tuple[Case, bool]],
         all_facts: Sequence[CaseFacts],
         params: PrepareParams,
-    ) -> dict:
+    ) -> dict[str, Any]:
         """Return the JSON value of a new index; cases with errors are read again next time."""
         entries = {
             _index_key(case, is_labelled): {'files': _fingerprint(case), 'facts': asdict(facts)}
@@ -62,7 +63,7 @@ class _Index:
         return {'settings': _index_settings(params), 'cases': dict(sorted(entries.items()))}
 
 
-def _index_settings(params: PrepareParams) -> dict:
+def _index_settings(params: PrepareParams) -> dict[str, int]:
     return {
         'version': INDEX_VERSION,
         'n_classes': len(params.class_names),
@@ -88,7 +89,7 @@ def _fingerprint(case: Case) -> dict[str, list[int | str]]:
     return result
 
 
-def _facts_from_json(value: dict, case: Case) -> CaseFacts:
+def _facts_from_json(value: dict[str, Any], case: Case) -> CaseFacts:
     facts = CaseFacts(
         name=case.name,
         image_hw=case.image_hw,

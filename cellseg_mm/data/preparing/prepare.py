@@ -17,6 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -262,7 +263,7 @@ def _existing_folds(path: Path, made: Folds, params: PrepareParams) -> Folds | N
     return replace(old, excluded=made.excluded)
 
 
-def _write_results(report: PrepareReport, out_dir: Path, index: dict) -> None:
+def _write_results(report: PrepareReport, out_dir: Path, index: dict[str, Any]) -> None:
     try:
         write_json(out_dir / INDEX, index, indent=None)
         write_text(out_dir / DATA_REPORT, full_text(report))
