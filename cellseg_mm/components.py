@@ -6,7 +6,7 @@ Stock MMDetection tools run our configs too, because a config file imports this 
 from __future__ import annotations
 
 from cellseg_mm.detectors import hook
-from cellseg_mm.model import box_precision, caps, mask_head, tta
+from cellseg_mm.model import box_precision, caps, efficientnet_lite, mask_head, tta
 from cellseg_mm.pipeline import colour, copy_paste, dataset, geometry, loading, seeding
 from cellseg_mm.training import fold_guard, hooks, metric, optim, pictures
 from cellseg_mm.weights import published, report_hook
@@ -18,6 +18,7 @@ __all__ = [
     'colour',
     'copy_paste',
     'dataset',
+    'efficientnet_lite',
     'fold_guard',
     'geometry',
     'hook',

