@@ -141,7 +141,9 @@ def test_folders_of_any_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (dataset.data_root, dataset.folds_file) == ('data', 'auto')
 
 
-@pytest.mark.parametrize('folder', ['.', 'strong', 'lsj1024', 'scratch', 'laptop', 'sample', 'gpu'])
+@pytest.mark.parametrize(
+    'folder', ['.', 'strong', 'lsj1024', 'scratch', 'laptop', 'sample', 'gpu', 'laptop-quick']
+)
 def test_own_classes_and_colours_are_said_once(folder: str, tmp_path: Path) -> None:
     """As README says: change the base file, and every recipe follows."""
     configs = shutil.copytree(ROOT / 'configs', tmp_path / 'configs')

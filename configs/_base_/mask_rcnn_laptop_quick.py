@@ -1,0 +1,13 @@
+# The quick recipe for a machine without a GPU: the files' own resolution, 400 iterations.
+_base_ = './mask_rcnn_lite.py'
+
+max_iters = 400
+train_cfg = dict(max_iters=max_iters, val_interval=200)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
+    dict(
+        type='CosineAnnealingLR', eta_min_ratio=0.01, by_epoch=False, begin=0, end=max_iters,
+        T_max=max_iters,
+    ),
+]  # fmt: skip
+default_hooks = dict(checkpoint=dict(interval=200))
