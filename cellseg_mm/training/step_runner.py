@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,6 +86,45 @@ def _note(lock: TextIO, text: str) -> None:
     lock.flush()
 
 
+class Screen:
+    """What a person sees of steps that run side by side.
+
+    Lines that stay go to standard output, whole; on a terminal a last line on standard error tells
+    how far the running steps are, and makes room whenever a line comes.
+    """
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._now: dict[str, str] = {}
+        self.is_live = sys.stderr.isatty()
+
+    def say(self, line: str) -> None:
+        """Print a line."""
+        with self._guard:
+            self._draw('')
+            sys.stdout.write(f'{line}\n')  # print() would write the end by itself
+            sys.stdout.flush()
+            self._draw('; '.join(self._now.values()))
+
+    def show(self, name: str, progress: str) -> None:
+        """Tell how far a step is."""
+        with self._guard:
+            self._now[name] = f'{name}: {progress}'
+            self._draw('; '.join(self._now.values()))
+
+    def forget(self, name: str) -> None:
+        """Show a step no more."""
+        with self._guard:
+            self._now.pop(name, None)
+            self._draw('; '.join(self._now.values()))
+
+    def _draw(self, text: str) -> None:
+        if self.is_live:
+            width = shutil.get_terminal_size().columns - 1  # a line that wraps cannot be taken back
+            sys.stderr.write(f'\r\x1b[K{text[:width]}')
+            sys.stderr.flush()
+
+
 class StepRunner:
     """Runs steps and ends them when this process is told to end; use it as a context.
 
@@ -94,6 +134,7 @@ class StepRunner:
 
     def __init__(self, lock: TextIO) -> None:
         self._lock = lock
+        self._screen = Screen()
         self._guard = threading.Lock()
         self._running: list[subprocess.Popen] = []
         self._stopped_by = 0
@@ -171,16 +212,17 @@ class StepRunner:
 
     def _run(self, step: Step, device: str) -> None:
         if step.done:
-            print(f'{step.name}: nothing to do ({step.reason})', flush=True)
+            self._screen.say(f'{step.name}: nothing to do ({step.reason})')
             return
-        print(f'{step.name} ... (log: {step.log_path})', flush=True)
+        self._screen.say(f'{step.name} ... (log: {step.log_path})')
         step.log_path.parent.mkdir(parents=True, exist_ok=True)
         with step.log_path.open('ab') as log:
             start = log.tell()
             process = self._start(step, device, log.fileno())
             try:
-                code = _wait_and_show(process, step, start)
+                code = _wait_and_show(process, step, start, self._screen)
             finally:
+                self._screen.forget(step.name)
                 with self._guard:
                     if process.poll() is not None:
                         self._running.remove(process)
@@ -212,19 +254,14 @@ class StepRunner:
         return process
 
 
-def _wait_and_show(process: subprocess.Popen, step: Step, start: int) -> int:
+def _wait_and_show(process: subprocess.Popen, step: Step, start: int, screen: Screen) -> int:
     """Wait for a step; on a terminal, show the newest progress that its log tells of."""
-    if not sys.stderr.isatty():
-        return process.wait()
-    while True:
+    while screen.is_live:
         try:
-            code = process.wait(timeout=1)
-            break
+            return process.wait(timeout=1)
         except subprocess.TimeoutExpired:
-            text = f'{step.name}: {progress_of(step.log_path, start)}'
-            print(f'\r\x1b[K  {text}', end='', file=sys.stderr)
-    print('\r\x1b[K', end='', file=sys.stderr)
-    return code
+            screen.show(step.name, progress_of(step.log_path, start))
+    return process.wait()
 
 
 def progress_of(log_path: Path, start: int = 0) -> str:

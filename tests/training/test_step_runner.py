@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from cellseg_mm.core.errors import CellSegError
-from cellseg_mm.training.step_runner import StepRunner, locked, progress_of
+from cellseg_mm.training.step_runner import Screen, StepRunner, locked, progress_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -130,6 +131,64 @@ def test_a_killed_run_keeps_the_place_while_its_command_lives(tmp_path: Path) ->
         time.sleep(0.05)
     assert (tmp_path / 'lock').read_text()  # the stale note is no lock
     run([], tmp_path)
+
+
+class Terminal(io.StringIO):
+    """Both streams of a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def lines(self) -> list[str]:
+        """Return what is to be seen: a return and ``ESC [K`` take a line back."""
+        return [line.split('\r\x1b[K')[-1] for line in self.getvalue().split('\n')]
+
+
+def make_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """Put a terminal in place; pytest undoes it between a fixture and its test."""
+    both = Terminal()
+    monkeypatch.setattr(sys, 'stdout', both)
+    monkeypatch.setattr(sys, 'stderr', both)
+    monkeypatch.setenv('COLUMNS', '60')
+    return both
+
+
+def test_a_line_never_follows_progress_on_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = make_terminal(monkeypatch)
+    screen = Screen()
+    screen.say('train fold 0 ...')
+    screen.show('train fold 0', 'train 20/100, ETA 0:01:00')
+    screen.say('train fold 1 ...')
+    screen.show('train fold 1', 'starting')
+    both = 'train fold 0: train 20/100, ETA 0:01:00; train fold 1: starting'
+    assert terminal.lines() == ['train fold 0 ...', 'train fold 1 ...', both[:59]]
+    screen.forget('train fold 0')
+    screen.say('test fold 0 ...')
+    assert terminal.lines()[2:] == ['test fold 0 ...', 'train fold 1: starting']
+    screen.forget('train fold 1')
+    assert terminal.lines()[-1] == ''
+
+
+def test_steps_side_by_side_leave_whole_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = make_terminal(monkeypatch)
+    names = [f'step {i}' for i in range(4)]
+    chains = [[Command(name, 'import time; time.sleep(2)', tmp_path / name)] for name in names]
+    run(chains, tmp_path, devices=('', ''))
+    assert sorted(terminal.lines()) == ['', *(f'{n} ... (log: {tmp_path / n})' for n in names)]
+    assert 'step 0: starting' in terminal.getvalue()
+
+
+def test_no_progress_line_in_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(sys, 'stdout', out)
+    monkeypatch.setattr(sys, 'stderr', out)
+    screen = Screen()
+    screen.show('train fold 0', 'starting')
+    screen.say('train fold 1 ...')
+    screen.forget('train fold 0')
+    assert out.getvalue() == 'train fold 1 ...\n'
 
 
 def test_progress_is_the_newest_of_this_start(tmp_path: Path) -> None:
