@@ -196,7 +196,9 @@ class WeightsReportHook(Hook):
         """
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         if not self._expected:
-            runner.logger.info('Weights: no file was loaded; all start from the initialisation.')
+            parts = [f'{name} starts from {file}' for name, file in pretrained_parts(model).items()]
+            parts.append(f'all{" others" if parts else ""} start from the initialisation.')
+            runner.logger.info(f'Weights: no file was loaded; {"; ".join(parts)}')
         own = model.state_dict()
         wrong = [
             name
@@ -210,6 +212,16 @@ class WeightsReportHook(Hook):
                 f'({_shorten(wrong)}); equal values were expected; a hook or init_cfg that runs '
                 'after loading changes them: remove it'
             )
+
+
+def pretrained_parts(model: nn.Module) -> dict[str, str]:
+    """Return the file of each part that fills itself from one, by the part's name."""
+    inits = {name: getattr(part, 'init_cfg', None) for name, part in model.named_modules()}
+    return {
+        name: str(init['checkpoint'])
+        for name, init in inits.items()
+        if isinstance(init, Mapping) and init.get('type') == 'Pretrained'
+    }
 
 
 def _part_of(name: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-import cellseg_mm  # noqa: F401  (makes mmdet importable where mmcv has no compiled ops)
+import cellseg_mm
 
 torch = pytest.importorskip('torch')
 pytest.importorskip('mmdet')
@@ -17,6 +17,7 @@ from mmdet.registry import MODELS  # noqa: E402
 from mmengine.runner.checkpoint import CheckpointLoader  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
+import cellseg_mm.components  # noqa: E402, F401  (registers what is built here)
 from cellseg_mm.core.errors import CheckpointError, ConfigError  # noqa: E402
 from cellseg_mm.model.efficientnet_lite import (  # noqa: E402
     EfficientNetLite,
@@ -25,6 +26,7 @@ from cellseg_mm.model.efficientnet_lite import (  # noqa: E402
     same_padding,
 )
 from cellseg_mm.weights.loaders import load_from_package  # noqa: E402
+from cellseg_mm.weights.report_hook import pretrained_parts  # noqa: E402
 
 pytestmark = pytest.mark.mm
 
@@ -231,3 +233,10 @@ def test_norm_eval_keeps_statistics_and_trains_the_rest() -> None:
     sum(output.mean() for output in net(torch.from_numpy(picture(64, 64)).float()[None])).backward()
     assert net.stem.norm.running_mean.equal(before)
     assert net.stem.norm.weight.grad is not None
+
+
+def test_the_log_names_the_file_that_a_backbone_starts_from() -> None:
+    init = {'type': 'Pretrained', 'checkpoint': LITE0}
+    model = torch.nn.ModuleDict({'backbone': EfficientNetLite(init_cfg=init)})
+    assert pretrained_parts(model) == {'backbone': LITE0}
+    assert pretrained_parts(EfficientNetLite()) == {}

@@ -22,9 +22,9 @@ from mmengine.structures import InstanceData  # noqa: E402
 from torch import nn  # noqa: E402
 
 from cellseg_mm.core.errors import ConfigError  # noqa: E402
-from cellseg_mm.detectors.member_models import Source, load_members  # noqa: E402
+from cellseg_mm.detectors.member_models import MemberSource, load_members  # noqa: E402
 from cellseg_mm.model.detections import to_instance_set  # noqa: E402
-from tests.conftest import ROOT  # noqa: E402
+from tests.support.micro import ROOT  # noqa: E402
 
 pytestmark = pytest.mark.mm
 
@@ -132,7 +132,7 @@ def test_members_of_an_ensemble_have_their_recipes_format(tmp_path: Path) -> Non
     path = tmp_path / 'member.pth'
     state = build('contiguous').state_dict()
     torch.save({'state_dict': state, 'meta': {'cellseg': {'class_names': list(CLASSES)}}}, path)
-    source = Source(recipe('channels_last'), 'fold0.py', path)
+    source = MemberSource(recipe('channels_last'), 'fold0.py', path)
     with DefaultScope.overwrite_default_scope('mmdet'):
         (loaded,) = load_members([source], CLASSES)
     assert all(map(is_channels_last, convolutions(loaded.model)))
