@@ -18,7 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from mmdet.models.roi_heads import StandardRoIHead
 from mmdet.models.roi_heads.mask_heads import FCNMaskHead
+from mmdet.models.task_modules.samplers import SamplingResult
 from mmdet.registry import MODELS
 from mmengine.config import ConfigDict
 from mmengine.structures import InstanceData
@@ -50,7 +52,13 @@ class CellMaskHead(FCNMaskHead):
             ``DumpDetResults``, which cannot read RLE; see also ``detections.to_stock_masks``.
         keep_mask_probs: Add ``mask_probs`` (N, S, S) float16, the probabilities of the predicted
             class inside ``mask_boxes`` (N, 4) float32 xyxy px, the box before anything moves it.
+
+    Attributes:
+        frame: The masks' grid covers the box made larger by this, about its centre; set by
+            ``CellRoIHead``, which pools the features there.
     """
+
+    frame: float = 1.0
 
     def __init__(
         self, *args: object, rle_masks: bool = True, keep_mask_probs: bool = False, **kwargs: object
@@ -58,6 +66,29 @@ class CellMaskHead(FCNMaskHead):
         super().__init__(*args, **kwargs)
         self.rle_masks = rle_masks
         self.keep_mask_probs = keep_mask_probs
+
+    def get_targets(
+        self,
+        sampling_results: list[SamplingResult],
+        batch_gt_instances: list[InstanceData],
+        rcnn_train_cfg: ConfigDict,
+    ) -> Tensor:
+        """Return the mask of each positive sample in its frame, (R, S, S) float32."""
+        if self.frame == 1:
+            return super().get_targets(sampling_results, batch_gt_instances, rcnn_train_cfg)
+        size = rcnn_train_cfg.mask_size
+        targets = []
+        for sampled, cells in zip(sampling_results, batch_gt_instances, strict=True):
+            boxes = enlarged(sampled.pos_priors.detach(), self.frame)
+            found = cells.masks.crop_and_resize(
+                boxes.cpu().numpy(),
+                (size, size) if isinstance(size, int) else tuple(size),
+                sampled.pos_assigned_gt_inds.cpu().numpy(),
+                device=boxes.device,
+                binarize=not rcnn_train_cfg.get('soft_mask_target', False),
+            )
+            targets.append(torch.from_numpy(found.to_ndarray()).float().to(boxes.device))
+        return torch.cat(targets)
 
     def predict_by_feat(
         self,
@@ -71,7 +102,8 @@ class CellMaskHead(FCNMaskHead):
         """Add masks to the detections of a batch; see ``FCNMaskHead.predict_by_feat``.
 
         Raises:
-            ConfigError: ``mask_thr_binary`` is not above 0, which has no meaning for RLE.
+            ConfigError: ``mask_thr_binary`` is not above 0, which has no meaning for RLE; or masks
+                have a frame of their own and are wanted as MMDetection's tensor.
         """
         keep_probs = rcnn_test_cfg.get('keep_mask_probs', self.keep_mask_probs)
         as_rle = rcnn_test_cfg.get('rle_masks', self.rle_masks)
@@ -81,7 +113,13 @@ class CellMaskHead(FCNMaskHead):
                 # MMDetection divides the boxes in place here too: the box head left it to us.
                 image_hw = _image_hw(results.bboxes, img_meta, rescale)
                 results.masks = encode_masks(
-                    probs, results.bboxes, image_hw, threshold=rcnn_test_cfg.mask_thr_binary
+                    probs, self._frames(results), image_hw, threshold=rcnn_test_cfg.mask_thr_binary
+                )
+            elif self.frame != 1:
+                raise ConfigError(
+                    "rle_masks=False: MMDetection's masks end at the box, these reach "
+                    f'{self.frame} times as far; expected model.roi_head.mask_frame=1; leave out '
+                    'rle_masks=False'
                 )
             else:
                 super().predict_by_feat(
@@ -89,8 +127,11 @@ class CellMaskHead(FCNMaskHead):
                 )
             if keep_probs:
                 results.mask_probs = probs.to(torch.float16)
-                results.mask_boxes = results.bboxes.clone()
+                results.mask_boxes = self._frames(results).clone()
         return results_list
+
+    def _frames(self, results: InstanceData) -> Tensor:
+        return results.bboxes if self.frame == 1 else enlarged(results.bboxes, self.frame)
 
     def _probs_of_label(
         self, mask_preds: Tensor, results: InstanceData, activate_map: bool
@@ -105,6 +146,56 @@ class CellMaskHead(FCNMaskHead):
         if self.class_agnostic:
             return mask_preds[:, 0]
         return mask_preds[torch.arange(len(mask_preds), device=mask_preds.device), results.labels]
+
+
+@MODELS.register_module()
+class CellRoIHead(StandardRoIHead):
+    """``StandardRoIHead`` whose masks may reach beyond their box; the weights are the same.
+
+    A box that is a little too small then no longer cuts its cell straight.
+
+    Args:
+        mask_frame: Features, targets and pasted masks belong to the box made larger by this about
+            its centre; 1 is ``StandardRoIHead``.
+
+    Raises:
+        ConfigError: ``mask_frame`` is below 1, or the mask head is not ``CellMaskHead``.
+    """
+
+    def __init__(self, *args: object, mask_frame: float = 1.0, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        if mask_frame < 1:
+            raise ConfigError(
+                f'model.roi_head.mask_frame: found {mask_frame}; expected 1 or more (1.25 leaves a '
+                'margin of an eighth of the box on each side); correct it'
+            )
+        if mask_frame != 1 and not isinstance(self.mask_head, CellMaskHead):
+            raise ConfigError(
+                f'model.roi_head.mask_frame: found {mask_frame} with a '
+                f'{type(self.mask_head).__name__}; expected a CellMaskHead; set '
+                "model.roi_head.mask_head.type='CellMaskHead'"
+            )
+        self.mask_frame = mask_frame
+        if mask_frame != 1:
+            self.mask_head.frame = mask_frame
+
+    def _mask_forward(
+        self,
+        x: tuple[Tensor, ...],
+        rois: Tensor | None = None,
+        pos_inds: Tensor | None = None,
+        bbox_feats: Tensor | None = None,
+    ) -> dict:
+        if rois is not None and self.mask_frame != 1:
+            rois = torch.cat([rois[:, :1], enlarged(rois[:, 1:], self.mask_frame)], dim=1)
+        return super()._mask_forward(x, rois, pos_inds, bbox_feats)
+
+
+def enlarged(boxes_xyxy: Tensor, factor: float) -> Tensor:
+    """Return (N, 4) boxes ``factor`` times as wide and high about the same centres."""
+    low, high = boxes_xyxy[:, :2], boxes_xyxy[:, 2:]
+    margin = (high - low) * ((factor - 1) / 2)
+    return torch.cat([low - margin, high + margin], dim=1)
 
 
 def _image_hw(boxes_xyxy: Tensor, img_meta: dict, rescale: bool) -> tuple[int, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -14,14 +16,15 @@ from mmdet.evaluation.metrics import CocoMetric  # noqa: E402
 from mmdet.models.roi_heads.mask_heads import FCNMaskHead  # noqa: E402
 from mmdet.models.roi_heads.mask_heads.fcn_mask_head import _do_paste_mask  # noqa: E402
 from mmdet.registry import MODELS  # noqa: E402
-from mmdet.structures.mask import encode_mask_results  # noqa: E402
+from mmdet.structures.mask import BitmapMasks, encode_mask_results  # noqa: E402
 from mmengine.config import ConfigDict  # noqa: E402
+from mmengine.registry import DefaultScope  # noqa: E402
 from mmengine.structures import InstanceData  # noqa: E402
 from pycocotools import mask as coco_mask  # noqa: E402
 
 from cellseg_mm.core.errors import ConfigError  # noqa: E402
 from cellseg_mm.model import mask_head  # noqa: E402
-from cellseg_mm.model.mask_head import CellMaskHead, encode_masks, paste_runs  # noqa: E402
+from cellseg_mm.model.mask_head import CellMaskHead, CellRoIHead, encode_masks, enlarged, paste_runs  # noqa: E402
 
 pytestmark = pytest.mark.mm
 
@@ -312,3 +315,86 @@ def test_rle_passes_through_indexing_and_coco_metric() -> None:
     }
     metric.process({}, [sample])
     assert metric.results[0][1]['masks'] == kept.masks
+
+
+# ------------------------------------------------------------------------- the masks' frame
+
+
+def discs(hw: tuple[int, int], centres_yx: list, radius: float) -> np.ndarray:
+    """Return (N, H, W) uint8 discs."""
+    y, x = np.mgrid[: hw[0], : hw[1]] + 0.5
+    near = [(y - cy) ** 2 + (x - cx) ** 2 <= radius**2 for cy, cx in centres_yx]
+    return np.stack(near).astype(np.uint8)
+
+
+def painted_back(frame: float, boxes: torch.Tensor, masks: np.ndarray) -> np.ndarray:
+    """Paste what a head with this frame is trained on, as if it had learned it exactly."""
+    head = CellMaskHead(num_classes=1)
+    head.frame = frame
+    sampled = SimpleNamespace(pos_priors=boxes, pos_assigned_gt_inds=torch.arange(len(boxes)))
+    cells = InstanceData(masks=BitmapMasks(masks, *masks.shape[1:]))
+    targets = head.get_targets([sampled], [cells], ConfigDict(mask_size=28))
+    logits = ((targets - 0.5) * 40)[:, None]
+    results = InstanceData(bboxes=boxes.clone(), labels=torch.zeros(len(boxes), dtype=torch.long))
+    meta = {'ori_shape': masks.shape[1:], 'scale_factor': (1.0, 1.0)}
+    cfg = ConfigDict(mask_thr_binary=0.5, keep_mask_probs=True)
+    (found,) = head.predict_by_feat([logits], [results], [meta], cfg, rescale=True)
+    assert torch.equal(found.mask_boxes, enlarged(boxes, frame))
+    assert torch.equal(found.bboxes, boxes)
+    return decoded(found.masks)
+
+
+def test_a_frame_around_the_box_keeps_what_a_small_box_cuts() -> None:
+    centres = [(30.0, 40.0), (60.0, 80.0), (8.0, 90.0)]  # the last reaches over the image's edge
+    masks = discs((90, 100), centres, 12)
+    boxes = torch.tensor([[cx - 9, cy - 9, cx + 9, cy + 9] for cy, cx in centres])
+
+    def iou(found: np.ndarray) -> np.ndarray:
+        return (found & (masks > 0)).sum((1, 2)) / (found | (masks > 0)).sum((1, 2))
+
+    cut, whole = (iou(painted_back(frame, boxes, masks).astype(bool)) for frame in (1.0, 1.5))
+    assert (cut < 0.8).all()
+    assert (whole > 0.93).all()
+
+
+def roi_head(**options: object) -> CellRoIHead:
+    extractor = {
+        'type': 'SingleRoIExtractor', 'out_channels': 4, 'featmap_strides': [4],
+        'roi_layer': {'type': 'RoIAlign', 'output_size': 7, 'sampling_ratio': 0},
+    }  # fmt: skip
+    mask_head = {'type': 'CellMaskHead', 'num_convs': 1, 'in_channels': 4, 'conv_out_channels': 4}
+    settings = {'mask_roi_extractor': extractor, 'mask_head': mask_head, **options}
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        return CellRoIHead(**settings)
+
+
+def test_features_come_from_the_frame() -> None:
+    torch.manual_seed(0)
+    stock, framed = roi_head(), roi_head(mask_frame=1.25)
+    framed.load_state_dict(stock.state_dict())
+    x = (torch.randn(1, 4, 30, 30),)
+    rois = torch.tensor([[0.0, 20, 24, 60, 44]])
+    larger = torch.tensor([[0.0, 15, 21.5, 65, 46.5]])
+    with torch.no_grad():
+        ours = framed._mask_forward(x, rois)['mask_preds']
+        assert ours.equal(stock._mask_forward(x, larger)['mask_preds'])
+        assert not ours.equal(stock._mask_forward(x, rois)['mask_preds'])
+    assert (stock.mask_head.frame, framed.mask_head.frame) == (1.0, 1.25)
+
+
+def test_frames_without_meaning_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r'mask_frame: found 0\.8; expected 1 or more'):
+        roi_head(mask_frame=0.8)
+    other = {'type': 'FCNMaskHead', 'num_convs': 1, 'in_channels': 4, 'conv_out_channels': 4}
+    with pytest.raises(ConfigError, match='expected a CellMaskHead'):
+        roi_head(mask_frame=1.25, mask_head=other)
+
+
+def test_a_frame_cannot_be_had_as_stock_masks() -> None:
+    head = CellMaskHead(num_classes=1, rle_masks=False)
+    head.frame = 1.25
+    results = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
+    meta = {'ori_shape': (9, 9), 'scale_factor': (1.0, 1.0)}
+    cfg = ConfigDict(mask_thr_binary=0.5)
+    with pytest.raises(ConfigError, match=r'1\.25 times as far'):
+        head.predict_by_feat([torch.zeros(0, 1, 28, 28)], [results], [meta], cfg)
