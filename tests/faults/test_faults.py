@@ -28,12 +28,12 @@ from cellseg_mm.data.folds import Folds, load_folds, save_folds
 from cellseg_mm.data.labels import find_cases
 from cellseg_mm.pipeline.dataset import CellDataset
 from cellseg_mm.results import predictions
-from cellseg_mm.training import load_config as launch
+from cellseg_mm.training import load_config as loading
 from cellseg_mm.weights import checkpoints
 from cellseg_mm.weights.loaders import AtomicLocalBackend
-from tests.conftest import ROOT
 from tests.faults import kill
 from tests.faults.jobs import files_digest, prepare_data
+from tests.support.micro import ROOT
 
 pytestmark = pytest.mark.mm
 assert cellseg_mm.components
@@ -117,10 +117,10 @@ def test_ctrl_c_says_how_to_go_on(
 ) -> None:
     """The same command without --resume would train from the start again."""
 
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(launch, 'load_config', interrupt)
+    monkeypatch.setattr(loading, 'load_config', interrupt)
     monkeypatch.setattr(
         sys,
         'argv',

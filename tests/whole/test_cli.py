@@ -12,7 +12,7 @@ import pytest
 
 from cellseg_mm.cli import add_config_arguments, run_tool
 from cellseg_mm.core.errors import ConfigError
-from tests.conftest import ROOT
+from tests.support.micro import ROOT
 
 TOOLS = sorted(path.name for path in (ROOT / 'tools').glob('*.py'))
 
