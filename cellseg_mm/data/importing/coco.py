@@ -141,9 +141,11 @@ def as_id(value: object) -> Id | None:
         return None
     if isinstance(value, float):
         return int(value) if value.is_integer() else None
-    if isinstance(value, str) and value.isdecimal() and value.isascii() and len(value) < 20:
+    if not isinstance(value, str):
+        return value
+    if value.isdecimal() and value.isascii() and len(value) < 20:
         return int(value)
-    return value if value != '' else None
+    return composed(value) or None
 
 
 def _require_different(source: Path, key: str, rows: Sequence[Row]) -> None:
@@ -162,7 +164,7 @@ def _require_different(source: Path, key: str, rows: Sequence[Row]) -> None:
 
 
 def _which(row: Row) -> str:
-    return f'annotation {row.get("id", "without id")}'
+    return composed(f'annotation {row.get("id", "without id")}')
 
 
 # ---- classes ----
@@ -343,6 +345,7 @@ def _path_text(entry: Row) -> str:
     name = entry.get('file_name')
     if not isinstance(name, str):
         return ''
+    name = name.encode('utf-8', 'backslashreplace').decode()  # JSON holds half surrogates
     return name if '/' in name else name.replace('\\', '/')
 
 

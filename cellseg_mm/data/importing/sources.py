@@ -143,8 +143,11 @@ def first_of(words: Iterable[str]) -> str:
 
 
 def composed(text: str) -> str:
-    """Return one spelling of accents; macOS decomposes them, most files do not."""
-    return unicodedata.normalize('NFC', text)
+    """Return one spelling of accents (macOS decomposes them) that can be written as UTF-8.
+
+    JSON can smuggle half a surrogate pair in.
+    """
+    return unicodedata.normalize('NFC', text.encode('utf-8', 'backslashreplace').decode())
 
 
 # ---- folders ----

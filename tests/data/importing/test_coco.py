@@ -356,3 +356,14 @@ def test_a_cell_in_two_parts_is_one(tmp_path: Path) -> None:
     report = run('coco', source, tmp_path / 'out')
     assert_masks(stored(tmp_path / 'out', 'a'), {1: [torn]})
     assert '1 of 1 cells lie in several parts' in report.notes[0]
+
+
+def test_half_letters_of_json_can_be_reported(tmp_path: Path) -> None:
+    source = coco(tmp_path, TWO)
+    half = '\ud800'  # JSON can write it, no file and no terminal can
+    rewrite(source, lambda c: c['annotations'][0].update(id=half, segmentation=[]))
+    rewrite(source, lambda c: c['categories'][0].update(name=half))
+    rewrite(source, lambda c: c['images'].append({'id': half, 'file_name': f'{half}.png'}))
+    report = run('coco', source, tmp_path / 'out')
+    assert len(report.problems) == 1
+    assert report.text().encode().count(b'\\ud800') >= 3

@@ -128,7 +128,7 @@ def test_existing_cases_stay_unless_asked(tmp_path: Path) -> None:
     assert report.problems == ()
     assert not mark.exists()
     two = ImportParams(class_names=('a', 'b'))
-    with pytest.raises(CellSegError, match='has the classes epithelial, .*, this import a, b'):
+    with pytest.raises(CellSegError, match=r'has the classes epithelial, .*, this import a, b'):
         import_data('monusac', source, tmp_path / 'out', two)
     (tmp_path / 'out' / 'import.json').unlink()  # a folder of before
     with pytest.raises(CellSegError, match='import into another folder'):
