@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from cellseg_mm.core.text_table import text_table
+
 Float = NDArray[np.float64]
 SIZE_EDGES_PX = (0, 8, 16, 32, 64, 128)  # sqrt of the box's area, at network scale
 
@@ -94,12 +96,11 @@ class AnchorFit:
         for low, high in itertools.pairwise(edges):
             name = f'{low:.0f} to {high:.0f} px' if np.isfinite(high) else f'from {low:.0f} px'
             rows.append((name, (self.sides_px >= low) & (self.sides_px < high)))
-        head = ''.join(f'{f"IoU < {thr:g}":>14}' for thr in thresholds)
-        lines = [f'{"cells":<18}{"number":>8}{"median IoU":>12}{head}']
+        cells = []
         for name, chosen in rows:
             ious = self.ious[chosen]
-            if not len(ious):
-                continue
-            shares = ''.join(f'{100 * (ious < thr).mean():>13.2f}%' for thr in thresholds)
-            lines.append(f'{name:<18}{len(ious):>8}{np.median(ious):>12.3f}{shares}')
-        return '\n'.join(lines)
+            if len(ious):
+                shares = [f'{100 * (ious < thr).mean():.2f}%' for thr in thresholds]
+                cells.append([name, str(len(ious)), f'{np.median(ious):.3f}', *shares])
+        head = ['cells', 'number', 'median IoU', *(f'IoU < {thr:g}' for thr in thresholds)]
+        return text_table(head, cells)

@@ -1,47 +1,40 @@
 """Tables of plain text.
 
-In: rows of words and numbers. Out: aligned lines. Invariant: one helper aligns them all.
+In: rows of words. Out: aligned lines. Invariant: one helper aligns them all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-import numpy as np
-
-if TYPE_CHECKING:
-    pass
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Align columns: the first to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    lines = []
-    for row in (head, *rows):
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append('  '.join(cells).rstrip())
-    return '\n'.join(lines)
+def text_table(
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    n_left: int = 1,
+    least_width: int = 0,
+    notes: Sequence[str] = (),
+) -> str:
+    """Return a table whose columns are two blanks apart.
 
-
-Row = tuple[str, Sequence[float], str]
-
-
-def _cell(value: float) -> str:
-    return str(int(value)) if isinstance(value, int | np.integer) else f'{value:.4f}'
-
-
-def _grid(head: Sequence[str], rows: Sequence[Row]) -> str:
-    label_width = max(len(head[0]), *(len(label) for label, _, _ in rows))
-    widths = [max(10, len(name)) for name in head[1:]]
-    lines = [
-        head[0].ljust(label_width)
-        + ''.join('  ' + name.rjust(width) for name, width in zip(head[1:], widths, strict=True))
+    Args:
+        head: Names of the columns.
+        rows: Cells of each row; a row may end before the last column.
+        n_left: So many first columns are aligned to the left, the others to the right.
+        least_width: Characters that a column aligned to the right has at least.
+        notes: Text after the last cell of each row; none, or one a row.
+    """
+    table = (head, *rows)
+    widths = [
+        max(0 if i < n_left else least_width, *(len(row[i]) for row in table if i < len(row)))
+        for i in range(len(head))
     ]
-    for label, values, note in rows:
-        cells = ''.join(
-            '  ' + _cell(value).rjust(width) for value, width in zip(values, widths, strict=False)
-        )
-        lines.append(f'{label.ljust(label_width)}{cells}{note}')
+    lines = []
+    for row, note in zip(table, ('', *(notes or [''] * len(rows))), strict=True):
+        cells = [
+            cell.ljust(widths[i]) if i < n_left else cell.rjust(widths[i])
+            for i, cell in enumerate(row)
+        ]
+        lines.append('  '.join([*cells, note]).rstrip())
     return '\n'.join(lines)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from cellseg_mm.core import rle
 from cellseg_mm.core.errors import PredictionError
 from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.core.text_table import text_table
 from cellseg_mm.data.config import N_CLASSES
 from cellseg_mm.results.coco_results import (
     ImageLike,
@@ -292,7 +293,7 @@ def _sum(pairs: Iterable[_Pairs]) -> _Pairs:
 def format_diff(rows: Sequence[DiffRow], class_names: Sequence[str] = ()) -> str:
     """Return the rows of :func:`diff_sets` as a table of text."""
     head = ('image', 'class', 'first', 'second', 'matched', 'mean IoU', 'score shift')
-    table = [head]
+    table = []
     for row in rows:
         known = 0 <= row.class_id < len(class_names)
         name = class_names[row.class_id] if known else str(row.class_id + 1)
@@ -307,11 +308,4 @@ def format_diff(rows: Sequence[DiffRow], class_names: Sequence[str] = ()) -> str
                 f'{row.mean_score_shift:+.4f}',
             )
         )
-    widths = [max(len(line[c]) for line in table) for c in range(len(head))]
-    return '\n'.join(
-        '  '.join(
-            cell.ljust(w) if c < 2 else cell.rjust(w)
-            for c, (cell, w) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in table
-    )
+    return text_table(head, table, n_left=2)

@@ -5,9 +5,15 @@ In: :class:`Scores`. Out: text. Invariant: what was left out of a number is said
 
 from __future__ import annotations
 
-from cellseg_mm.core.text_table import Row, _grid
+from collections.abc import Sequence
+
+import numpy as np
+
+from cellseg_mm.core.text_table import text_table
 from cellseg_mm.scores.average_precision import ApTable, mean_defined
 from cellseg_mm.scores.records import Float, Scores
+
+Row = tuple[str, Sequence[float], str]  # name, mean and a value a class, interval
 
 
 def score_table(scores: Scores) -> str:
@@ -89,9 +95,18 @@ def _error_block(scores: Scores) -> str:
     return _grid(['errors (counts)', 'sum', *scores.class_names], rows)
 
 
+def _grid(head: Sequence[str], rows: Sequence[Row]) -> str:
+    cells = [[name, *map(_number, values)] for name, values, _ in rows]
+    return text_table(head, cells, least_width=10, notes=[note for _, _, note in rows])
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if isinstance(value, int | np.integer) else f'{value:.4f}'
+
+
 def _with_mean(values: Float) -> list[float]:
     return [float(mean_defined(values)), *values.tolist()]
 
 
 def _interval(interval: tuple[float, float] | None) -> str:
-    return '' if interval is None else f'  [{interval[0]:.3f}, {interval[1]:.3f}]'
+    return '' if interval is None else f'[{interval[0]:.3f}, {interval[1]:.3f}]'

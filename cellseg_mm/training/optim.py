@@ -8,6 +8,7 @@ exactly one group, and every key of ``custom_keys`` matches at least one paramet
 from __future__ import annotations
 
 import logging
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,6 +18,7 @@ from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from torch import nn
 
 from cellseg_mm.core.errors import ConfigError
+from cellseg_mm.core.text_table import text_table
 
 REST = '(all others)'
 
@@ -104,9 +106,4 @@ def group_table(groups: list[dict]) -> str:
         )
         for group in groups
     ]
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = [
-        '  '.join(cell.ljust(w) for cell, w in zip(row, widths, strict=True))
-        for row in [head, *rows]
-    ]
-    return '\n'.join(['Parameter groups:', *(f'  {line.rstrip()}' for line in lines)])
+    return 'Parameter groups:\n' + textwrap.indent(text_table(head, rows), '  ')

@@ -18,6 +18,7 @@ from mmengine.runner import BaseLoop
 from torch import Tensor, nn
 
 from cellseg_mm.core.errors import CheckpointError, ConfigError
+from cellseg_mm.core.text_table import text_table
 from cellseg_mm.weights.names import COUNTER, NEW_HEADS
 
 
@@ -48,9 +49,12 @@ class LoadReport:
                 row = parts.setdefault(_part_of(name), [0, 0, 0, 0])
                 row[column] += 1
                 row[column + 1] += self.n_params[name] / 1e6
-        lines = [f'{"part":<20} {"from file":>16} {"new":>16}   (tensors, millions)']
-        for part, (n_file, m_file, n_new, m_new) in parts.items():
-            lines.append(f'{part:<20} {n_file:>6} {m_file:>9.3f} {n_new:>6} {m_new:>9.3f}')
+        cells = [
+            [part, str(n_file), f'{m_file:.3f}', str(n_new), f'{m_new:.3f}']
+            for part, (n_file, m_file, n_new, m_new) in parts.items()
+        ]
+        head = ['part', 'tensors from file', 'millions', 'new tensors', 'millions']
+        lines = [text_table(head, cells)]
         if kept:
             lines.append(f'new: {_shorten(kept)}')
         if self.unused:

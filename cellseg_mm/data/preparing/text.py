@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from cellseg_mm.core.layout import DATA_REPORT, folds_file
-from cellseg_mm.core.text_table import _table
+from cellseg_mm.core.text_table import text_table
 from cellseg_mm.data.preparing.case_checks import Finding
 from cellseg_mm.data.preparing.records import PrepareReport
 
@@ -52,7 +52,7 @@ def screen_text(report: PrepareReport) -> str:
 def _text(report: PrepareReport, *, shown: int | None) -> str:
     parts = [_head(report), class_table(report), size_table(report)]
     if report.folds is not None:
-        parts.append(fold_table(report))
+        parts += [group_line(report), fold_table(report)]
     parts.append(_warning_text(report.warnings, shown))
     if report.errors:
         lines = '\n'.join(f'  {text}' for text in report.errors)
@@ -85,7 +85,7 @@ def class_table(report: PrepareReport) -> str:
         rows.append(
             [name, str(n), str(sum(c > 0 for c in counts)), str(max(counts, default=0)), mean]
         )
-    return _table(['class', 'cells', 'images', 'most in one', 'mean px'], rows)
+    return text_table(['class', 'cells', 'images', 'most in one', 'mean px'], rows)
 
 
 def size_table(report: PrepareReport) -> str:
@@ -97,7 +97,22 @@ def size_table(report: PrepareReport) -> str:
         sides = [max(facts.image_hw) for facts in all_facts]
         columns.append(np.bincount(np.searchsorted(steps[1:], sides), minlength=len(names)))
     rows = [[name, str(a), str(b)] for name, a, b in zip(names, *columns, strict=True)]
-    return _table(['longer side', 'train', 'test'], rows)
+    return text_table(['longer side', 'train', 'test'], rows)
+
+
+def group_line(report: PrepareReport) -> str:
+    """Say in one line where the groups come from."""
+    rule, n_groups = report.rule, len(set(report.groups.values()))
+    sources = []
+    if rule.csv_path is not None:
+        sources.append(f'{rule.csv_path} (columns {rule.name_column} and {rule.group_column})')
+    if rule.regex:
+        sources.append(f'the expression {rule.regex!r}')
+    if rule.alike:
+        sources.append('likeness of images')
+    if report.folds is not None and report.folds.method == 'original':
+        return 'Groups: none, the original split knows none.'
+    return f'Groups: {n_groups} of {len(report.groups)} cases, from {", ".join(sources) or "none"}.'
 
 
 def fold_table(report: PrepareReport) -> str:
@@ -110,7 +125,7 @@ def fold_table(report: PrepareReport) -> str:
         counts = np.array([by_name[name].counts for name in names]).sum(axis=0)
         n_groups = len({report.groups.get(name, f'case:{name}') for name in names})
         rows.append([str(fold), str(len(names)), str(n_groups), *map(str, counts.tolist())])
-    return _table(['fold', 'images', 'groups', *report.class_names], rows)
+    return text_table(['fold', 'images', 'groups', *report.class_names], rows)
 
 
 def _warning_text(warnings: Sequence[Finding], shown: int | None) -> str:
