@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from cellseg_mm.core.arrays import Float
 from cellseg_mm.core.text_table import text_table
 
-Float = NDArray[np.float64]
 SIZE_EDGES_PX = (0, 8, 16, 32, 64, 128)  # sqrt of the box's area, at network scale
 
 

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_mm.core import rle
+from cellseg_mm.core.arrays import Int
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.core.windows import boxes_and_areas
 
-Int = NDArray[np.int64]
 BLOCK = 512  # boxes that are compared with their neighbours at once
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_mm.core import rle
+from cellseg_mm.core.arrays import Int
 
 PROB_KEYS = ('mask_probs', 'mask_boxes')  # of ``extra``: masks before they were cut
 
@@ -212,9 +213,6 @@ def concatenate(sets: Sequence[InstanceSet]) -> InstanceSet:
         rles=tuple(r for s in sets for r in s.rles),
         extra={key: np.concatenate([s.extra[key] for s in sets]) for key in keys},
     )
-
-
-Int = NDArray[np.int64]
 
 
 def canonical_order(instances: InstanceSet, member_of: Int | None = None) -> Int:

@@ -20,9 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
+from cellseg_mm.core.arrays import Int, ranges_of
 from cellseg_mm.core.errors import PredictionError
-
-Int = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +128,7 @@ def encode_runs(runs: Runs) -> list[bytes]:
     has_tail = last_end < n_pixels
     n_counts = 2 * n_runs + has_tail
     begin = np.concatenate([[0], np.cumsum(n_counts)])
-    rank = np.arange(len(runs.starts)) - (np.cumsum(n_runs) - n_runs)[runs.owner]
+    rank = ranges_of(n_runs)
     previous_end = np.where(rank > 0, np.concatenate([[0], runs.ends[:-1]])[: len(rank)], 0)
     counts = np.empty(begin[-1], dtype=np.int64)
     position = begin[runs.owner] + 2 * rank
@@ -141,7 +140,7 @@ def encode_runs(runs: Runs) -> list[bytes]:
 
 def _compress(counts: Int, n_counts: Int) -> list[bytes]:
     begin = np.concatenate([[0], np.cumsum(n_counts)])
-    within = np.arange(len(counts)) - np.repeat(begin[:-1], n_counts)
+    within = ranges_of(n_counts)
     value = counts.copy()
     late = np.flatnonzero(within > 2)
     value[late] -= counts[late - 2]
@@ -197,8 +196,7 @@ def decode_runs(rles: Sequence[bytes], image_hw: tuple[int, int]) -> Runs:
 
 def _undo_differences(value: Int, n_counts: Int) -> tuple[Int, Int]:
     """Add the count two before, for every count after the third of its mask."""
-    begin = np.cumsum(n_counts) - n_counts
-    within = np.arange(len(value)) - np.repeat(begin, n_counts)
+    within = ranges_of(n_counts)
     counts = value.copy()
     # Two interleaved prefix sums per mask. Count 0 is outside the even chain (2 is stored whole).
     for parity, start in ((1, 1), (0, 2)):
@@ -223,7 +221,7 @@ def _runs_from_counts(counts: Int, n_counts: Int, image_hw: tuple[int, int]) -> 
             f'RLE: the runs do not add up to the image of {image_hw[0]} x {image_hw[1]} px'
         )
     owner = np.repeat(np.arange(len(n_counts)), n_counts)
-    within = np.arange(len(counts)) - begin[owner]
+    within = ranges_of(n_counts)
     local = sums[:-1] - sums[begin[owner]]
     ones = (within % 2 == 1) & (counts > 0)
     runs = Runs(local[ones], (local + counts)[ones], owner[ones], len(n_counts), image_hw)
@@ -247,8 +245,7 @@ def column_pieces(runs: Runs) -> tuple[Int, Int, Int, Int]:
     first_column = runs.starts // height
     n_pieces = (runs.ends - 1) // height - first_column + 1
     source = np.repeat(np.arange(len(runs.starts)), n_pieces)
-    step = np.arange(len(source)) - (np.cumsum(n_pieces) - n_pieces)[source]
-    column = first_column[source] + step
+    column = first_column[source] + ranges_of(n_pieces)
     top = np.maximum(runs.starts[source], column * height) - column * height
     bottom = np.minimum(runs.ends[source], (column + 1) * height) - column * height
     return runs.owner[source], column, top, bottom

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_mm.core import rle
-from cellseg_mm.core.instances import InstanceSet, Int
+from cellseg_mm.core.arrays import Int
+from cellseg_mm.core.instances import InstanceSet
 
 MAX_PIECES = 1 << 22  # column pieces counted at once
 

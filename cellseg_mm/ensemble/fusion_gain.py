@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from cellseg_mm.core.arrays import Float
 from cellseg_mm.core.errors import PredictionError
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.core.progress import track
@@ -29,7 +30,6 @@ from cellseg_mm.scores.average_precision import mean_defined, rank_class, weight
 from cellseg_mm.scores.bootstrap import resampled_weights, sampling_units
 from cellseg_mm.scores.matching import compare
 
-Float = NDArray[np.float64]
 IOU_THR = 0.5
 
 

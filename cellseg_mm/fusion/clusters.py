@@ -15,9 +15,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from cellseg_mm.core import rle
-
-Int = NDArray[np.int64]
-Float = NDArray[np.float64]
+from cellseg_mm.core.arrays import Float, Int, ranges_of
 
 # Run pairs looked at together: about 30 bytes each.
 MAX_RUN_PAIRS = 1 << 22
@@ -117,7 +115,7 @@ def _sweep(boxes: Float, group: Int) -> tuple[Int, Int]:
     last = np.maximum(np.floor((boxes[:, 3] - top) / tall).astype(np.int64), first)
     n_strips = last - first + 1
     box = np.repeat(np.arange(len(boxes)), n_strips)
-    strip = first[box] + _within(n_strips)
+    strip = first[box] + ranges_of(n_strips)
     line = (group[box] * (last.max() + 1) + strip) * (np.ptp(boxes[:, ::2]) + 1)
     order = np.argsort(line + boxes[box, 0])
     box, strip, line = box[order], strip[order], line[order]
@@ -125,7 +123,7 @@ def _sweep(boxes: Float, group: Int) -> tuple[Int, Int]:
     n_after = np.searchsorted(line + boxes[box, 0], line + boxes[box, 2], side='right')
     n_after = np.maximum(n_after - np.arange(len(box)) - 1, 0)
     left = np.repeat(np.arange(len(box)), n_after)
-    right = left + 1 + _within(n_after)
+    right = left + 1 + ranges_of(n_after)
     i, j = box[left], box[right]
     here = np.maximum(first[i], first[j]) == strip[left]
     return i[here], j[here]
@@ -149,7 +147,7 @@ def mask_pairs(runs: rle.Runs, group: Int) -> Pairs:
     shared = sparse.csr_matrix((n, n), dtype=np.int64)
     for chunk in _chunks(n_after):
         left = np.repeat(chunk, n_after[chunk])
-        right = left + 1 + _within(n_after[chunk])
+        right = left + 1 + ranges_of(n_after[chunk])
         pixels = np.minimum(end[left], end[right]) - start[right]
         i = np.minimum(owner[left], owner[right])
         j = np.maximum(owner[left], owner[right])
@@ -167,11 +165,6 @@ def _chunks(n_pairs: Int) -> Iterator[Int]:
     for chunk in np.split(np.arange(len(n_pairs)), edges):
         if len(chunk):
             yield chunk
-
-
-def _within(counts: Int) -> Int:
-    """Return 0..c - 1 for each count c, joined."""
-    return np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def _begins(first: Int, n: int) -> Int:

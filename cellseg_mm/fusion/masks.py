@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_mm.core import rle
+from cellseg_mm.core.arrays import Int
 from cellseg_mm.fusion.clusters import Clusters, Pairs
 
-Int = NDArray[np.int64]
 Float32 = NDArray[np.float32]
 
 # Pixels painted together: 4 bytes each, and as much again for the step before.

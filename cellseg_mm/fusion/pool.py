@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_mm.core import rle
+from cellseg_mm.core.arrays import Int
 from cellseg_mm.core.errors import PredictionError
-from cellseg_mm.core.instances import InstanceSet, Int, canonical_order, concatenate
+from cellseg_mm.core.instances import InstanceSet, canonical_order, concatenate
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_mm.core import rle
+from cellseg_mm.core.arrays import Int
 from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.fusion import clusters as grouping
@@ -23,7 +24,6 @@ from cellseg_mm.fusion import masks
 from cellseg_mm.fusion.clusters import Clusters, Pairs
 from cellseg_mm.fusion.pool import Pool
 
-Int = NDArray[np.int64]
 Extra = NDArray[np.floating]
 
 

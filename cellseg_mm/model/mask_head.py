@@ -28,9 +28,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cellseg_mm.core import rle
+from cellseg_mm.core.arrays import Int, ranges_of
 from cellseg_mm.core.errors import ConfigError
-
-Int = NDArray[np.int64]
 
 # About 13 bytes per pixel live at once. 2^18 keeps a batch in a CPU's cache; a GPU wants more work.
 MAX_PIXELS = {'cpu': 1 << 18}
@@ -297,7 +296,7 @@ def _pieces(
     band_w = np.maximum(max_pixels // (size[:, 0] + 1), 1)
     n_bands = -(-size[:, 1] // band_w)
     source = np.repeat(np.arange(len(owner)), n_bands)
-    skipped = (np.arange(len(source)) - (np.cumsum(n_bands) - n_bands)[source]) * band_w[source]
+    skipped = ranges_of(n_bands) * band_w[source]
     low_yx = low[source] + np.stack([np.zeros_like(skipped), skipped], axis=1)
     width = np.minimum(band_w[source], size[source, 1] - skipped)
     return _Pieces(owner[source], low_yx, np.stack([size[source, 0], width], axis=1))

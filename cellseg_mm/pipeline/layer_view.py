@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-Int = NDArray[np.int64]
+from cellseg_mm.core.arrays import Int
+
 Int32 = NDArray[np.int32]
 Layers = NDArray[np.int32] | torch.Tensor
 

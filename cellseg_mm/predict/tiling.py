@@ -22,8 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_mm.core import rle
+from cellseg_mm.core.arrays import Int, ranges_of
 from cellseg_mm.core.errors import ConfigError
-from cellseg_mm.core.instances import InstanceSet, Int, concatenate
+from cellseg_mm.core.instances import InstanceSet, concatenate
 from cellseg_mm.core.windows import MAX_PIECES, boxes_and_areas, runs_of_pieces
 from cellseg_mm.fusion.clusters import mask_pairs
 
@@ -329,8 +330,7 @@ class _Seams:
         for rows in np.split(np.arange(len(index)), edges):
             lengths = n_pieces[index[rows]]
             pair = np.repeat(rows, lengths)
-            within = np.arange(len(pair)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-            piece = begin[index[pair]] + within
+            piece = begin[index[pair]] + ranges_of(lengths)
             y0, x0, y1, x1 = self.windows[tile[pair]].T
             rows_inside = np.minimum(bottom[piece], y1) - np.maximum(top[piece], y0)
             is_inside = (column[piece] >= x0) & (column[piece] < x1)

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from cellseg_mm.core.arrays import Float
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.scores.matching import Compared, greedy_matches
 from cellseg_mm.scores.mistakes import BACKGROUND_IOU, FOREGROUND_IOU
-
-Float = NDArray[np.float64]
 
 CONFIDENT = 0.7  # a detector's score from which on a disagreement is worth a look
 UNSUPPORTED = 0.1  # score x IoU of the best detection, below which a label stands alone

@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_mm.core import rle
+from cellseg_mm.core.arrays import Float
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.core.windows import CHUNK, boxes_and_areas
 from cellseg_mm.results.polygons import stack_crops
 
-Float = NDArray[np.float64]
 # Rows y0..y1 and columns x0..x1 (half-open) -> (y1 - y0, x1 - x0, C).
 RegionReader = Callable[[int, int, int, int], NDArray[Any]]
 

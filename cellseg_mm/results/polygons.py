@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-Int = NDArray[np.int64]
+from cellseg_mm.core.arrays import Int
 
 MAX_CANVAS_PX = 1 << 20  # about 60 bytes per pixel live at once
 EAST, SOUTH, WEST, NORTH = range(4)

@@ -20,10 +20,9 @@ from faster_coco_eval.core.coco import COCO
 from faster_coco_eval.core.faster_eval_api import COCOeval_faster
 from numpy.typing import NDArray
 
+from cellseg_mm.core.arrays import Float, Int
 from cellseg_mm.scores.matching import Compared, boxes_xywh, greedy_matches
 
-Int = NDArray[np.int64]
-Float = NDArray[np.float64]
 Annotation = dict[str, Any]  # of COCO
 
 _LOGGER = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from cellseg_mm.scores.records import Int
+from cellseg_mm.core.arrays import Int
 
 
 def sampling_units(names: Sequence[str], groups: Mapping[str, str]) -> tuple[str, Int]:

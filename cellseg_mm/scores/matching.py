@@ -16,10 +16,8 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from cellseg_mm.core import rle
+from cellseg_mm.core.arrays import Float, Int, ranges_of
 from cellseg_mm.core.instances import InstanceSet
-
-Int = NDArray[np.int64]
-Float = NDArray[np.float64]
 
 # COCO's matching treats a threshold of 1 as just below 1 (pycocotools cocoeval.evaluateImg).
 LARGEST_THR = 1 - 1e-10
@@ -185,8 +183,7 @@ def _shared_pixels(
     """Return ground truth index, label index (from 0) and shared px of all overlapping pairs."""
     runs = rle.decode_runs(gt.rles, gt.image_hw)
     lengths = runs.ends - runs.starts
-    before = np.cumsum(lengths) - lengths
-    pixels = np.arange(int(lengths.sum())) + np.repeat(runs.starts - before, lengths)
+    pixels = np.repeat(runs.starts, lengths) + ranges_of(lengths)
     labels = label_map[pixels].astype(np.int64)
     keys = np.repeat(runs.owner, lengths) * (n_labels + 1) + labels
     keys, px = np.unique(keys[labels > 0], return_counts=True)

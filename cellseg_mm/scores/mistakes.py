@@ -10,9 +10,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from cellseg_mm.core.arrays import Int
 from cellseg_mm.scores.matching import Compared, greedy_matches
-
-Int = NDArray[np.int64]
 
 # "gt" and "missed" count instances, the others predictions; "correct" to "background" add up to
 # "predicted".

@@ -10,8 +10,9 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from cellseg_mm.core.arrays import Float, Int
 from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.core.files import JsonValue
 from cellseg_mm.scores.average_precision import (
@@ -19,10 +20,6 @@ from cellseg_mm.scores.average_precision import (
     mean_defined,
 )
 from cellseg_mm.scores.mistakes import ERROR_NAMES
-
-Int = NDArray[np.int64]
-
-Float = NDArray[np.float64]
 
 RATES = ('f1', 'precision', 'recall', 'sq', 'pq')  # of Counted, written beside its numbers
 

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from cellseg_mm.core.arrays import Float
 from cellseg_mm.core.text_table import text_table
 from cellseg_mm.scores.average_precision import ApTable, mean_defined
-from cellseg_mm.scores.records import Float, Scores
+from cellseg_mm.scores.records import Scores
 
 Row = tuple[str, Sequence[float], str]  # name, mean and a value a class, interval
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from cellseg_mm.core.arrays import Float, Int
 from cellseg_mm.core.errors import PredictionError
 from cellseg_mm.core.instances import InstanceSet, canonical_order
 from cellseg_mm.fusion.settings import InferenceSettings, apply_settings, cut_masks
@@ -20,10 +21,6 @@ from cellseg_mm.scores.bootstrap import sampling_units
 from cellseg_mm.scores.matching import Compared, compare, flatten
 from cellseg_mm.scores.records import Counted
 from cellseg_mm.scores.score import Tallies
-
-Int = NDArray[np.int64]
-
-Float = NDArray[np.float64]
 
 FoldNumbers = tuple[int, ...]
 Weights = NDArray[Any]  # (B, I), how often each image counts
