@@ -65,8 +65,9 @@ def main() -> None:
     """Merge, write, and say what was merged."""
     args = parse_args()
     from cellseg_mm.core.layout import ID_MAP, ensemble_dir, work_dir_of
-    from cellseg_mm.detectors.from_options import EnsembleOptions, MemberOptions, ensemble
+    from cellseg_mm.detectors.from_options import EnsembleOptions, ensemble
     from cellseg_mm.ensemble.outcome import outcome_text
+    from cellseg_mm.predict.options import MemberOptions
     from cellseg_mm.training.load_config import load_config
 
     out_dir = Path(args.out or ensemble_dir([work_dir_of(c, args.work_root) for c in args.configs]))

@@ -71,7 +71,8 @@ def main() -> int:
     """Load, predict, and say where the results are."""
     args = parse_args()
     import cellseg_mm.components  # noqa: F401 - registers what a config may name
-    from cellseg_mm.detectors.from_options import MemberOptions, PredictOptions, predict_images
+    from cellseg_mm.detectors.from_options import predict_images
+    from cellseg_mm.predict.options import MemberOptions, PredictOptions
     from cellseg_mm.training.load_config import load_config
 
     work_dir = args.work_dir or args.out

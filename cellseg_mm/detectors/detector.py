@@ -35,8 +35,8 @@ from cellseg_mm.detectors.member_models import (
     load_members,
 )
 from cellseg_mm.ensemble.fuse_files import settings_origin
+from cellseg_mm.fusion import views
 from cellseg_mm.fusion.settings import InferenceSettings
-from cellseg_mm.model import tta
 from cellseg_mm.model.caps import LIKELY_PROPOSAL, watch_proposals
 from cellseg_mm.model.detections import to_instance_set
 
@@ -179,8 +179,8 @@ def build_detector(
         sources: One per member; several make an ensemble.
         how: How members are fused and what is done afterwards; None leaves one model's own
             answer, and fuses several by the defaults.
-        tta_spec: See ``tta.from_spec``; ``config`` takes ``tta_model`` and ``tta_pipeline`` of the
-            first config, ``none`` neither. None takes ``how.tta``.
+        tta_spec: See ``views.from_spec``; ``config`` takes ``tta_model`` and ``tta_pipeline`` of
+            the first config, ``none`` neither. None takes ``how.tta``.
         device: Where to compute.
         batch_size: Pictures per batch; None is 1 on a CPU and 4 on a GPU.
         placement: See ``MemberModels``.
@@ -204,12 +204,16 @@ def build_detector(
         model = FoldEnsembleModel(members, settings.rule, settings.post, tta_model=tta_model)
     if red_blue_swapped is None:
         red_blue_swapped = data.red_blue_swapped
-    views = {'tta': spec, 'tta_model': json.loads(json.dumps(tta_model, default=str))}
+    seen = {'tta': spec, 'tta_model': json.loads(json.dumps(tta_model, default=str))}
     return ModelDetector(
         model.eval(),
         pipeline[1:],
         red_blue_swapped=red_blue_swapped,
-        identity={**_identity(loaded, sources, pipeline), **_fusion(settings, is_plain), **views},
+        identity={
+            **_identity(loaded, sources, pipeline),
+            **_fusion(settings, is_plain),
+            **seen,
+        },
         provenance=_provenance(loaded),
         batch_size=BATCH_SIZE.get(device.type, 1) if batch_size is None else batch_size,
         cap=_cap(sources[0].cfg) if is_plain else 0,
@@ -273,7 +277,7 @@ def _views(source: MemberSource, spec: str | None) -> tuple[list[dict], Mapping 
     if spec is None:
         return pipeline, None
     if spec != 'config':
-        chosen = tta.from_spec(spec)
+        chosen = views.from_spec(spec)
         return chosen.tta_pipeline(pipeline), chosen.tta_model()
     if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
         raise ConfigError(

@@ -18,99 +18,18 @@ from cellseg_mm.core.layout import work_dir_of
 from cellseg_mm.data.config import DataSettings
 from cellseg_mm.data.images import Images, Split, find_images
 from cellseg_mm.detectors.detector import ModelDetector, build_detector, choose_device
-from cellseg_mm.detectors.member_models import MemberSource, Placement
+from cellseg_mm.detectors.member_models import MemberSource
 from cellseg_mm.detectors.run_ensemble import ensemble_models
 from cellseg_mm.ensemble.fuse_files import Merged, ensemble_files
 from cellseg_mm.ensemble.outcome import Exports, Outcome, finish
-from cellseg_mm.fusion.settings import (
-    InferenceSettings,
-    Profile,
-    choose_settings,
-    settings_for_people,
-)
-from cellseg_mm.predict.items import find_items
-from cellseg_mm.predict.predict import PredictParams, Summary, predict
+from cellseg_mm.fusion.settings import Profile, settings_for_people
+from cellseg_mm.predict.items import look_for
+from cellseg_mm.predict.options import MemberOptions, PredictOptions, predict_items
+from cellseg_mm.predict.predict import Summary
 from cellseg_mm.results.formats import Look
 from cellseg_mm.weights.find import find_checkpoints
 
 Configs = Mapping[str, Config]  # by path, as ``load_config`` reads them
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemberOptions:
-    """Which models, and what is done with their answers.
-
-    Attributes:
-        checkpoints: One for each config, or any number for one config; empty takes the best of
-            each config's work folder.
-        work_root: Folder of the work folders; None takes the usual one.
-        settings_path: ``inference.json``; None takes defaults.
-        fusion: Rule; None leaves that of the settings.
-        post: Steps after fusion; None leaves those of the settings.
-        tta: Test-time augmentation; None leaves that of the settings.
-        placement: See ``MemberModels``.
-    """
-
-    checkpoints: tuple[str, ...] = ()
-    work_root: str | None = None
-    settings_path: str | None = None
-    fusion: str | None = None
-    post: str | None = None
-    tta: str | None = None
-    placement: Placement = 'auto'
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether nothing was asked of fusion: one model gives its own answer."""
-        return self.settings_path is None and self.fusion is None and self.post is None
-
-    def settings(self, class_names: Sequence[str], profile: Profile) -> InferenceSettings:
-        """Return how members are fused and what is done afterwards.
-
-        Raises:
-            ConfigError: The file or a setting is wrong.
-        """
-        return choose_settings(
-            class_names,
-            path=self.settings_path,
-            profile=profile,
-            fusion=self.fusion,
-            post=self.post,
-            tta=self.tta,
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PredictOptions:
-    """Which images are predicted, where, and what is written.
-
-    Attributes:
-        inputs: Images, folders or patterns.
-        out_dir: Gets the results.
-        formats: Words of ``formats.FORMATS``, some joined by commas.
-        score_thr: Least score in the formats; None leaves that of the settings.
-        tile_px: Side of the tiles; None takes the usual one.
-        overlap_px: Least overlap of tiles.
-        level: Level of image pyramids.
-        n_workers: Threads that read ahead.
-        again: Predict what is done, too.
-        device: ``auto``, or a device's name.
-        batch_size: Pictures per batch; None decides by the device.
-        red_blue_swapped: Whether the images are; None takes it from the first config.
-    """
-
-    inputs: tuple[str, ...]
-    out_dir: Path
-    formats: tuple[str, ...] = ('overlay',)
-    score_thr: float | None = None
-    tile_px: int | None = None
-    overlap_px: int = 128
-    level: int = 0
-    n_workers: int = 1
-    again: bool = False
-    device: str = 'auto'
-    batch_size: int | None = None
-    red_blue_swapped: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,27 +67,18 @@ def predict_images(configs: Configs, members: MemberOptions, options: PredictOpt
     Raises:
         CellSegError: Options that do not fit; see the message.
     """
-    items = find_items(options.inputs, out_dir=options.out_dir)
+    found = look_for(options.inputs, out_dir=options.out_dir)
     detector = make_detector(configs, members, options)
     cfg = next(iter(configs.values()))
-    look = _look(DataSettings.from_config(cfg, 'test_dataloader'), detector.red_blue_swapped)
-    # Settings that were found on held-out images bring their own thresholds.
-    default_thr = 0.5 if members.settings_path is None else 0.0
-    cut = {} if options.tile_px is None else dict.fromkeys(('tile_px', 'whole_px'), options.tile_px)
-    params = PredictParams(
-        out_dir=options.out_dir,
-        class_names=look.class_names,
-        class_colours=look.class_colours,
-        formats=tuple(word for given in options.formats for word in given.split(',') if word),
-        score_thr=default_thr if options.score_thr is None else options.score_thr,
-        overlap_px=options.overlap_px,
-        level=options.level,
-        red_blue_swapped=detector.red_blue_swapped,
-        n_workers=options.n_workers,
-        again=options.again,
-        **cut,
+    data = DataSettings.from_config(cfg, 'test_dataloader')
+    return predict_items(
+        found,
+        detector,
+        _look(data, detector.red_blue_swapped),
+        options,
+        has_settings=members.settings_path is not None,
+        data_range=data.value_range(),
     )
-    return predict(items, detector, params)
 
 
 def make_detector(

@@ -27,6 +27,7 @@ from cellseg_mm.detectors.member_models import (
     load_members,
 )
 from cellseg_mm.ensemble.members import Member, clean_members
+from cellseg_mm.fusion import views
 from cellseg_mm.fusion.fuse import (
     FuseReport,
     cut_at,
@@ -35,7 +36,6 @@ from cellseg_mm.fusion.fuse import (
     to_spec,
 )
 from cellseg_mm.fusion.settings import DEFAULT_FUSION
-from cellseg_mm.model import tta as views
 from cellseg_mm.pipeline.dataset import base_dataset
 
 
@@ -53,7 +53,7 @@ class FoldEnsembleHook(Hook):
         placement: ``auto``, ``device`` or ``turns``; see ``MemberModels``.
         leave_out_seen: On training images use only the members that never saw them.
         tta: Test-time augmentation of each member, as on the command line (``d4``); the data
-            loader's pipeline must be the one that ``tta.TtaSpec.tta_pipeline`` makes.
+            loader's pipeline must be the one that ``views.TtaSpec.tta_pipeline`` makes.
         keep_mask_probs: Keep the fused mask probabilities in the results.
 
     Attributes:

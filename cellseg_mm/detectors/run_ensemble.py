@@ -21,9 +21,9 @@ from cellseg_mm.data.images import Images
 from cellseg_mm.detectors.hook import FoldEnsembleHook
 from cellseg_mm.detectors.member_models import MemberSource, Placement
 from cellseg_mm.ensemble.fuse_files import Merged
+from cellseg_mm.fusion import views
 from cellseg_mm.fusion.fuse import to_spec
 from cellseg_mm.fusion.settings import InferenceSettings
-from cellseg_mm.model import tta
 from cellseg_mm.scores.records import COCO_NAMES
 
 
@@ -58,7 +58,7 @@ def ensemble_models(
     _prepare(cfg, images, Path(out_dir), amp=amp)
     if settings.tta:
         data = dataset_settings(cfg, 'test_dataloader')
-        data.pipeline = tta.from_spec(settings.tta).tta_pipeline(data.pipeline)
+        data.pipeline = views.from_spec(settings.tta).tta_pipeline(data.pipeline)
     hook = FoldEnsembleHook(
         sources,
         rule=settings.fusion,

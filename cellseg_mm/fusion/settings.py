@@ -225,8 +225,14 @@ def load_settings(
         ConfigError: The file is missing, damaged, of another version or other classes, or has no
             such profile.
     """
-    path = Path(path)
-    content = _read(path)
+    return settings_of(_read(Path(path)), profile, class_names, where=path)
+
+
+def settings_of(
+    content: Mapping[str, Any], profile: Profile, class_names: Sequence[str], *, where: Path | str
+) -> InferenceSettings:
+    """Return one profile of what a settings file holds; see :func:`load_settings`."""
+    path = Path(where)
     _check_header(path, content, class_names)
     entry = content['profiles'].get(profile)
     if profile not in get_args(Profile) or not isinstance(entry, dict):
@@ -297,6 +303,7 @@ def choose_settings(
     class_names: Sequence[str],
     *,
     path: Path | str | None = None,
+    content: Mapping[str, Any] | None = None,
     profile: Profile = 'submission',
     fusion: str | None = None,
     post: str | None = None,
@@ -307,6 +314,7 @@ def choose_settings(
     Args:
         class_names: Classes of the model.
         path: ``inference.json``; None takes the profile's defaults.
+        content: What such a file held that was packed into a model's, which ``path`` then names.
         profile: ``submission`` or ``instances``.
         fusion: Rule; None leaves the file's.
         post: All steps after fusion; None leaves the file's.
@@ -315,7 +323,9 @@ def choose_settings(
     Raises:
         ConfigError: See :func:`load_settings`; or a setting is none.
     """
-    if path is None:
+    if content is not None:
+        settings = settings_of(content, profile, class_names, where=path or 'settings')
+    elif path is None:
         settings = default_settings(profile, class_names)
     else:
         settings = load_settings(path, profile, class_names)

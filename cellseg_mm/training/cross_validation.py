@@ -35,7 +35,7 @@ from cellseg_mm.core.layout import (
     work_dir_of,
 )
 from cellseg_mm.data.config import DataSettings
-from cellseg_mm.model.tta import file_name
+from cellseg_mm.fusion.views import file_name
 from cellseg_mm.results.predictions import load_predictions
 from cellseg_mm.training.load_config import refuse_unknown_keys
 from cellseg_mm.training.marks import finished_state, fold_hash_of, read_mark

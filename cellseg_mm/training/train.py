@@ -24,7 +24,7 @@ from cellseg_mm.data.preparing import prepare
 from cellseg_mm.data.preparing.groups import GroupRule
 from cellseg_mm.data.preparing.records import PrepareParams
 from cellseg_mm.data.preparing.text import screen_text
-from cellseg_mm.model import tta
+from cellseg_mm.fusion import views
 from cellseg_mm.training.marks import (
     MARK_VERSION,
     fold_hash_of,
@@ -176,7 +176,7 @@ def score_checkpoint(
         checkpoint: Path; ``None`` or ``'best'`` for the best of the work folder.
         out_dir: ``None`` for the work folder.
         amp: Use automatic mixed precision.
-        tta_spec: Test-time augmentation, see ``tta.from_spec``.
+        tta_spec: Test-time augmentation, see ``views.from_spec``.
 
     Returns:
         The flat scores of CellMetric.
@@ -187,7 +187,7 @@ def score_checkpoint(
     path = Path(checkpoint) if checkpoint not in (None, 'best') else best_checkpoint(cfg.work_dir)
     cfg.load_from, cfg.resume = str(path), False
     split = DataSettings.from_config(cfg, 'test_dataloader').split
-    named = result_name(split, tta.file_name(tta_spec) if tta_spec else '')
+    named = result_name(split, views.file_name(tta_spec) if tta_spec else '')
     _metric_of(cfg).outfile_prefix = str(Path(out_dir or cfg.work_dir) / named)
     if tta_spec:
         _augment_test(cfg, tta_spec)
@@ -199,7 +199,7 @@ def score_checkpoint(
 
 def _augment_test(cfg: Config, tta_spec: str) -> None:
     """Test with views, in mmengine's idiom; the predictions file says which."""
-    spec = tta.from_spec(tta_spec)
+    spec = views.from_spec(tta_spec)
     settings = dataset_settings(cfg, 'test_dataloader')
     settings.pipeline = spec.tta_pipeline(settings.pipeline)
     metric = _metric_of(cfg)

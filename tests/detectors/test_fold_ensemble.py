@@ -27,8 +27,8 @@ from cellseg_mm.data.folds import Folds, save_folds  # noqa: E402
 from cellseg_mm.detectors.fold_ensemble import FoldEnsembleModel  # noqa: E402
 from cellseg_mm.detectors.hook import FoldEnsembleHook  # noqa: E402
 from cellseg_mm.detectors.member_models import Loaded, MemberModels, MemberSource, load_members  # noqa: E402
+from cellseg_mm.fusion import views  # noqa: E402
 from cellseg_mm.fusion.fuse import from_spec, fuse, post_from_spec  # noqa: E402
-from cellseg_mm.model import tta  # noqa: E402
 from cellseg_mm.model.detections import to_instance_set  # noqa: E402
 from cellseg_mm.pipeline.dataset import CellDataset  # noqa: E402
 from cellseg_mm.results.predictions import load_predictions  # noqa: E402
@@ -91,7 +91,7 @@ def loaded(tiny: TinyFolds) -> list[Loaded]:
 
 
 def batches(
-    tiny: TinyFolds, *, split: str = 'test', batch_size: int = 1, spec: tta.TtaSpec | None = None
+    tiny: TinyFolds, *, split: str = 'test', batch_size: int = 1, spec: views.TtaSpec | None = None
 ) -> list[dict]:
     cfg = Config.fromfile(tiny.configs[0])
     cfg.test_dataloader.batch_size = batch_size
@@ -373,7 +373,7 @@ def test_fine_tuning_never_begins_with_weights_that_saw_what_is_held_out(
 def test_augmented_members_and_members_by_image(
     tiny: TinyFolds, loaded: list[Loaded], batch_size: int
 ) -> None:
-    spec = tta.from_spec('hflip')
+    spec = views.from_spec('hflip')
     one_by_one, data = (batches(tiny, batch_size=n, spec=spec) for n in (1, batch_size))
     alone = []
     for item in loaded:

@@ -15,12 +15,9 @@ from mmengine.config import Config  # noqa: E402
 
 from cellseg_mm.core.errors import CheckpointError, ConfigError  # noqa: E402
 from cellseg_mm.core.files import write_json  # noqa: E402
-from cellseg_mm.detectors.from_options import (  # noqa: E402
-    MemberOptions,
-    PredictOptions,
-    make_detector,
-)
+from cellseg_mm.detectors.from_options import make_detector  # noqa: E402
 from cellseg_mm.fusion.settings import default_settings  # noqa: E402
+from cellseg_mm.predict.options import MemberOptions, PredictOptions  # noqa: E402
 from tests.support.tiny_folds import random_model, save_checkpoint  # noqa: E402
 
 pytestmark = pytest.mark.mm

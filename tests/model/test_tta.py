@@ -15,17 +15,9 @@ from torch import nn
 from cellseg_mm.core import rle
 from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.fusion.views import D4, FLIPS, IDENTITY, TtaSpec, View, from_spec, map_back
 from cellseg_mm.model.detections import to_instance_set, to_pred_instances
-from cellseg_mm.model.tta import (
-    D4,
-    FLIPS,
-    IDENTITY,
-    CellTTAModel,
-    TtaSpec,
-    View,
-    from_spec,
-    map_back,
-)
+from cellseg_mm.model.tta import CellTTAModel
 
 pytestmark = pytest.mark.mm
 
