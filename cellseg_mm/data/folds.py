@@ -22,17 +22,13 @@ from numpy.typing import NDArray
 
 from cellseg_mm.core.errors import FoldError
 from cellseg_mm.core.files import text_hash, write_text
+from cellseg_mm.data.balance import balanced
 
 Method = Literal['grouped', 'original']
+Rule = Mapping[str, str | bool]
 
 VERSION = 1
 ORIGINAL_SEED = 313551058  # the original recipe's seed
-N_STARTS = 8  # random starts of the search; more than this changed the third digit only
-SHARE_UNIT = 10**6  # shares are whole millionths, so that ties are ties on every machine
-LEAST_GAIN = 10**4  # in squared units, 1e-8 of squared share; less costs time and buys nothing
-NEVER = np.iinfo(np.int64).max
-SWAP_LIMIT = 1000  # groups
-MAX_PASSES = 50  # the search stops by itself after 3 to 8 passes
 SHOWN = 5  # names quoted in an error
 
 logger = logging.getLogger(__name__)
@@ -50,6 +46,8 @@ class Folds:
         seed: Seed that they were made with.
         excluded: Names of the cases that were left out by a list other than the data folder's own
             ``exclude.txt``; they replace it. None where that one holds.
+        rule: Where ``groups`` come from, see ``preparing.groups.GroupRule.record``; None where
+            nobody wrote it down.
 
     Raises:
         FoldError: A case is in two folds, a fold is empty, there are fewer than two folds, a
@@ -61,6 +59,7 @@ class Folds:
     method: Method = 'grouped'
     seed: int = ORIGINAL_SEED
     excluded: tuple[str, ...] | None = None
+    rule: Rule | None = None
 
     def __post_init__(self) -> None:
         names_by_fold = tuple(tuple(sorted(names)) for names in self.names_by_fold)
@@ -192,8 +191,7 @@ def make_folds(
         )
     shares = np.zeros((len(unique), table.shape[1]))
     np.add.at(shares, group_of, table)
-    units = np.rint(shares * SHARE_UNIT).astype(np.int64)
-    fold_of = _balanced(units, n_folds, np.random.default_rng(seed))[group_of]
+    fold_of = balanced(shares, n_folds, np.random.default_rng(seed))[group_of]
     parts = tuple(
         tuple(name for name, f in zip(names, fold_of.tolist(), strict=True) if f == fold)
         for fold in range(n_folds)
@@ -269,84 +267,6 @@ def _warn_about_split_groups(names: Sequence[str], groups: Mapping[str, str]) ->
         )
 
 
-def _balanced(
-    shares: NDArray[np.int64], n_folds: int, rng: np.random.Generator
-) -> NDArray[np.int64]:
-    """Return the fold of each group: the most even of several searched assignments.
-
-    Args:
-        shares: (G, F) int64, each group's share of each of F quantities, in ``SHARE_UNIT``.
-        n_folds: Number of folds, at most G.
-        rng: Decides the order of each start.
-    """
-    found = [_searched(shares, n_folds, rng) for _ in range(N_STARTS)]
-    costs = [_cost(shares, fold_of, n_folds) for fold_of in found]
-    return found[int(np.argmin(costs))]
-
-
-def _cost(shares: NDArray[np.int64], fold_of: NDArray[np.int64], n_folds: int) -> int:
-    sums = np.zeros((n_folds, shares.shape[1]), dtype=np.int64)
-    np.add.at(sums, fold_of, shares)
-    return int((sums**2).sum())
-
-
-def _searched(
-    shares: NDArray[np.int64], n_folds: int, rng: np.random.Generator
-) -> NDArray[np.int64]:
-    """Place large groups first, then move and swap single groups while that helps.
-
-    The cost is the sum of the squared fold sums; their total is fixed, so it is least when even.
-    No fold stays empty: every group has a share of the images, so an empty fold costs least, and
-    leaving a fold empty never pays.
-    """
-    order = rng.permutation(len(shares))
-    order = order[np.argsort(-shares.max(axis=1)[order], kind='stable')]
-    fold_of = np.zeros(len(shares), dtype=np.int64)
-    sums = np.zeros((n_folds, shares.shape[1]), dtype=np.int64)
-    for group in order.tolist():
-        fold = int(np.argmin(sums @ shares[group]))
-        fold_of[group] = fold
-        sums[fold] += shares[group]
-    for _ in range(MAX_PASSES):
-        changes = [_improve(group, shares, fold_of, sums) for group in order.tolist()]
-        if not any(changes):
-            break
-    return fold_of
-
-
-def _improve(
-    group: int,
-    shares: NDArray[np.int64],
-    fold_of: NDArray[np.int64],
-    sums: NDArray[np.int64],
-) -> bool:
-    """Make the best move or swap of one group in place, if one lowers the cost."""
-    own, home = shares[group], int(fold_of[group])
-    move = 2 * own @ own + 2 * (sums - sums[home]) @ own
-    move[home] = NEVER
-    # With many small groups moves alone are even enough, and swaps cost groups squared.
-    partners = shares[: len(shares) if len(shares) <= SWAP_LIMIT else 0]
-    places = fold_of[: len(partners)]
-    gain = partners - own  # what the home fold gains when the group trades places with another
-    swap = 2 * (gain**2).sum(axis=1) + 2 * (gain * (sums[home] - sums[places])).sum(axis=1)
-    swap[places == home] = NEVER
-    best_swap = swap.min(initial=NEVER)
-    if min(move.min(), best_swap) > -LEAST_GAIN:
-        return False
-    if move.min() <= best_swap:
-        target = int(np.argmin(move))
-    else:
-        other = int(np.argmin(swap))
-        target = int(fold_of[other])
-        fold_of[other] = home
-        sums[home] += shares[other]
-        sums[target] -= shares[other]
-    fold_of[group] = target
-    sums[home] -= own
-    sums[target] += own
-    return True
-
-
 def save_folds(path: Path | str, folds: Folds) -> None:
     """Write folds as JSON with one line per case.
 
@@ -362,6 +282,8 @@ def save_folds(path: Path | str, folds: Folds) -> None:
     }
     if folds.excluded is not None:
         head['excluded'] = list(folds.excluded)
+    if folds.rule is not None:
+        head['rule'] = dict(folds.rule)
     lines = [f' {json.dumps(key)}: {json.dumps(value)},' for key, value in head.items()]
     rows = [
         json.dumps({'fold': fold, 'case': name, 'group': folds.groups.get(name)})
@@ -397,7 +319,14 @@ def load_folds(path: Path | str, names: Collection[str] | None = None) -> Folds:
         raise FoldError(f'{path}: method is {method!r}, expected one of {get_args(Method)}')
     parts, groups = _read_cases(path, content, n_folds)
     try:
-        folds = Folds(parts, groups, cast(Method, method), seed, _read_excluded(path, content))
+        folds = Folds(
+            parts,
+            groups,
+            cast(Method, method),
+            seed,
+            _read_excluded(path, content),
+            _read_rule(path, content),
+        )
     except FoldError as error:
         raise FoldError(f'{path}: {error}') from None
     if names is not None:
@@ -423,6 +352,18 @@ def _read_excluded(path: Path, content: Mapping[str, object]) -> tuple[str, ...]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise FoldError(f'{path}: excluded is {str(names)[:80]}, expected a list of case names')
     return tuple(sorted(names))
+
+
+def _read_rule(path: Path, content: Mapping[str, object]) -> Rule | None:
+    rule = content.get('rule')
+    if rule is None:
+        return None
+    if not isinstance(rule, dict) or not all(isinstance(v, str | bool) for v in rule.values()):
+        raise FoldError(
+            f'{path}: rule is {str(rule)[:80]}, expected an object of texts, true and false, as '
+            f'tools/prepare_data.py writes it; mend it or remove the line'
+        )
+    return rule
 
 
 def _read_object(path: Path) -> dict[str, object]:
