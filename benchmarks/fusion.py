@@ -34,7 +34,7 @@ from cellseg_mm.core import provenance
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.data.cases import find_cases
 from cellseg_mm.data.labels import read_gt
-from cellseg_mm.fusion import fuse as fusion
+from cellseg_mm.fusion import fuse
 
 SIDE = 28
 MAX_PEER_BYTES = 6 << 30
@@ -63,7 +63,7 @@ def make_member(gt: InstanceSet, n: int, rng: np.random.Generator) -> InstanceSe
     frames = np.zeros((n, 4), dtype=np.float32)
     for k, i in enumerate(picked.tolist()):
         probs[k], frames[k] = _blurred(crops[i], offsets[i], rng)
-    pasted, low = fusion.paste_probs(probs, frames, gt.image_hw)
+    pasted, low = fuse.paste_probs(probs, frames, gt.image_hw)
     classes = np.where(rng.random(n) < 0.95, gt.class_ids[picked], rng.integers(0, 4, n))
     made = InstanceSet.from_crops(
         gt.name,
@@ -136,11 +136,11 @@ def jobs_of(members: list[InstanceSet]) -> dict[str, Callable[[], object]]:
         jobs['original: full masks, box NMS'] = lambda: run_peer(members, masks)
     jobs['ensemble-boxes WBF, boxes only'] = lambda: run_box_wbf(members)
     for name in RULES:
-        rule = fusion.from_spec(name)
-        jobs[f'{name}, masks'] = lambda rule=rule: fusion.fuse(bare, rule)
-        jobs[f'{name}, probabilities'] = lambda rule=rule: fusion.fuse(members, rule)
-    fused, post = fusion.fuse(bare, fusion.from_spec('nms')), fusion.PostProcess(disjoint=True)
-    jobs['overlaps resolved'] = lambda: fusion.postprocess(fused, post)
+        rule = fuse.from_spec(name)
+        jobs[f'{name}, masks'] = lambda rule=rule: fuse.fuse(bare, rule)
+        jobs[f'{name}, probabilities'] = lambda rule=rule: fuse.fuse(members, rule)
+    fused, post = fuse.fuse(bare, fuse.from_spec('nms')), fuse.PostProcess(disjoint=True)
+    jobs['overlaps resolved'] = lambda: fuse.postprocess(fused, post)
     return jobs
 
 

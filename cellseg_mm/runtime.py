@@ -149,22 +149,22 @@ def torchvision_problem() -> str | None:
 
 def ops_of(backend: str) -> dict[str, Callable]:
     """Return the ops of a backend by the names that mmcv knows them by."""
-    from cellseg_mm.model import roi_align as torch_ops
+    from cellseg_mm.model import roi_align
     from cellseg_mm.model.nms import nms, softnms, torchvision_nms
 
     ops: dict[str, Callable] = {
         'nms': nms,
         'softnms': softnms,
-        'roi_align_forward': torch_ops.roi_align_forward,
-        'roi_align_backward': torch_ops.roi_align_backward,
+        'roi_align_forward': roi_align.roi_align_forward,
+        'roi_align_backward': roi_align.roi_align_backward,
         # Reports of the environment ask for these two and do not catch errors.
         'get_compiler_version': lambda: 'n/a (mmcv has no compiled ops)',
         'get_compiling_cuda_version': lambda: 'not available',
     }
     if backend == 'torchvision':
         ops['nms'] = torchvision_nms
-        ops['roi_align_forward'] = torch_ops.torchvision_roi_align_forward
-        ops['roi_align_backward'] = torch_ops.torchvision_roi_align_backward
+        ops['roi_align_forward'] = roi_align.torchvision_roi_align_forward
+        ops['roi_align_backward'] = roi_align.torchvision_roi_align_backward
     return ops
 
 

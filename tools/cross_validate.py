@@ -37,21 +37,23 @@ def main() -> None:
     )
     args = parser.parse_args()
 
-    from cellseg_mm.training import cross_validation as cv
+    from cellseg_mm.training import cross_validation
 
     if args.slurm:
-        text = cv.slurm_script(
+        text = cross_validation.slurm_script(
             args.configs, args.cfg_options, work_root=args.work_root, ttas=args.tta
         )
         print(text, end='')
         return
-    plan = cv.make_plan(
+    plan = cross_validation.make_plan(
         args.configs, work_root=args.work_root, options=args.cfg_options, ttas=args.tta
     )
     if args.dry_run:
         print(plan.text())
         return
-    cv.run_plan(plan, args.gpus.split(',') if args.gpus else cv.visible_devices())
+    cross_validation.run_plan(
+        plan, args.gpus.split(',') if args.gpus else cross_validation.visible_devices()
+    )
 
 
 if __name__ == '__main__':

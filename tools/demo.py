@@ -31,7 +31,7 @@ def main() -> int:
     from cellseg_mm.data.preparing.groups import GroupRule
     from cellseg_mm.data.preparing.records import PrepareParams
     from cellseg_mm.data.preparing.text import screen_text
-    from cellseg_mm.training import cross_validation as cv
+    from cellseg_mm.training import cross_validation
 
     if args.again and args.out.exists():
         shutil.rmtree(args.out)
@@ -46,13 +46,13 @@ def main() -> int:
     # The configs read where the data are from here, in this process and in the steps' processes.
     os.environ['CELLSEG_DATA'] = str(data)
     configs = sorted((REPOSITORY / 'configs/sample').glob('fold*.py'))
-    devices = cv.visible_devices()
+    devices = cross_validation.visible_devices()
     if devices == ['']:
         # Without a GPU the folds train side by side: a small model gains next to nothing from a
         # second thread.
         devices = [''] * min(len(configs), os.cpu_count() or 1)
         os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // len(devices))))
-    cv.run_plan(cv.make_plan(configs, work_root=args.out), devices)
+    cross_validation.run_plan(cross_validation.make_plan(configs, work_root=args.out), devices)
     work_dirs = [work_dir_of(path, args.out) for path in configs]
     path = scores_path(ensemble_dir(work_dirs), 'oof')
     ap50 = json.loads(path.read_text())['headline']['segm_AP50']

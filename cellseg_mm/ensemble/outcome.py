@@ -49,7 +49,7 @@ class Exports:
 
 
 @dataclass(frozen=True, slots=True)
-class Exported:
+class ExportedFolder:
     """What :func:`write_exports` wrote.
 
     Attributes:
@@ -104,7 +104,7 @@ class Outcome:
     images: Images
     merged: Merged
     submitted: Submitted | None
-    exported: Exported | None
+    exported: ExportedFolder | None
 
 
 def submit(predictions_path: Path | str, images: Images, out_dir: Path | str) -> Submitted:
@@ -212,7 +212,7 @@ def finish(
 
 def write_exports(
     merged: Merged, images: Images, out_dir: Path | str, exports: Exports
-) -> Exported:
+) -> ExportedFolder:
     """Write files that people look at, below ``exports``: cells as ``exports.settings`` have them.
 
     The prediction file and the submission keep what AP gains by, doubtful and overlapping cells;
@@ -234,4 +234,4 @@ def write_exports(
             files = write_formats(folder, words, shown, reader, exports.look)
         notes[case.name] = describe(files)
         n_files += len(files)
-    return Exported(folder, n_files, exports.settings, {k: v for k, v in notes.items() if v})
+    return ExportedFolder(folder, n_files, exports.settings, {k: v for k, v in notes.items() if v})

@@ -14,7 +14,7 @@ from mmdet.registry import TRANSFORMS
 from numpy.typing import NDArray
 
 from cellseg_mm.core.errors import ConfigError
-from cellseg_mm.pipeline.samples import _require_share, _sample_rng
+from cellseg_mm.pipeline.samples import require_share, sample_rng
 
 # Optical densities (red, green, blue) of haematoxylin, eosin and DAB, unit length.
 # Source: Ruifrok & Johnston, Anal. Quant. Cytol. Histol. 23 (2001) 291-299, rounded as printed.
@@ -42,7 +42,7 @@ class HEDJitter(BaseTransform):
     """
 
     def __init__(self, *, prob: float = 0.5, sigma: float = 0.05) -> None:
-        _require_share('HEDJitter.prob', prob)
+        require_share('HEDJitter.prob', prob)
         if sigma < 0:
             raise ConfigError(f'HEDJitter.sigma: {sigma}; expected 0 or more')
         self.prob = prob
@@ -55,7 +55,7 @@ class HEDJitter(BaseTransform):
 
     def transform(self, results: dict) -> dict:
         """Change the stains at random."""
-        scale, shift = self.draw(_sample_rng())
+        scale, shift = self.draw(sample_rng())
         if (scale != 1).any() or (shift != 0).any():
             results['img'] = restain(results['img'], scale, shift)
         return results
@@ -127,8 +127,8 @@ class RandomBlurNoise(BaseTransform):
         noise_prob: float = 0.2,
         noise_sigma: tuple[float, float] = (1.0, 8.0),
     ) -> None:
-        _require_share('RandomBlurNoise.blur_prob', blur_prob)
-        _require_share('RandomBlurNoise.noise_prob', noise_prob)
+        require_share('RandomBlurNoise.blur_prob', blur_prob)
+        require_share('RandomBlurNoise.noise_prob', noise_prob)
         for name, bounds in (('blur_sigma', blur_sigma), ('noise_sigma', noise_sigma)):
             if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1]:
                 raise ConfigError(f'RandomBlurNoise.{name}: {bounds}; expected 0 <= low <= high')
@@ -145,7 +145,7 @@ class RandomBlurNoise(BaseTransform):
 
     def transform(self, results: dict) -> dict:
         """Blur and add noise at random."""
-        results['img'] = self.degrade(results['img'], self.draw(_sample_rng()))
+        results['img'] = self.degrade(results['img'], self.draw(sample_rng()))
         return results
 
     @staticmethod

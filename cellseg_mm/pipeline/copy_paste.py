@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.pipeline.label_map_masks import LabelMapMasks
 from cellseg_mm.pipeline.samples import (
-    _class_weights,
-    _keep_instances,
-    _label_masks,
-    _require_share,
-    _sample_rng,
+    class_weights,
+    keep_instances,
+    label_masks,
+    require_share,
+    sample_rng,
 )
 
 
@@ -64,7 +64,7 @@ class LabelMapCopyPaste(BaseTransform):
     def __init__(
         self, *, source: str = 'same', max_pasted: int = 20, min_share: float = 0.3
     ) -> None:
-        _require_share('LabelMapCopyPaste.min_share', min_share)
+        require_share('LabelMapCopyPaste.min_share', min_share)
         if source not in ('same', 'other'):
             raise ConfigError(f'LabelMapCopyPaste.source: {source!r}; expected same or other')
         if max_pasted < 0:
@@ -91,7 +91,7 @@ class LabelMapCopyPaste(BaseTransform):
         n = min(int(rng.integers(self.max_pasted + 1)), len(usable))
         if n == 0:
             return []
-        weights = _class_weights(class_ids[usable], power=1)
+        weights = class_weights(class_ids[usable], power=1)
         rows = rng.choice(usable, n, replace=False, p=weights)
         limits = np.array(image_hw)[None, ::-1] - sides[rows]
         places = rng.integers(0, limits + 1)
@@ -110,15 +110,15 @@ class LabelMapCopyPaste(BaseTransform):
                     "source='other'; wrap the data set in MultiImageMixDataset"
                 )
             source = results['mix_results'][0]
-        masks = _label_masks(source, 'LabelMapCopyPaste')
+        masks = label_masks(source, 'LabelMapCopyPaste')
         image_hw, class_ids = results['img'].shape[:2], source['gt_bboxes_labels']
-        pastes = self.draw(_sample_rng(), image_hw, class_ids, masks.boxes_xyxy)
+        pastes = self.draw(sample_rng(), image_hw, class_ids, masks.boxes_xyxy)
         return self.paste(results, source, pastes)
 
     def paste(self, results: dict, source: dict, pastes: Sequence[Paste]) -> dict:
         """Paste cells of ``source`` in the given order; later ones cover earlier ones."""
-        masks = _label_masks(results, 'LabelMapCopyPaste')
-        from_masks = _label_masks(source, 'LabelMapCopyPaste')
+        masks = label_masks(results, 'LabelMapCopyPaste')
+        from_masks = label_masks(source, 'LabelMapCopyPaste')
         from_img = source['img'].copy() if source is results else source['img']
         img = results['img'].copy()
         # Copied, because selections of these masks share their layers; at least one, to paste on.
@@ -150,7 +150,7 @@ class LabelMapCopyPaste(BaseTransform):
         results['n_pasted'] = results.get('n_pasted', 0) + n_pasted
         results['n_covered'] = results.get('n_covered', 0) + int((~keep).sum())
         results['gt_bboxes'] = masks.get_bboxes()
-        return _keep_instances(results, keep)
+        return keep_instances(results, keep)
 
     def __repr__(self) -> str:
         return (

@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 
 from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.pipeline.samples import (
-    _class_weights,
-    _keep_instances,
-    _label_masks,
-    _record_homography,
-    _require_share,
-    _sample_rng,
+    class_weights,
+    keep_instances,
+    label_masks,
+    record_homography,
+    require_share,
+    sample_rng,
 )
 
 # ---- geometry
@@ -61,7 +61,7 @@ class RandomScale(Resize):
 
     def transform(self, results: dict) -> dict:
         """Resize by a random factor."""
-        return self.resize_by(results, self.draw(_sample_rng()))
+        return self.resize_by(results, self.draw(sample_rng()))
 
     def resize_by(self, results: dict, factor: float) -> dict:
         """Resize image, boxes and masks by ``factor``."""
@@ -122,7 +122,7 @@ class RandomRotate90(BaseTransform):
     """
 
     def __init__(self, *, prob: float = 0.75) -> None:
-        _require_share('RandomRotate90.prob', prob)
+        require_share('RandomRotate90.prob', prob)
         self.prob = prob
 
     def draw(self, rng: np.random.Generator) -> int:
@@ -131,7 +131,7 @@ class RandomRotate90(BaseTransform):
 
     def transform(self, results: dict) -> dict:
         """Turn by a random number of quarter turns."""
-        return self.turn(results, self.draw(_sample_rng()))
+        return self.turn(results, self.draw(sample_rng()))
 
     def turn(self, results: dict, k: int) -> dict:
         """Turn by ``k`` quarter turns counter-clockwise."""
@@ -141,7 +141,7 @@ class RandomRotate90(BaseTransform):
             results['img'] = np.ascontiguousarray(np.rot90(results['img'], k))
             results['img_shape'] = results['img'].shape[:2]
             if 'gt_masks' in results:
-                results['gt_masks'] = _label_masks(results, 'RandomRotate90').rotate90(k)
+                results['gt_masks'] = label_masks(results, 'RandomRotate90').rotate90(k)
         return results
 
     @staticmethod
@@ -149,7 +149,7 @@ class RandomRotate90(BaseTransform):
         # One quarter turn takes the point (x, y) of an image of width W to (y, W - x).
         height, width = results['img_shape'][:2]
         turn = np.array([[0, 1, 0], [-1, 0, width], [0, 0, 1]], dtype=np.float32)
-        _record_homography(results, turn)
+        record_homography(results, turn)
         results['img_shape'] = (width, height)
         if 'gt_bboxes' in results:
             boxes = results['gt_bboxes'].tensor
@@ -183,7 +183,7 @@ class ClassAwareCrop(BaseTransform):
     """
 
     def __init__(self, *, crop_size: int | tuple[int, int], class_aware_prob: float = 1.0) -> None:
-        _require_share('ClassAwareCrop.class_aware_prob', class_aware_prob)
+        require_share('ClassAwareCrop.class_aware_prob', class_aware_prob)
         self.crop_hw = (crop_size, crop_size) if isinstance(crop_size, int) else tuple(crop_size)
         if len(self.crop_hw) != 2 or min(self.crop_hw) < 1:
             raise ConfigError(
@@ -211,7 +211,7 @@ class ClassAwareCrop(BaseTransform):
         usable = np.flatnonzero(boxes_xyxy[:, 2] > boxes_xyxy[:, 0])
         if len(usable) and rng.random() < self.class_aware_prob:
             # A class has n cells: 1 / n for the class, times 1 / n for each cell of it.
-            wanted = rng.choice(usable, p=_class_weights(class_ids[usable], power=2))
+            wanted = rng.choice(usable, p=class_weights(class_ids[usable], power=2))
             x1, y1, x2, y2 = boxes_xyxy[wanted].tolist()
             centre = np.array([(y1 + y2) // 2, (x1 + x2) // 2])
             low = np.clip(centre - self.crop_hw + 1, 0, high)
@@ -221,9 +221,9 @@ class ClassAwareCrop(BaseTransform):
 
     def transform(self, results: dict) -> dict:
         """Cut a random crop."""
-        masks = _label_masks(results, 'ClassAwareCrop')
+        masks = label_masks(results, 'ClassAwareCrop')
         image_hw, class_ids = results['img'].shape[:2], results['gt_bboxes_labels']
-        top, left = self.draw(_sample_rng(), image_hw, class_ids, masks.boxes_xyxy)
+        top, left = self.draw(sample_rng(), image_hw, class_ids, masks.boxes_xyxy)
         return self.cut(results, top, left)
 
     def cut(self, results: dict, top: int, left: int) -> dict:
@@ -232,11 +232,11 @@ class ClassAwareCrop(BaseTransform):
         results['img'] = results['img'][top:bottom, left:right]
         results['img_shape'] = results['img'].shape[:2]
         shift = np.array([[1, 0, -left], [0, 1, -top], [0, 0, 1]], dtype=np.float32)
-        _record_homography(results, shift)
-        masks = _label_masks(results, 'ClassAwareCrop')
+        record_homography(results, shift)
+        masks = label_masks(results, 'ClassAwareCrop')
         results['gt_masks'] = masks.crop(np.array([left, top, right, bottom]))
         results['gt_bboxes'] = results['gt_masks'].get_bboxes()
-        return _keep_instances(results, results['gt_masks'].areas > 0)
+        return keep_instances(results, results['gt_masks'].areas > 0)
 
     def __repr__(self) -> str:
         return (
@@ -264,18 +264,18 @@ class DropTruncatedInstances(BaseTransform):
     """
 
     def __init__(self, *, crop: Mapping, min_share: float = 0.2, as_ignored: bool = False) -> None:
-        _require_share('DropTruncatedInstances.min_share', min_share)
+        require_share('DropTruncatedInstances.min_share', min_share)
         self.crop = TRANSFORMS.build(crop)
         self.min_share = min_share
         self.as_ignored = as_ignored
 
     def transform(self, results: dict) -> dict | None:
         """Crop and drop; None where the crop gives None."""
-        before = _label_masks(results, 'DropTruncatedInstances')
+        before = label_masks(results, 'DropTruncatedInstances')
         cropped = self.crop(results)
         if cropped is None:
             return None
-        after = _label_masks(cropped, 'DropTruncatedInstances')
+        after = label_masks(cropped, 'DropTruncatedInstances')
         # A crop keeps ids and layers, so they name the same cell before and after.
         area_of = dict(
             zip(
@@ -292,7 +292,7 @@ class DropTruncatedInstances(BaseTransform):
         if self.as_ignored:
             cropped['gt_ignore_flags'] = cropped['gt_ignore_flags'] | ~keep
             return cropped
-        return _keep_instances(cropped, keep)
+        return keep_instances(cropped, keep)
 
     def __repr__(self) -> str:
         return (

@@ -38,7 +38,7 @@ from cellseg_mm.selection.search import (
     AP_STEPS,
     FUSION_STEPS,
     PQ_STEPS,
-    Choice,
+    SettingsChoice,
     Options,
     Search,
     StepEvidence,
@@ -73,7 +73,7 @@ class Inputs:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class BestSettings:
     """What was chosen.
 
     Attributes:
@@ -86,12 +86,12 @@ class Found:
 
     path: Path
     settings: Mapping[Profile, InferenceSettings]
-    choices: Mapping[Profile, Choice]
-    fusions: Mapping[Profile, Choice]
+    choices: Mapping[Profile, SettingsChoice]
+    fusions: Mapping[Profile, SettingsChoice]
     notes: Mapping[str, str]
 
 
-def find_best(inputs: Inputs, out_dir: Path | str, *, commands: Sequence[str] = ()) -> Found:
+def find_best(inputs: Inputs, out_dir: Path | str, *, commands: Sequence[str] = ()) -> BestSettings:
     """Choose both profiles' settings and write ``inference.json`` into ``out_dir``.
 
     Args:
@@ -129,12 +129,12 @@ def find_best(inputs: Inputs, out_dir: Path | str, *, commands: Sequence[str] = 
     }
     path = Path(out_dir) / INFERENCE
     files.write_json(path, record)
-    return Found(path, settings, choices, fusions, notes)
+    return BestSettings(path, settings, choices, fusions, notes)
 
 
 def choose_fusion(
     held_out: Samples, settings: Mapping[Profile, InferenceSettings]
-) -> dict[Profile, Choice]:
+) -> dict[Profile, SettingsChoice]:
     """Choose the fusion rule on top of other settings.
 
     Rules are compared as members predict without augmentation, with masks cut as predicted.
@@ -261,7 +261,7 @@ def read_fusion_samples(inputs: Inputs, folds: Folds) -> tuple[Samples | None, s
 # ---- evidence ----
 
 
-def _evidence(choice: Choice, profile: Profile) -> dict[str, JsonValue]:
+def _evidence(choice: SettingsChoice, profile: Profile) -> dict[str, JsonValue]:
     """Return what the file says about a choice; NaN becomes null."""
     start = default_settings(profile, choice.settings.class_names)
     return {
@@ -298,7 +298,7 @@ def _number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def describe(found: Found) -> str:
+def describe(found: BestSettings) -> str:
     """Return what was chosen and why, in a few lines a profile."""
     texts = [
         _described(profile, choice, found.settings[profile])
@@ -308,7 +308,7 @@ def describe(found: Found) -> str:
     return '\n'.join([*texts, *(f'note on {name}: {note}' for name, note in found.notes.items())])
 
 
-def _described(profile: Profile, choice: Choice, settings: InferenceSettings) -> str:
+def _described(profile: Profile, choice: SettingsChoice, settings: InferenceSettings) -> str:
     start = default_settings(profile, settings.class_names)
     lines = [
         f'{profile}: {difference(settings, start).replace("as before", "the defaults")}',

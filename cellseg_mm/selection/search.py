@@ -130,7 +130,7 @@ class StepEvidence:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class SettingsChoice:
     """Settings and what they are worth.
 
     Attributes:
@@ -170,14 +170,14 @@ class Search:
     steps: Mapping[str, Options]
     seed: int = 0
 
-    def choose(self, start: InferenceSettings) -> Choice:
+    def choose(self, start: InferenceSettings) -> SettingsChoice:
         """Choose on all folds, and measure honestly what choosing brings."""
         folds = self.objective.samples.folds
         weights = self._weights(folds)
         default = self._value(start, weights)
         if len(folds) < 2:
             nan = float('nan')
-            return Choice(
+            return SettingsChoice(
                 objective=self.objective.name,
                 settings=start,
                 default=default,
@@ -198,7 +198,7 @@ class Search:
             for w in [self._weights((fold,))]
         }
         is_worth_it = gains[0] > max(_error(gains), WORTH_IT)
-        return Choice(
+        return SettingsChoice(
             objective=self.objective.name,
             settings=found if is_worth_it else start,
             default=default,

@@ -28,7 +28,7 @@ from cellseg_mm.data.folds import Folds, load_folds, save_folds
 from cellseg_mm.data.labels import find_cases
 from cellseg_mm.pipeline.dataset import CellDataset
 from cellseg_mm.results import predictions
-from cellseg_mm.training import load_config as loading
+from cellseg_mm.training import load_config
 from cellseg_mm.weights import checkpoints
 from cellseg_mm.weights.loaders import AtomicLocalBackend
 from tests.faults import kill
@@ -120,7 +120,7 @@ def test_ctrl_c_says_how_to_go_on(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loading, 'load_config', interrupt)
+    monkeypatch.setattr(load_config, 'load_config', interrupt)
     monkeypatch.setattr(
         sys,
         'argv',

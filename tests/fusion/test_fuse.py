@@ -12,8 +12,8 @@ import pytest
 
 from cellseg_mm.core.errors import ConfigError, PredictionError
 from cellseg_mm.core.instances import InstanceSet
-from cellseg_mm.fusion import fuse as fusion
-from cellseg_mm.fusion import rules as fusion_rules
+from cellseg_mm.fusion import fuse as fuse_module
+from cellseg_mm.fusion import rules
 from cellseg_mm.fusion.fuse import PostProcess, from_spec, fuse, fuse_with_report
 from cellseg_mm.fusion.pool import Pool
 from tests.support.fusion_members import (
@@ -32,7 +32,7 @@ def test_empty_members(spec: str) -> None:
     assert len(got) == 0
     assert (got.name, got.image_id, got.image_hw) == ('case', 7, HW)
     assert {'n_votes', 'agreement', 'mask_uncertainty'} <= set(got.extra)
-    assert report == fusion.FuseReport(n_images=1)
+    assert report == fuse_module.FuseReport(n_images=1)
 
 
 @pytest.mark.parametrize('spec', MERGING)
@@ -94,7 +94,7 @@ def test_the_report_accounts_for_every_instance(spec: str) -> None:
         min_area_px=4,
         max_instances=2,
     )
-    total = fusion.FuseReport()
+    total = fuse_module.FuseReport()
     for seed in range(12):
         total += fuse_with_report(random_members(seed), from_spec(spec), post)[1]
     reasons = ('n_below_score', 'n_few_votes', 'n_lost_overlap', 'n_too_small', 'n_over_limit')
@@ -104,24 +104,24 @@ def test_the_report_accounts_for_every_instance(spec: str) -> None:
     assert min(total.n_out, total.n_few_votes, total.n_over_limit) > 0
 
 
-@pytest.mark.parametrize('name', list(fusion.FUSION_RULES))
+@pytest.mark.parametrize('name', list(fuse_module.FUSION_RULES))
 def test_specs_are_read_back(name: str) -> None:
     rule = from_spec(name)
-    assert fusion.to_spec(rule) == name
-    assert type(rule) is fusion.FUSION_RULES[name]
+    assert fuse_module.to_spec(rule) == name
+    assert type(rule) is fuse_module.FUSION_RULES[name]
 
 
 def test_settings_are_read_and_written() -> None:
     text = 'wbf:iou_thr=0.6,score_type=max,class_vote=true'
-    assert from_spec(text) == fusion_rules.Wbf(iou_thr=0.6, score_type='max', class_vote=True)
-    assert fusion.to_spec(from_spec(text)) == text
+    assert from_spec(text) == rules.Wbf(iou_thr=0.6, score_type='max', class_vote=True)
+    assert fuse_module.to_spec(from_spec(text)) == text
     post = 'score_thr=0.3/0.5,disjoint=true,min_area_px=20'
     expected = PostProcess(score_thr=(0.3, 0.5), disjoint=True, min_area_px=20)
-    assert fusion.post_from_spec(post) == expected
-    assert fusion.to_spec(expected) == post
-    assert fusion.post_from_spec('disjoint') == PostProcess(disjoint=True)
-    assert fusion.post_from_spec('') == PostProcess()
-    assert from_spec('nms') == from_spec('nms:') == fusion_rules.Nms()
+    assert fuse_module.post_from_spec(post) == expected
+    assert fuse_module.to_spec(expected) == post
+    assert fuse_module.post_from_spec('disjoint') == PostProcess(disjoint=True)
+    assert fuse_module.post_from_spec('') == PostProcess()
+    assert from_spec('nms') == from_spec('nms:') == rules.Nms()
 
 
 @pytest.mark.parametrize(
@@ -161,20 +161,20 @@ def test_bad_specs_are_explained(spec: str, message: str) -> None:
 )
 def test_bad_post_processing_is_explained(settings: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        fusion.post_from_spec(settings)
+        fuse_module.post_from_spec(settings)
 
 
 def test_a_rule_of_ones_own() -> None:
-    known = dict(fusion.FUSION_RULES)
+    known = dict(fuse_module.FUSION_RULES)
 
-    @fusion_rules.register('one_member')
+    @rules.register('one_member')
     @dataclass(frozen=True, kw_only=True)
     class OneMember:
         rank: int = 0
 
-        def merge(self, pool: Pool) -> fusion_rules.RuleResult:
+        def merge(self, pool: Pool) -> rules.RuleResult:
             chosen = pool.instances[pool.member_of == self.rank]
-            return fusion_rules.RuleResult(chosen)
+            return rules.RuleResult(chosen)
 
     try:
         members = [separate_cells(False), InstanceSet.empty('case', 7, HW)]
@@ -182,8 +182,8 @@ def test_a_rule_of_ones_own() -> None:
         both = len(got) + len(fuse(members, from_spec('one_member')))
         assert (both, report.n_in, report.n_out) == (4, 4, len(got))
     finally:
-        fusion.FUSION_RULES.clear()
-        fusion.FUSION_RULES.update(known)
+        fuse_module.FUSION_RULES.clear()
+        fuse_module.FUSION_RULES.update(known)
 
 
 def test_the_picture_in_the_docs_is_current(tmp_path: Path) -> None:

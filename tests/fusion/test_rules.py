@@ -11,8 +11,8 @@ from ensemble_boxes import ensemble_boxes_nms
 
 from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.core.instances import InstanceSet
-from cellseg_mm.fusion import fuse as fusion
-from cellseg_mm.fusion import rules as fusion_rules
+from cellseg_mm.fusion import fuse as fuse_module
+from cellseg_mm.fusion import rules
 from cellseg_mm.fusion.fuse import PostProcess, from_spec, fuse, fuse_with_report
 from tests.support import reference_fusion as reference
 from tests.support.fusion_members import (
@@ -105,7 +105,7 @@ def test_random_members_provoke_every_path() -> None:
         for seed in range(8)
         for with_probs in (False, True)
     ]
-    total = sum((report for _, report in reports), fusion.FuseReport())
+    total = sum((report for _, report in reports), fuse_module.FuseReport())
     assert total.n_images == 16
     assert min(total.n_from_probs, total.n_from_pixels) > 50
     assert total.n_fallbacks > 0
@@ -271,13 +271,13 @@ def by_score(boxes, scores, labels):
 
 @pytest.mark.parametrize('seed', range(6))
 @pytest.mark.parametrize('iou_thr', [0.3, 0.55])
-@pytest.mark.parametrize('score_type', fusion_rules.SCORE_TYPES)
+@pytest.mark.parametrize('score_type', rules.SCORE_TYPES)
 def test_wbf_equals_ensemble_boxes(score_type: str, iou_thr: float, seed: int) -> None:
     members, (boxes, scores, labels) = library_input(seed)
     found = ensemble_boxes.weighted_boxes_fusion(
         boxes, scores, labels, iou_thr=iou_thr, conf_type=score_type, skip_box_thr=0.2
     )
-    rule = fusion_rules.Wbf(iou_thr=iou_thr, score_type=score_type, min_score=0.2)
+    rule = rules.Wbf(iou_thr=iou_thr, score_type=score_type, min_score=0.2)
     got, report = fuse_with_report(members, rule)
     expected_boxes, expected_scores, expected_labels = by_score(*found)
     # ensemble-boxes adds up in float32.
@@ -327,7 +327,7 @@ def test_soft_nms_equals_ensemble_boxes(method: str, code: int, seed: int) -> No
         )
         for box, score in zip(boxes[here][keep], decayed[decayed > 0.05], strict=True):
             expected.append((score, label, *(box * 64)))
-    rule = fusion_rules.SoftNms(method=method, sigma=0.3, iou_thr=0.4, min_score=0.05)
+    rule = rules.SoftNms(method=method, sigma=0.3, iou_thr=0.4, min_score=0.05)
     got = fuse(members, rule)
     expected = np.array(sorted(expected, key=lambda row: -row[0]))
     np.testing.assert_allclose(got.scores, expected[:, 0], rtol=1e-6)
@@ -337,6 +337,6 @@ def test_soft_nms_equals_ensemble_boxes(method: str, code: int, seed: int) -> No
 
 def test_rules_refuse_wrong_words_and_names() -> None:
     with pytest.raises(ConfigError, match="method is 'cubic'"):
-        fusion_rules.SoftNms(method='cubic')
+        rules.SoftNms(method='cubic')
     with pytest.raises(ValueError, match='registered twice'):
-        fusion_rules.register('nms')(fusion_rules.Nms)
+        rules.register('nms')(rules.Nms)

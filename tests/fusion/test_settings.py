@@ -12,7 +12,7 @@ import pytest
 from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.core.files import write_json
 from cellseg_mm.core.instances import InstanceSet
-from cellseg_mm.fusion import settings as selection
+from cellseg_mm.fusion import settings as fusion_settings
 from cellseg_mm.fusion.fuse import to_spec
 
 CLASSES = ('round', 'long')
@@ -38,14 +38,14 @@ def image(*cells: tuple, name: str = 'a', image_id: int = 1, hw: tuple[int, int]
 
 def content(**changes: object) -> dict:
     profiles = {
-        name: selection.default_settings(name, CLASSES).to_json()
+        name: fusion_settings.default_settings(name, CLASSES).to_json()
         for name in ('submission', 'instances')
     }
     return {'version': 1, 'class_names': list(CLASSES), 'profiles': profiles, **changes}
 
 
 def test_settings_come_back_from_their_file(tmp_path: Path) -> None:
-    settings = selection.InferenceSettings(
+    settings = fusion_settings.InferenceSettings(
         class_names=CLASSES,
         score_thr=(0.3, 0.7),
         min_area_px=20,
@@ -57,8 +57,10 @@ def test_settings_come_back_from_their_file(tmp_path: Path) -> None:
     record = content()
     record['profiles']['instances'] = settings.to_json()
     write_json(tmp_path / 'inference.json', record)
-    assert selection.load_settings(tmp_path / 'inference.json', 'instances', CLASSES) == settings
-    other = selection.load_settings(tmp_path / 'inference.json', 'submission', CLASSES)
+    assert (
+        fusion_settings.load_settings(tmp_path / 'inference.json', 'instances', CLASSES) == settings
+    )
+    other = fusion_settings.load_settings(tmp_path / 'inference.json', 'submission', CLASSES)
     assert (other.score_thr, other.disjoint, other.fusion) == ((0.0, 0.0), False, 'soft_mask')
 
 
@@ -95,19 +97,19 @@ def test_wrong_files_are_refused_in_a_sentence(tmp_path: Path, record: object, s
     path = tmp_path / 'inference.json'
     path.write_text(json.dumps(record))
     with pytest.raises(ConfigError, match=says) as caught:
-        selection.load_settings(path, 'submission', CLASSES)
+        fusion_settings.load_settings(path, 'submission', CLASSES)
     assert str(path) in str(caught.value)
 
 
 def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match='find_best'):
-        selection.load_settings(tmp_path / 'no.json', 'submission', CLASSES)
+        fusion_settings.load_settings(tmp_path / 'no.json', 'submission', CLASSES)
     (tmp_path / 'cut.json').write_text(json.dumps(content())[:50])
     with pytest.raises(ConfigError, match='cannot be read'):
-        selection.load_settings(tmp_path / 'cut.json', 'submission', CLASSES)
+        fusion_settings.load_settings(tmp_path / 'cut.json', 'submission', CLASSES)
     (tmp_path / 'deep.json').write_text('[' * 100_000)
     with pytest.raises(ConfigError, match=r'cannot be read|no settings'):
-        selection.load_settings(tmp_path / 'deep.json', 'submission', CLASSES)
+        fusion_settings.load_settings(tmp_path / 'deep.json', 'submission', CLASSES)
 
 
 def test_apply_drops_by_class_score_and_area_and_resolves_overlaps() -> None:
@@ -118,10 +120,10 @@ def test_apply_drops_by_class_score_and_area_and_resolves_overlaps() -> None:
         square(2, (30, 30), score=0.9),  # 4 px
         square(6, (30, 0), score=0.55),
     )
-    settings = selection.InferenceSettings(
+    settings = fusion_settings.InferenceSettings(
         class_names=CLASSES, score_thr=(0.5, 0.65), min_area_px=5, disjoint=True
     )
-    got = selection.apply_settings(cells, settings)
+    got = fusion_settings.apply_settings(cells, settings)
     assert got.areas.tolist() == [36, 24, 36]
     assert got.scores.tolist() == pytest.approx([0.8, 0.7, 0.55])
 
@@ -132,14 +134,16 @@ def test_masks_are_cut_from_probabilities_and_empty_ones_go() -> None:
     probs = np.zeros((2, 4, 4), dtype=np.float16)
     probs[0, :, :2], probs[0, :, 2:], probs[1] = 0.9, 0.3, 0.2
     cells = replace(cells, extra={'mask_probs': probs})
-    settings = replace(selection.default_settings('submission', CLASSES), mask_thr=0.25)
-    (cut,) = selection.apply_settings(cells, settings).masks()
+    settings = replace(fusion_settings.default_settings('submission', CLASSES), mask_thr=0.25)
+    (cut,) = fusion_settings.apply_settings(cells, settings).masks()
     assert cut[5:11, 9:15].all()
     assert not cut[:, 24:].any()
-    same = selection.apply_settings(cells, selection.default_settings('submission', CLASSES))
+    same = fusion_settings.apply_settings(
+        cells, fusion_settings.default_settings('submission', CLASSES)
+    )
     assert same.rles == cells.rles
     with pytest.raises(ConfigError, match='without probabilities'):
-        selection.apply_settings(replace(cells, extra={}), settings)
+        fusion_settings.apply_settings(replace(cells, extra={}), settings)
 
 
 def test_a_profile_and_single_settings_become_one_record(tmp_path: Path) -> None:
@@ -156,8 +160,8 @@ def test_a_profile_and_single_settings_become_one_record(tmp_path: Path) -> None
     profiles = {'submission': submission, 'instances': instances}
     content = {'version': 1, 'class_names': list(CLASSES), 'profiles': profiles}
     path.write_text(json.dumps(content))
-    chosen = selection.choose_settings(CLASSES, path=path)
-    assert chosen == selection.InferenceSettings(
+    chosen = fusion_settings.choose_settings(CLASSES, path=path)
+    assert chosen == fusion_settings.InferenceSettings(
         fusion='wbf:iou_thr=0.6',
         score_thr=(0.1, 0.2),
         min_area_px=12,
@@ -166,10 +170,10 @@ def test_a_profile_and_single_settings_become_one_record(tmp_path: Path) -> None
         class_names=CLASSES,
     )
     assert (to_spec(chosen.rule), chosen.mask_cut) == ('wbf:iou_thr=0.6,mask_thr=0.45', 0.45)
-    people = selection.choose_settings(CLASSES, path=path, profile='instances')
+    people = fusion_settings.choose_settings(CLASSES, path=path, profile='instances')
     assert (people.fusion, people.mask_cut) == ('nms', None)
     assert to_spec(people.post) == 'score_thr=0.1/0.2,disjoint=true,min_area_px=12'
-    over = selection.choose_settings(CLASSES, path=path, fusion='nms', post='disjoint')
+    over = fusion_settings.choose_settings(CLASSES, path=path, fusion='nms', post='disjoint')
     assert (over.fusion, over.mask_thr) == ('nms', 0.45)
     assert to_spec(over.post) == 'disjoint=true'
 
@@ -178,11 +182,11 @@ def test_all_steps_after_fusion_can_be_set_and_unknown_ones_are_refused() -> Non
     text = (
         'score_thr=0.3,min_votes=2,disjoint=true,max_lost_share=0.2,min_area_px=9,max_instances=5'
     )
-    settings = selection.choose_settings(CLASSES, post=text)
+    settings = fusion_settings.choose_settings(CLASSES, post=text)
     assert to_spec(settings.post) == text
     assert settings.to_json()['score_thr'] == {'round': 0.3, 'long': 0.3}
-    assert to_spec(selection.choose_settings(CLASSES).post) == ''
+    assert to_spec(fusion_settings.choose_settings(CLASSES).post) == ''
     with pytest.raises(ConfigError, match="no setting 'votes'"):
-        selection.choose_settings(CLASSES, post='votes=2')
+        fusion_settings.choose_settings(CLASSES, post='votes=2')
     with pytest.raises(ConfigError, match='3 score thresholds for 2 classes'):
-        selection.choose_settings(CLASSES, post='score_thr=0.1/0.2/0.3')
+        fusion_settings.choose_settings(CLASSES, post='score_thr=0.1/0.2/0.3')

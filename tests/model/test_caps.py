@@ -19,7 +19,7 @@ from mmengine.structures import InstanceData  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from cellseg_mm import components  # noqa: E402, F401
-from cellseg_mm.model import caps as proposal_caps  # noqa: E402
+from cellseg_mm.model import caps  # noqa: E402
 from tests.support.micro import ROOT  # noqa: E402
 
 pytestmark = pytest.mark.mm
@@ -48,7 +48,7 @@ def step(model: torch.nn.Module, names: str) -> list[DetDataSample]:
 def test_cut_is_the_score_of_the_last_that_was_passed_on(model: torch.nn.Module) -> None:
     head, found = model.rpn_head, []
     head.test_cfg.max_per_img = 10_000
-    with proposal_caps.watch_proposals(model) as cuts:
+    with caps.watch_proposals(model) as cuts:
         recorded = head.predict
         head.predict = lambda *args, **kw: found.extend(recorded(*args, **kw)) or found[-2:]
         step(model, 'ab')
@@ -56,11 +56,11 @@ def test_cut_is_the_score_of_the_last_that_was_passed_on(model: torch.nn.Module)
     assert 'predict' not in vars(head)
     for cap in (1, 7, len(found[0])):
         head.test_cfg.max_per_img = cap
-        with proposal_caps.watch_proposals(model) as cuts:
+        with caps.watch_proposals(model) as cuts:
             step(model, 'ab')
         scores = [p.scores.sort(descending=True).values for p in found]
         assert cuts.read() == pytest.approx([float(s[cap - 1]) for s in scores], rel=1e-6)
-    with pytest.raises(RuntimeError, match='stop'), proposal_caps.watch_proposals(model):
+    with pytest.raises(RuntimeError, match='stop'), caps.watch_proposals(model):
         raise RuntimeError('stop')
     assert 'predict' not in vars(head)
 
@@ -84,7 +84,7 @@ def test_recording_reads_nothing_from_the_device_while_the_model_predicts() -> N
     model.rpn_head = torch.nn.Module()
     model.rpn_head.test_cfg = {'max_per_img': 2}
     model.rpn_head.predict = lambda n: [InstanceData(scores=next(scores)) for _ in range(n)]
-    hook, runner = proposal_caps.ProposalCapHook(), SimpleNamespace(model=model)
+    hook, runner = caps.ProposalCapHook(), SimpleNamespace(model=model)
     hook.before_test_epoch(runner)
     with CountedReads() as reads:
         for i, names in enumerate(['abc', 'de']):
@@ -104,11 +104,11 @@ def test_hook_names_the_image_and_forgets_the_last_epoch(
     model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, phase: str
 ) -> None:
     said: list[tuple[str, int]] = []
-    monkeypatch.setattr(proposal_caps, 'print_log', lambda t, _, level: said.append((t, level)))
-    hook, runner = proposal_caps.ProposalCapHook(), SimpleNamespace(model=model)
+    monkeypatch.setattr(caps, 'print_log', lambda t, _, level: said.append((t, level)))
+    hook, runner = caps.ProposalCapHook(), SimpleNamespace(model=model)
 
     def epoch(cap: int, likely: float) -> None:
-        monkeypatch.setattr(proposal_caps, 'LIKELY_PROPOSAL', likely)
+        monkeypatch.setattr(caps, 'LIKELY_PROPOSAL', likely)
         model.rpn_head.test_cfg.max_per_img = cap
         getattr(hook, f'before_{phase}_epoch')(runner)
         for i, names in enumerate(['ab', 'c']):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip('torch')
-from cellseg_mm.model import roi_align as torch_ops  # noqa: E402
+from cellseg_mm.model import roi_align  # noqa: E402
 
 pytestmark = pytest.mark.mm
 
@@ -55,7 +55,7 @@ def slow_roi_align(
                 for j in range(n_x)
             ]
             if mode == 'max':
-                pooled[n, c, p, q] = max(samples, default=torch_ops.MAX_POOL_EMPTY)
+                pooled[n, c, p, q] = max(samples, default=roi_align.MAX_POOL_EMPTY)
             else:
                 pooled[n, c, p, q] = sum(samples) / max(len(samples), 1)
     return pooled
@@ -70,7 +70,7 @@ class RoiAlign(torch.autograd.Function):
         shape = (len(rois), features.shape[1], options['aligned_height'], options['aligned_width'])
         output = features.new_zeros(shape)
         at = [features.new_zeros(shape if options['pool_mode'] == 0 else 0) for _ in 'yx']
-        torch_ops.roi_align_forward(features, rois, output, *at, **options)
+        roi_align.roi_align_forward(features, rois, output, *at, **options)
         ctx.save_for_backward(rois, *at)
         return output
 
@@ -78,7 +78,7 @@ class RoiAlign(torch.autograd.Function):
     def backward(ctx, grad):
         rois, *at = ctx.saved_tensors
         result = grad.new_zeros(ctx.shape)
-        torch_ops.roi_align_backward(grad.contiguous(), rois, *at, result, **ctx.options)
+        roi_align.roi_align_backward(grad.contiguous(), rois, *at, result, **ctx.options)
         return result, None, None
 
 
@@ -186,7 +186,7 @@ def test_roi_align_pieces_do_not_change_the_result(monkeypatch: pytest.MonkeyPat
     rois, options = torch.tensor(ROIS), roi_options(0, 'avg', True)
     whole = RoiAlign.apply(features, rois, options)
     (gradient,) = torch.autograd.grad((whole**2).sum(), features)
-    monkeypatch.setattr(torch_ops, 'ROI_ENTRIES', 30)
+    monkeypatch.setattr(roi_align, 'ROI_ENTRIES', 30)
     pieces = RoiAlign.apply(features, rois, options)
     (other,) = torch.autograd.grad((pieces**2).sum(), features)
     assert torch.equal(pieces, whole)

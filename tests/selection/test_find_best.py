@@ -16,7 +16,7 @@ from cellseg_mm.data.config import CLASS_NAMES
 from cellseg_mm.data.drawing.sample import make_sample
 from cellseg_mm.data.folds import load_folds, make_folds, save_folds
 from cellseg_mm.data.labels import find_cases, read_gt
-from cellseg_mm.fusion import settings as selection
+from cellseg_mm.fusion import settings as fusion_settings
 from cellseg_mm.fusion.settings import DEFAULT_FUSION
 from cellseg_mm.results.predictions import Predictions, load_predictions, save_predictions
 from cellseg_mm.selection.find_best import Inputs, describe, find_best, read_samples
@@ -69,9 +69,9 @@ def test_find_best_writes_settings_that_load(tested_folds: Inputs, tmp_path: Pat
     evidence = record['evidence']['instances']
     assert evidence['nested_gain'] > 0
     assert evidence['used']
-    settings = selection.load_settings(tmp_path / 'inference.json', 'instances', CLASS_NAMES)
+    settings = fusion_settings.load_settings(tmp_path / 'inference.json', 'instances', CLASS_NAMES)
     assert all(0.55 <= thr <= 0.9 for thr in settings.score_thr)
-    low = selection.load_settings(tmp_path / 'inference.json', 'submission', CLASS_NAMES)
+    low = fusion_settings.load_settings(tmp_path / 'inference.json', 'submission', CLASS_NAMES)
     assert set(low.score_thr) == {0.0}
     assert 'one clean member' in record['notes']['fusion']
     assert 'mask_thr' in record['notes']
@@ -114,7 +114,7 @@ def test_augmentation_is_compared_on_the_same_models(
 
 def test_thresholds_are_never_given_to_other_classes(tested_folds: Inputs) -> None:
     inputs = replace(tested_folds, class_names=tuple(reversed(CLASS_NAMES)))
-    with pytest.raises(PredictionError, match='thresholds are per class'):
+    with pytest.raises(PredictionError, match='scores and thresholds are per class'):
         read_samples(inputs, load_folds(inputs.folds_path))
 
 

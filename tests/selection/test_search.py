@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from cellseg_mm.core.instances import InstanceSet, concatenate
-from cellseg_mm.fusion import settings as selection
+from cellseg_mm.fusion import settings as fusion_settings
 from cellseg_mm.fusion.settings import DEFAULT_FUSION
 from cellseg_mm.scores.score import score
-from cellseg_mm.selection import search as selection_search
+from cellseg_mm.selection import search as search_module
 from cellseg_mm.selection.objectives import Ap50, Mpq, Samples
 from tests.support.random_samples import CLASSES, HW, PLAIN, QUICK, random_samples
 
@@ -39,13 +39,13 @@ def junk_below(score_of_junk: float, *, n_images: int = 9, seed: int = 0):
     return Samples(tuple(gts), {PLAIN: tuple(preds)}, np.arange(n_images) % 3, ('a', 'b'))
 
 
-def chosen_for(profile: str, samples: Samples) -> selection_search.Choice:
+def chosen_for(profile: str, samples: Samples) -> search_module.SettingsChoice:
     objective, steps = {
-        'submission': (Ap50, selection_search.AP_STEPS),
-        'instances': (Mpq, selection_search.PQ_STEPS),
+        'submission': (Ap50, search_module.AP_STEPS),
+        'instances': (Mpq, search_module.PQ_STEPS),
     }[profile]
-    start = selection.default_settings(profile, samples.class_names)
-    return selection_search.Search(objective(samples), steps).choose(start)
+    start = fusion_settings.default_settings(profile, samples.class_names)
+    return search_module.Search(objective(samples), steps).choose(start)
 
 
 @pytest.mark.parametrize('seed', range(5))
@@ -58,11 +58,11 @@ def test_values_are_those_of_apply_settings_and_score(seed: int) -> None:
         ('instances', Mpq(samples), 'mPQ'),
     ):
         settings = replace(
-            selection.default_settings(profile, CLASSES),
+            fusion_settings.default_settings(profile, CLASSES),
             min_area_px=20,
             **({'score_thr': (0.3, 0.6, 0.5)} if profile == 'instances' else {}),
         )
-        done = [selection.apply_settings(s, settings) for s in samples.views[PLAIN]]
+        done = [fusion_settings.apply_settings(s, settings) for s in samples.views[PLAIN]]
         for weights in (everything, some):
             picked = np.flatnonzero(weights[0])
             wanted = score(
@@ -80,11 +80,11 @@ def test_images_with_different_settings_pool_like_their_predictions(seed: int) -
         ('submission', Ap50(samples), 'segm_AP50'),
         ('instances', Mpq(samples), 'mPQ'),
     ):
-        start = selection.default_settings(profile, CLASSES)
+        start = fusion_settings.default_settings(profile, CLASSES)
         settings = [start, replace(start, min_area_px=30), replace(start, min_area_px=80)]
         mixed = objective.mixed([objective.measure(s) for s in settings], part_of)
         done = [
-            selection.apply_settings(samples.views[PLAIN][i], settings[part])
+            fusion_settings.apply_settings(samples.views[PLAIN][i], settings[part])
             for i, part in enumerate(part_of)
         ]
         wanted = score(samples.gt_sets, done, CLASSES, QUICK).headline()[name]
@@ -103,7 +103,7 @@ def test_what_the_default_already_does_is_not_changed() -> None:
     samples = junk_below(0.2)
     for profile in ('instances', 'submission'):
         choice = chosen_for(profile, samples)
-        start = selection.default_settings(profile, samples.class_names)
+        start = fusion_settings.default_settings(profile, samples.class_names)
         assert choice.settings == choice.found == start
         assert choice.nested_gain == 0
         assert choice.default == choice.naive == pytest.approx(1)
@@ -118,7 +118,7 @@ def test_folds_that_disagree_keep_the_default() -> None:
         views[i] = replace(samples.gt_sets[i], scores=np.full(len(samples.gt_sets[i]), 0.52))
     samples = replace(samples, views={PLAIN: tuple(views)}, fold_of=np.arange(8) // 4)
     choice = chosen_for('instances', samples)
-    start = selection.default_settings('instances', samples.class_names)
+    start = fusion_settings.default_settings('instances', samples.class_names)
     assert choice.by_fold[0][1] < -0.9
     assert choice.by_fold[1][1] == 0
     assert choice.nested_gain < 0
@@ -151,7 +151,7 @@ def test_resampling_draws_the_images_of_a_group_together() -> None:
     pairs = {gt.name: str(gt.image_id % 3) for gt in samples.gt_sets}  # one per fold
     grouped = replace(samples, groups=pairs)
     assert grouped.interval_unit == 'groups'
-    search = selection_search.Search(Mpq(grouped), {})
+    search = search_module.Search(Mpq(grouped), {})
     drawn = search._drawn((0, 2), 40)
     assert (drawn[:, grouped.fold_of == 1] == 0).all()
     for fold in (0, 2):
@@ -164,7 +164,7 @@ def test_resampling_draws_the_images_of_a_group_together() -> None:
 def test_one_fold_chooses_nothing() -> None:
     samples = replace(junk_below(0.55), fold_of=np.zeros(9))
     choice = chosen_for('instances', samples)
-    assert choice.settings == selection.default_settings('instances', samples.class_names)
+    assert choice.settings == fusion_settings.default_settings('instances', samples.class_names)
     assert np.isnan(choice.nested_gain)
 
 

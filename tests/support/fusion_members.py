@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from cellseg_mm.core.instances import InstanceSet
-from cellseg_mm.fusion import fuse as fusion
+from cellseg_mm.fusion import fuse
 
 HW = (19, 14)  # not square, so that a swap of rows and columns shows
 SIDE = 5
@@ -126,7 +126,7 @@ def separate_cells(with_probs: bool) -> InstanceSet:
     """Four cells, two of which touch without overlap; masks are what their probabilities paint."""
     boxes = np.array([(1, 1, 5, 6), (5, 1, 9, 6), (1, 8, 6, 14), (8, 10, 12, 18)], np.float32)
     probs = np.random.default_rng(3).random((4, SIDE, SIDE)).astype(np.float16) ** 0.5
-    crops, low = fusion.paste_probs(probs, boxes, HW)
+    crops, low = fuse.paste_probs(probs, boxes, HW)
     made = InstanceSet.from_crops(
         'case',
         7,

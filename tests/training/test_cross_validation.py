@@ -23,7 +23,7 @@ from cellseg_mm.core.errors import ConfigError  # noqa: E402
 from cellseg_mm.core.instances import InstanceSet  # noqa: E402
 from cellseg_mm.core.layout import FINISHED, STARTED  # noqa: E402
 from cellseg_mm.results.predictions import Predictions, save_predictions  # noqa: E402
-from cellseg_mm.training import cross_validation as cv  # noqa: E402
+from cellseg_mm.training import cross_validation  # noqa: E402
 from cellseg_mm.training.marks import MARK_VERSION, fold_hash_of, recipe_hash, write_finished  # noqa: E402
 
 pytestmark = pytest.mark.mm
@@ -83,8 +83,8 @@ def test(root: Path, fold: int, **changes: object) -> Path:
 test.__test__ = False
 
 
-def plan(root: Path, options: tuple[str, ...] = OPTIONS) -> cv.Plan:
-    return cv.make_plan(CONFIGS, work_root=root, options=options)
+def plan(root: Path, options: tuple[str, ...] = OPTIONS) -> cross_validation.Plan:
+    return cross_validation.make_plan(CONFIGS, work_root=root, options=options)
 
 
 def done(root: Path) -> list[list[bool]]:
@@ -118,7 +118,9 @@ def test_data_without_test_images_need_no_ensemble(
 
 def test_each_augmentation_is_tested_once(tmp_path: Path) -> None:
     def steps() -> dict[str, tuple[bool, list[str]]]:
-        made = cv.make_plan(CONFIGS[:1], work_root=tmp_path, options=OPTIONS, ttas=['flips'])
+        made = cross_validation.make_plan(
+            CONFIGS[:1], work_root=tmp_path, options=OPTIONS, ttas=['flips']
+        )
         return {s.name: (s.done, list(s.command)) for s in made.fold_steps[0]}
 
     finish(tmp_path, 0)
@@ -132,7 +134,7 @@ def test_each_augmentation_is_tested_once(tmp_path: Path) -> None:
     plain.rename(plain.with_name('val.flips.predictions.npz'))
     assert [done for done, _ in steps().values()] == [True, False, True]
     with pytest.raises(ConfigError, match='no setting'):
-        cv.make_plan(CONFIGS, work_root=tmp_path, options=OPTIONS, ttas=['sideways'])
+        cross_validation.make_plan(CONFIGS, work_root=tmp_path, options=OPTIONS, ttas=['sideways'])
 
 
 @pytest.mark.parametrize(
@@ -186,7 +188,7 @@ def test_stale_results_are_made_again(tmp_path: Path, harm, wanted: list, says: 
     work_dir = finish(tmp_path, 0)
     test(tmp_path, 0)
     harm(work_dir)
-    made = cv.make_plan(CONFIGS[:1], work_root=tmp_path, options=OPTIONS)
+    made = cross_validation.make_plan(CONFIGS[:1], work_root=tmp_path, options=OPTIONS)
     assert [step.done for step in made.fold_steps[0]] == wanted
     assert says in made.text()
 
@@ -247,7 +249,7 @@ def test_other_folds_are_refused(tmp_path: Path, data: Path) -> None:
 )
 def test_wrong_requests_are_refused(configs: tuple, options: tuple, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        cv.make_plan(configs, options=options)
+        cross_validation.make_plan(configs, options=options)
 
 
 def test_recipe_is_the_same_as_read_and_as_adapted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,7 +264,9 @@ def test_recipe_is_the_same_as_read_and_as_adapted(monkeypatch: pytest.MonkeyPat
 
 def test_slurm_script_is_bash_with_the_same_commands(tmp_path: Path) -> None:
     options = ('model.test_cfg.rcnn.score_thr=0.1', "default_scope=it's")
-    text = cv.slurm_script(CONFIGS, options, work_root=tmp_path / 'a b', ttas=['d4,scales=0.8'])
+    text = cross_validation.slurm_script(
+        CONFIGS, options, work_root=tmp_path / 'a b', ttas=['d4,scales=0.8']
+    )
     script = tmp_path / 'job.sh'
     # Commands print themselves instead of running.
     script.write_text(text.replace('python tools', 'printf "%s\\n" python tools'))
@@ -288,8 +292,8 @@ def test_slurm_script_is_bash_with_the_same_commands(tmp_path: Path) -> None:
 def test_devices_are_named_as_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '4,7')
-    assert cv.visible_devices() == ['4', '7']
+    assert cross_validation.visible_devices() == ['4', '7']
     monkeypatch.delenv('CUDA_VISIBLE_DEVICES')
-    assert cv.visible_devices() == ['0', '1']
+    assert cross_validation.visible_devices() == ['0', '1']
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
-    assert cv.visible_devices() == ['']
+    assert cross_validation.visible_devices() == ['']

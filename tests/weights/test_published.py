@@ -17,7 +17,7 @@ from mmengine.runner.checkpoint import CheckpointLoader
 
 import cellseg_mm  # noqa: F401
 from cellseg_mm.core.errors import CheckpointError
-from cellseg_mm.weights import published as weights
+from cellseg_mm.weights import published as published_weights
 from cellseg_mm.weights.published import check_name_hash, convert_file, locate
 from tests.support.weights_files import Call
 
@@ -92,7 +92,7 @@ def test_a_published_url_is_fetched_and_converted_once(
     assert origin['sha256'] == hashlib.sha256(published.read_bytes()).hexdigest()
     assert origin['preprocessing']['channel_order'] == 'BGR'
     server.files = {}  # gone from the net: the cache serves
-    monkeypatch.setattr(weights, 'convert_file', pytest.fail)
+    monkeypatch.setattr(published_weights, 'convert_file', pytest.fail)
     second = load(server.url(published.name))
     assert server.n_requests == 1
     assert first.keys() == second.keys()
@@ -173,7 +173,7 @@ def test_same_names_without_hash_are_kept_apart(cache: Path, server: Server) -> 
 )
 def test_only_published_names_are_taken_over(name: str, ours: bool) -> None:
     loader = CheckpointLoader._get_checkpoint_loader(name)
-    assert (loader is weights.load_from_published) == ours
+    assert (loader is published_weights.load_from_published) == ours
 
 
 @pytest.mark.parametrize('algorithm', ['md5', 'sha256'])

@@ -1,6 +1,6 @@
 """Who may import whom: read from every import statement of the package, lazy ones too.
 
-The table is the house (CONTRIBUTING.md has it in words). A wing on the left may import those on the
+The table is the house; it is read from CONTRIBUTING.md. A wing on the left may import those on the
 right and itself. Modules at the root are named by their file.
 """
 
@@ -18,38 +18,30 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / 'cellseg_mm'
 TORCH = ('torch', 'torchvision', 'mmengine', 'mmcv', 'mmdet')
 
-MAY_IMPORT = {
-    'core': '',
-    'data': 'core',
-    'scores': 'core',
-    'fusion': 'core',
-    'results': 'core data',
-    'ensemble': 'core data scores fusion results',
-    'selection': 'core data scores fusion ensemble',
-    'predict': 'core data fusion results',
-    'report': 'core data scores fusion results ensemble',
-    'pipeline': 'core data',
-    'weights': 'core',
-    'model': 'core fusion',
-    'training': 'core data scores results pipeline weights model cli.py',
-    'detectors': 'core data scores fusion results ensemble predict pipeline weights model',
-    'checks': 'core data results pipeline weights training runtime.py',
+
+def table_of_wings() -> tuple[dict[str, str], list[str]]:
+    """Return what each wing may import and which have no torch, as CONTRIBUTING.md says."""
+    text = (ROOT / 'CONTRIBUTING.md').read_text(encoding='utf-8')
+    may_import: dict[str, str] = {}
+    torch_free: list[str] = []
+    for line in text[text.index('| wing |') :].splitlines()[2:]:
+        if not line.startswith('|'):
+            break
+        name, _, imports = (cell.strip().replace('`', '') for cell in line.strip('|').split('|'))
+        if name == '**with torch**':
+            torch_free = list(may_import)
+        elif not name.startswith('**'):
+            may_import[name] = imports.replace(',', '')
+    return may_import, torch_free
+
+
+WINGS, TORCH_FREE = table_of_wings()
+MAY_IMPORT = WINGS | {
     'cli.py': 'core',
     'runtime.py': 'core model',
     '__main__.py': 'runtime.py cli.py',
     '__init__.py': 'runtime.py',
 }
-TORCH_FREE = [
-    'core',
-    'data',
-    'scores',
-    'fusion',
-    'results',
-    'ensemble',
-    'selection',
-    'predict',
-    'report',
-]
 LATE_MMENGINE = {'report'}  # reads configs with it, inside functions
 SUB_WINGS = ('preparing', 'importing', 'drawing')  # of data: never each other
 
@@ -102,6 +94,14 @@ def imports_of(module: str) -> tuple[tuple[str, int, bool], ...]:
     return tuple(found)
 
 
+def test_the_table_has_a_row_for_each_wing_and_names_only_wings() -> None:
+    folders = sorted(path.parent.name for path in PACKAGE.glob('*/__init__.py'))
+    assert sorted(WINGS) == folders
+    assert len(TORCH_FREE) == 9
+    known = {*folders, *(path.name for path in PACKAGE.glob('*.py'))}
+    assert {name for names in MAY_IMPORT.values() for name in names.split()} <= known
+
+
 @pytest.mark.parametrize('module', sorted(modules()))
 def test_imports_only_what_its_wing_may(module: str) -> None:
     wing = wing_of(module)
@@ -138,6 +138,48 @@ def test_a_fresh_interpreter_stays_without_torch(wing: str) -> None:
         [sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert done.stdout.strip() == '[]'
+
+
+def private_names_of_others(path: Path) -> list[str]:
+    """Return the names with an underscore that a file takes from a module of the package."""
+    tree = ast.parse(path.read_text(encoding='utf-8'))
+    imported = [
+        (node, f'{node.module}.{alias.name}', alias)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('cellseg_mm')
+        for alias in node.names
+    ]
+    found = [f'line {node.lineno}: {name}' for node, name, a in imported if a.name.startswith('_')]
+    rooms = {alias.asname or alias.name for _, name, alias in imported if name in modules()}
+    return found + [
+        f'line {node.lineno}: {ast.unparse(node)}'
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id in rooms
+        and node.attr.startswith('_')
+    ]
+
+
+@pytest.mark.parametrize(
+    'path',
+    [*modules().values(), *sorted((ROOT / 'tools').glob('*.py'))],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_a_private_name_stays_in_its_file(path: Path) -> None:
+    assert not private_names_of_others(path)
+
+
+def test_private_names_are_seen(tmp_path: Path) -> None:
+    path = tmp_path / 'a.py'
+    path.write_text(
+        'from cellseg_mm.core import rle\nfrom cellseg_mm.core.files import _hidden, replace\n'
+        'rle._joined(rle.Runs)\nself._own()\n'
+    )
+    assert private_names_of_others(path) == [
+        'line 2: cellseg_mm.core.files._hidden',
+        'line 3: rle._joined',
+    ]
 
 
 def test_nobody_imports_tools_or_components() -> None:
@@ -196,9 +238,12 @@ def test_sizes(module: str) -> None:
 
 
 def test_no_small_room_for_one_other_alone() -> None:
-    """A file of the package under 60 lines that only one other file uses belongs into that one."""
+    """A file of the package under 60 lines that only one other file uses belongs into that one.
+
+    components.py is no user: it names what configs use.
+    """
     users: dict[str, set[str]] = {}
-    for module in modules():
+    for module in set(modules()) - {'cellseg_mm.components'}:
         for name, _, _ in imports_of(module):
             users.setdefault(name, set()).add(module)
     tools = '\n'.join(p.read_text() for p in (ROOT / 'tools').glob('*.py'))

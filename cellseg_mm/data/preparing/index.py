@@ -19,14 +19,14 @@ INDEX_VERSION = 1
 
 
 @dataclass(slots=True)
-class _Index:
+class Index:
     """Facts of an earlier run, by case; see :func:`_fingerprint` for when they count."""
 
     entries: dict[str, dict[str, Any]]
     n_reused: int = 0
 
     @classmethod
-    def load(cls, path: Path, params: PrepareParams) -> _Index:
+    def load(cls, path: Path, params: PrepareParams) -> Index:
         """Read an index; one that is missing, damaged or of other settings counts as empty."""
         try:
             content = json.loads(path.read_bytes())

@@ -30,7 +30,7 @@ from cellseg_mm.data.cases import Case, Scan, read_exclude, scan_cases
 from cellseg_mm.data.folds import Folds
 from cellseg_mm.data.preparing.case_checks import CaseFacts, Finding, check_case
 from cellseg_mm.data.preparing.groups import _alike, find_groups
-from cellseg_mm.data.preparing.index import _Index
+from cellseg_mm.data.preparing.index import Index
 from cellseg_mm.data.preparing.records import PrepareParams, PrepareReport
 from cellseg_mm.data.preparing.text import full_text
 
@@ -64,7 +64,7 @@ def prepare(data_root: Path | str, params: PrepareParams | None = None) -> Prepa
     out_dir = params.out_dir or root
     _check_writable(root, out_dir)
     train_scan, test_scan = _scan_both(root, params)
-    index = _Index.load(out_dir / INDEX, params) if params.use_index else _Index({})
+    index = Index.load(out_dir / INDEX, params) if params.use_index else Index({})
     train = _check_all(train_scan.cases, index, params, is_labelled=True)
     test = _check_all(test_scan.cases, index, params, is_labelled=False)
     errors = [*train_scan.problems, *test_scan.problems]
@@ -129,7 +129,7 @@ def _scan_both(root: Path, params: PrepareParams) -> tuple[Scan, Scan]:
 
 
 def _check_all(
-    cases: Sequence[Case], index: _Index, params: PrepareParams, *, is_labelled: bool
+    cases: Sequence[Case], index: Index, params: PrepareParams, *, is_labelled: bool
 ) -> list[CaseFacts]:
     known = [index.find(case, is_labelled=is_labelled) for case in cases]
     todo = [case for case, facts in zip(cases, known, strict=True) if facts is None]
