@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cellseg_mm.core.arrays import Float, Int
 from cellseg_mm.core.errors import PredictionError
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.scores.average_precision import (
@@ -40,8 +41,6 @@ from cellseg_mm.scores.mistakes import confusion_of, errors_of
 from cellseg_mm.scores.records import (
     Calibration,
     Counted,
-    Float,
-    Int,
     Overlaps,
     PerImage,
     ScoreParams,

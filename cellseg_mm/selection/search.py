@@ -19,15 +19,14 @@ from typing import Any
 
 import numpy as np
 
+from cellseg_mm.core.arrays import Float, Int
 from cellseg_mm.fusion.settings import InferenceSettings
 from cellseg_mm.scores.bootstrap import resampled_weights, sampling_units
 from cellseg_mm.selection.objectives import (
     LEAST_GAIN,
     MIN_AREAS_PX,
     SCORE_THRS,
-    Float,
     FoldNumbers,
-    Int,
     Mpq,
     Objective,
     Weights,
