@@ -16,15 +16,43 @@ WORK_ROOT = Path('work_dirs')
 # In a data folder.
 FOLDS = 'folds.json'
 INDEX = 'index.json'
+VALUE_RANGE = 'range.json'
 DATA_REPORT = 'data_report.txt'
 ID_MAP = 'test_image_name_to_ids.json'
 
 # In a work folder, or in the ensemble's.
 STARTED = 'started.json'
 FINISHED = 'finished.json'
+TRAINING_LOCK = 'training.lock'
 INFERENCE = 'inference.json'
 PREDICTIONS_SUFFIX = '.predictions.npz'
 SCORES_SUFFIX = '.scores.json'
+
+# Among the results of prediction; whatever folder they lie in, they are never taken for images.
+LABELS_SUFFIX = '.labels.tif'
+OVERLAY_SUFFIX = '.overlay.png'
+STATE_SUFFIX = '.state.json'
+ROIS_SUFFIX = '.rois.zip'
+TABLE_SUFFIX = '.cells.csv'
+COCO_SUFFIX = '.coco.json'
+RESULT_SUFFIXES = (
+    LABELS_SUFFIX,
+    OVERLAY_SUFFIX,
+    STATE_SUFFIX,
+    ROIS_SUFFIX,
+    TABLE_SUFFIX,
+    COCO_SUFFIX,
+    PREDICTIONS_SUFFIX,
+    SCORES_SUFFIX,
+)
+VAL_PICTURES = 'val_pictures'
+PICTURE_FOLDERS = (VAL_PICTURES, 'vis_image')  # mmengine's visualiser writes the second
+
+
+def is_result(path: str | Path) -> bool:
+    """Tell by its name whether this project made a file, in training or prediction."""
+    path = Path(path)
+    return path.parent.name in PICTURE_FOLDERS or path.name.lower().endswith(RESULT_SUFFIXES)
 
 
 def work_dir_of(config_path: str | Path, work_root: str | Path | None = None) -> Path:
@@ -50,6 +78,11 @@ def ensemble_dir(work_dirs: Sequence[Path]) -> Path:
 def folds_file(data_root: str | Path, named: str | Path | None = None) -> Path:
     """Return the folds file: ``folds.json`` of the data folder if None or ``auto`` is named."""
     return Path(data_root) / FOLDS if named in (None, 'auto') else Path(str(named))
+
+
+def range_files(data_root: str | Path, folds_path: str | Path) -> tuple[Path, Path]:
+    """Return where the range of values may be recorded: beside the folds, then with the data."""
+    return Path(folds_path).parent / VALUE_RANGE, Path(data_root) / VALUE_RANGE
 
 
 def augmented_name(tta: str) -> str:

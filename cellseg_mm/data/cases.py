@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from cellseg_mm.core.errors import CellSegError, DataError, IdMapError, ImageError
+from cellseg_mm.core.layout import is_result
 from cellseg_mm.data import tiff
 from cellseg_mm.data.tiff import DEFAULT_MAX_PIXELS, size_text, swapped_text
 
@@ -401,6 +402,9 @@ def _test_files(folder: Path, scan: Scan) -> dict[str, Path]:
     by_stem: dict[str, str] = {}
     for entry in _list_folder(folder):
         path = folder / entry.name
+        if is_result(entry.name):
+            scan.notes.append(f'{path}: a result of prediction, no image; it is not used.')
+            continue
         if not _TEST_FILE.fullmatch(entry.name):
             scan.notes.append(f'{path}: not a TIFF; it is not used.')
             continue

@@ -9,17 +9,25 @@ import glob
 import hashlib
 import re
 import unicodedata
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.core.files import JsonValue
+from cellseg_mm.core.layout import is_result
 from cellseg_mm.data.image_reader import SUFFIXES
 
 DOUBLE_SUFFIX = re.compile(r'\.ome\.tiff?$', re.IGNORECASE)
 
 LABEL_FILE = re.compile(r'class\d+\.tiff?$', re.IGNORECASE)
+
+# Why a file of a folder is not taken for an image.
+RESULTS = 'results of this program'
+LABEL_MAPS = 'label maps (class1.tif ...)'
+IN_OUT = 'in the folder of results'
+OTHER_FILES = 'other:'
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,61 +53,160 @@ class Item:
         return {'path': str(self.path), 'bytes': status.st_size, 'mtime_ns': status.st_mtime_ns}
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What the words of a command line stand for.
+
+    Attributes:
+        items: Images, sorted by name.
+        notes: Sentences about what was left out, and about names that had to change.
+        refused: Message for each image whose results would be called as another's, by its path.
+    """
+
+    items: tuple[Item, ...]
+    notes: tuple[str, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+
 def find_items(inputs: Sequence[str], *, out_dir: Path | None = None) -> list[Item]:
-    """Find the images that files, folders and patterns stand for, sorted by name.
+    """Return the items of :func:`look_for`."""
+    return list(look_for(inputs, out_dir=out_dir).items)
+
+
+def look_for(inputs: Sequence[str], *, out_dir: Path | None = None) -> Found:
+    """Find the images that files, folders and patterns stand for.
 
     Folders are searched with everything below them, except hidden files, results in ``out_dir``,
-    and label maps (``class1.tif``). An ``image.tif`` is called by its folder.
+    and label maps (``class1.tif``). Results of this project are no images, wherever they lie. An
+    ``image.tif`` is called by its folder; images that would be called the same get longer names.
 
     Raises:
-        ConfigError: A folder or pattern has no image, or two images would get one name.
+        ConfigError: A folder, pattern or file stands for no image.
     """
     paths: list[Path] = []
+    left_out: list[tuple[Path, str]] = []
     for word in inputs:
-        path = Path(word)
-        if path.is_dir():
-            found = [p for p in sorted(path.rglob('*')) if _is_image(p, path, out_dir)]
-        elif glob.has_magic(word) and not path.exists():
-            found = sorted(Path(p) for p in glob.glob(word, recursive=True))  # noqa: PTH207
-            found = [p for p in found if p.is_file()]
-        else:
-            paths.append(path)  # one that is missing fails like one that is damaged
-            continue
-        if not found and out_dir is not None and path.resolve() == out_dir.resolve():
-            raise ConfigError(
-                f'{word}: is the folder of the results too, where nothing is taken for an image; '
-                'name another folder with --out'
-            )
-        if not found:
-            raise ConfigError(
-                f'{word}: there is no image; expected files ending in {", ".join(SUFFIXES)}; '
-                'check the path'
-            )
+        candidates = _candidates(word)
+        reasons = [_reason(path, Path(word), out_dir) for path in candidates]
+        found = [path for path, why in zip(candidates, reasons, strict=True) if not why]
+        left_out += [(p, why) for p, why in zip(candidates, reasons, strict=True) if why]
+        if not found and candidates != [Path(word)]:
+            raise ConfigError(_nothing(word, out_dir, left_out))
         paths += found
-    return _named(list(dict.fromkeys(paths)))
+    if not paths:
+        raise ConfigError(_nothing(' '.join(inputs), out_dir, left_out))
+    items, notes, refused = _named(list(dict.fromkeys(paths)))
+    return Found(tuple(items), (*_left_out_texts(left_out), *notes), refused)
 
 
-def _is_image(path: Path, root: Path, out_dir: Path | None) -> bool:
-    inner = path.relative_to(root).parts
-    if path.suffix.lower() not in SUFFIXES or any(part.startswith('.') for part in inner):
-        return False
-    if out_dir is not None and path.resolve().is_relative_to(out_dir.resolve()):
-        return False
-    return path.is_file() and not LABEL_FILE.fullmatch(path.name)
+def _candidates(word: str) -> list[Path]:
+    """Return the files that a word may mean; one that is missing fails like a damaged one."""
+    path = Path(word)
+    if path.is_dir():
+        inside = (p for p in sorted(path.rglob('*')) if not p.is_dir())
+        return [p for p in inside if not _is_hidden(p.relative_to(path))]
+    if glob.has_magic(word) and not path.exists():
+        matches = sorted(Path(p) for p in glob.glob(word, recursive=True))  # noqa: PTH207
+        return [p for p in matches if not p.is_dir()]
+    return [path]
 
 
-def _named(paths: Sequence[Path]) -> list[Item]:
-    items: dict[str, Item] = {}
+def _is_hidden(path: Path) -> bool:
+    # macOS's notes beside files, ._x.tif, are hidden too
+    return any(part.startswith('.') for part in path.parts)
+
+
+def _reason(path: Path, word: Path, out_dir: Path | None) -> str:
+    """Return why a file is not taken for an image, or nothing."""
+    if is_result(path):
+        return RESULTS
+    if path == word:
+        return ''  # named itself: it is read, or its own turn says why not
+    if word.is_dir():
+        if out_dir is not None and path.resolve().is_relative_to(out_dir.resolve()):
+            return IN_OUT
+        if LABEL_FILE.fullmatch(path.name):
+            return LABEL_MAPS
+    if path.suffix.lower() not in SUFFIXES:
+        return f'{OTHER_FILES}{path.suffix.lower() or "without suffix"}'
+    return ''
+
+
+def _nothing(word: str, out_dir: Path | None, left_out: Sequence[tuple[Path, str]]) -> str:
+    path = Path(word)
+    if path.is_dir() and out_dir is not None and path.resolve() == out_dir.resolve():
+        return (
+            f'{word}: is the folder of the results too, where nothing is taken for an image; '
+            'name another folder with --out'
+        )
+    texts = _left_out_texts(left_out)
+    return (
+        f'{word}: there is no image{" (" + "; ".join(texts) + ")" if texts else ""}; expected '
+        f'files ending in {", ".join(SUFFIXES)}; check the path'
+    )
+
+
+def _left_out_texts(left_out: Sequence[tuple[Path, str]]) -> list[str]:
+    """Count files that are not images by reason, other files by suffix."""
+    counts = Counter(why for _, why in dict(left_out).items() if why != IN_OUT)
+    suffixes = {why: n for why, n in counts.items() if why.startswith(OTHER_FILES)}
+    texts = [f'{counts[why]} {why}' for why in (RESULTS, LABEL_MAPS) if counts[why]]
+    if suffixes:
+        parts = [f'{n} {why.removeprefix(OTHER_FILES)}' for why, n in sorted(suffixes.items())]
+        texts.append(f'files that are no images by their suffix ({", ".join(parts)})')
+    return [f'left out: {text}' for text in texts]
+
+
+def _names(path: Path) -> tuple[str, ...]:
+    """Return what an image may be called, the best first."""
+    stem = DOUBLE_SUFFIX.sub('', path.name)
+    stem = path.stem if stem == path.name else stem
+    folder = path.absolute().parent
+    if stem.lower() == 'image':
+        return (folder.name, f'{folder.parent.name}_{folder.name}', f'{folder.name}_{path.name}')
+    return (stem, path.name, f'{folder.name}_{stem}', f'{folder.name}_{path.name}')
+
+
+def _key(name: str) -> str:
+    # macOS and Windows take names that differ in case alone for the same file
+    return unicodedata.normalize('NFC', name).casefold()
+
+
+def _named(paths: Sequence[Path]) -> tuple[list[Item], list[str], dict[str, str]]:
+    """Give each path a name of its own; return items, notes and refusals."""
+    groups: dict[str, list[Path]] = {}
     for path in paths:
-        stem = DOUBLE_SUFFIX.sub('', path.name)
-        stem = path.stem if stem == path.name else stem
-        name = path.absolute().parent.name if stem.lower() == 'image' else stem
-        # macOS and Windows take names that differ in case alone for the same file
-        other = items.setdefault(unicodedata.normalize('NFC', name).casefold(), Item(path, name))
-        if other.path != path:
-            raise ConfigError(
-                f'{path}: its results would be called {name}, like those of {other.path}; '
-                'expected different names, also without case; predict them into different folders '
-                'with --out'
+        groups.setdefault(_key(_names(path)[0]), []).append(path)
+    taken = set(groups)
+    items = [Item(group[0], _names(group[0])[0]) for group in groups.values() if len(group) == 1]
+    notes: list[str] = []
+    refused: dict[str, str] = {}
+    for group in (group for group in groups.values() if len(group) > 1):
+        plain = _names(group[0])[0]
+        names = _longer(group, taken)
+        if names:
+            taken.update(map(_key, names))
+            items += [Item(path, name) for path, name in zip(group, names, strict=True)]
+            notes.append(
+                f'{len(group)} images would be called {plain}: their results are called '
+                + ', '.join(f'{n} ({p})' for p, n in zip(group, names, strict=True))
             )
-    return sorted(items.values(), key=lambda item: item.name)
+            continue
+        items.append(Item(group[0], plain))
+        for path in group[1:]:
+            refused[str(path)] = (
+                f'{path}: its results would be called {plain}, like those of {group[0]}; expected '
+                'different names, also without case; predict it into another folder with --out'
+            )
+    return sorted(items, key=lambda item: item.name), notes, refused
+
+
+def _longer(group: Sequence[Path], taken: Collection[str]) -> list[str]:
+    """Return longer names that tell the paths of a group apart; none if there are none."""
+    n_kinds = min(len(_names(path)) for path in group)
+    for kind in range(1, n_kinds):
+        names = [_names(path)[kind] for path in group]
+        keys = {_key(name) for name in names}
+        if len(keys) == len(group) and not keys & set(taken):
+            return names
+    return []

@@ -16,6 +16,7 @@ from cellseg_mm.core import files
 from cellseg_mm.core.errors import PredictionError
 from cellseg_mm.core.files import JsonValue
 from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.core.layout import STATE_SUFFIX
 from cellseg_mm.predict.items import Item
 from cellseg_mm.results.formats import path_of
 from cellseg_mm.results.predictions import load_predictions
@@ -78,7 +79,7 @@ class Journal:
         return self.out_dir / f'{item.name}.npz'
 
     def _state_path(self, item: Item) -> Path:
-        return self.out_dir / f'{item.name}.state.json'
+        return self.out_dir / f'{item.name}{STATE_SUFFIX}'
 
     def look_up(self, item: Item) -> State:
         """Tell what is there of an image; a damaged or foreign state file means nothing."""

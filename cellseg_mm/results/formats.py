@@ -15,6 +15,13 @@ import numpy as np
 
 from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.core.layout import (
+    COCO_SUFFIX,
+    LABELS_SUFFIX,
+    OVERLAY_SUFFIX,
+    ROIS_SUFFIX,
+    TABLE_SUFFIX,
+)
 from cellseg_mm.data.image_reader import ImageReader
 from cellseg_mm.results import export, overlay
 from cellseg_mm.results.export import Exported
@@ -95,12 +102,12 @@ def _write_overlay(path: Path, content: Content) -> Exported:
 OVERLAY = 'overlay'
 # What a format's file is called after the image's name, and what writes it.
 FORMATS: dict[str, tuple[str, Callable[[Path, Content], Exported]]] = {
-    'label-map': ('.labels.tif', _write_label_map),
+    'label-map': (LABELS_SUFFIX, _write_label_map),
     'geojson': ('.geojson', _write_geojson),
-    'imagej': ('.rois.zip', _write_imagej),
-    'csv': ('.cells.csv', _write_csv),
-    'coco': ('.coco.json', _write_coco),
-    OVERLAY: ('.overlay.png', _write_overlay),
+    'imagej': (ROIS_SUFFIX, _write_imagej),
+    'csv': (TABLE_SUFFIX, _write_csv),
+    'coco': (COCO_SUFFIX, _write_coco),
+    OVERLAY: (OVERLAY_SUFFIX, _write_overlay),
 }
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from cellseg_mm.core.errors import ConfigError
-from cellseg_mm.predict.items import Item, find_items
+from cellseg_mm.core.layout import RESULT_SUFFIXES
+from cellseg_mm.predict.items import Item, find_items, look_for
+from cellseg_mm.results.formats import FORMATS
 
 
 @pytest.mark.parametrize(
@@ -55,6 +57,84 @@ def test_label_maps_and_results_are_no_images(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match='there is no image'):
         find_items([str(tmp_path / 'x')], out_dir=tmp_path / 'x/out')
     assert [item.name for item in find_items([str(tmp_path / 'x')])] == ['a']
+
+
+def touch(root: Path, *names: str) -> None:
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b'.')
+
+
+def test_the_suffixes_of_all_formats_are_known_as_results() -> None:
+    pictures = {suffix for suffix, _ in FORMATS.values() if suffix != '.geojson'}
+    assert pictures <= set(RESULT_SUFFIXES)
+
+
+@pytest.mark.parametrize('asked', ['', '*', '**/*', 'first', 'first/*'])
+def test_results_are_no_images_whatever_folder_they_lie_in(tmp_path: Path, asked: str) -> None:
+    results = ['first/a.labels.tif', 'first/A.OVERLAY.PNG', 'first/a.state.json']
+    results += ['first/run/val_pictures/x_iter_9.png', 'first/v/vis_data/vis_image/x_1.png']
+    touch(tmp_path, 'a.tif', 'first/b.tif', *results)
+    found = look_for([str(tmp_path / asked)], out_dir=tmp_path / 'second')
+    assert {item.name for item in found.items} <= {'a', 'b'}
+    assert asked == '*' or any('results of this program' in note for note in found.notes)
+
+
+def test_results_that_are_named_are_left_out_beside_images(tmp_path: Path) -> None:
+    touch(tmp_path, 'a.tif', 'a.overlay.png', 'a.cells.csv')
+    words = [str(path) for path in sorted(tmp_path.iterdir())]  # as a shell expands a pattern
+    found = look_for(words)
+    assert [item.name for item in found.items] == ['a']
+    assert found.notes == ('left out: 2 results of this program',)
+    with pytest.raises(ConfigError, match=r'no image .left out: 1 results of'):
+        look_for([words[1]])
+
+
+def test_what_is_left_out_is_counted_by_suffix(tmp_path: Path) -> None:
+    names = ['a.tif', 'b.czi', 'c.CZI', 'd.txt', 'noext', 'class1.tif', '._a.tif', '.DS_Store']
+    touch(tmp_path, *names)
+    found = look_for([str(tmp_path)])
+    assert [item.name for item in found.items] == ['a']
+    assert found.notes == (
+        'left out: 1 label maps (class1.tif ...)',
+        'left out: files that are no images by their suffix (2 .czi, 1 .txt, 1 without suffix)',
+    )
+    (tmp_path / 'a.tif').unlink()
+    with pytest.raises(ConfigError, match=r'no image .*2 \.czi, 1 \.txt'):
+        look_for([str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ('names', 'called'),
+    [
+        (['x/a.tif', 'x/a.png', 'x/b.tif'], ['a.png', 'a.tif', 'b']),
+        (['p/a.tif', 'q/a.tif'], ['p_a', 'q_a']),
+        (['p/c/image.tif', 'q/c/image.tif'], ['p_c', 'q_c']),
+        # a.png would be called like the image of another file
+        (['x/a.tif', 'x/a.png', 'x/a.png.tif'], ['a.png', 'x_a.png', 'x_a.tif']),
+    ],
+)
+def test_a_clash_of_names_gives_longer_names(
+    tmp_path: Path, names: list[str], called: list[str]
+) -> None:
+    touch(tmp_path, *names)
+    found = look_for([str(tmp_path)])
+    assert [item.name for item in found.items] == called
+    assert len({item.path for item in found.items}) == len(names)
+    assert not found.refused
+    (note,) = found.notes
+    assert note.startswith('2 images would be called ')
+
+
+def test_a_clash_that_no_name_solves_costs_one_image(tmp_path: Path) -> None:
+    # decomposed, and the other case: one file on a Mac
+    touch(tmp_path, 'r/\u00c4.tif', 'r/a\u0308.tif', 'r/z.tif')
+    found = look_for([str(tmp_path)])
+    assert len(found.items) == 2
+    ((path, message),) = found.refused.items()
+    assert path not in {str(item.path) for item in found.items}
+    assert 'different names, also without case' in message
 
 
 def test_a_fingerprint_tells_size_and_time(tmp_path: Path) -> None:
