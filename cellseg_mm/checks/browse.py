@@ -219,7 +219,11 @@ def browse_dataset(cfg: Config, *, split: str = 'train', n: int = 16) -> Browsed
         gt = read_gt(case_of(info))
         sets.append(gt)
         if i in chosen:
-            image = read_rgb(info['img_path'], red_blue_swapped=swapped)
+            image = read_rgb(
+                info['img_path'],
+                red_blue_swapped=swapped,
+                value_range=info.get('value_range'),
+            )
             pictures.append(_at_least_wide(draw_overlay(image, gt, colours)))
             height, width = gt.image_hw
             titles.append(f'{gt.name[:13]} {width}x{height}: {len(gt)} cells')

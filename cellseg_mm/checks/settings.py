@@ -24,6 +24,7 @@ from cellseg_mm.checks.lines import Line, error, ok, warn
 from cellseg_mm.core.errors import CellSegError
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.data.config import DataSettings, dataset_settings
+from cellseg_mm.data.intensity import ValueRange
 from cellseg_mm.data.labels import Case, read_image, read_label_layers
 from cellseg_mm.training.fold_guard import refuse_other_class_count
 
@@ -405,10 +406,11 @@ def check_colours(cfg: Config, truth: Truth) -> Iterator[Line]:
     Johnston 2001) and eosin hardly either (0.07, 0.11). So cells that are read rightly take more
     red than blue out of the light, compared with what surrounds them.
     """
-    swapped = DataSettings.from_config(cfg).red_blue_swapped
+    data = DataSettings.from_config(cfg)
+    swapped, value_range = data.red_blue_swapped, data.value_range()
     filled = [case for case, one in zip(truth.cases, truth.sets, strict=True) if len(one)]
     chosen = filled[:: max(1, len(filled) // N_HUE_CASES)]
-    gaps = np.array([red_minus_blue(case) for case in chosen])
+    gaps = np.array([red_minus_blue(case, value_range) for case in chosen])
     gaps = -gaps if swapped else gaps
     if not len(gaps):
         return
@@ -428,9 +430,10 @@ def check_colours(cfg: Config, truth: Truth) -> Iterator[Line]:
         yield ok('colours', text)
 
 
-def red_minus_blue(case: Case) -> float:
+def red_minus_blue(case: Case, value_range: ValueRange | None = None) -> float:
     """Return optical density of red minus blue, cells against their surroundings, as stored."""
-    density = -np.log10((read_image(case.image_path).astype(np.float64) + 1) / 256)
+    image = read_image(case.image_path, value_range=value_range)
+    density = -np.log10((image.astype(np.float64) + 1) / 256)
     gap = density[..., 0] - density[..., 2]
     is_cell = (read_label_layers(case).layers > 0).any(axis=0)
     around = gap[~is_cell].mean() if not is_cell.all() else 0.0

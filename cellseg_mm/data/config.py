@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.core.layout import folds_file
+from cellseg_mm.data.intensity import ValueRange, recorded_range
 
 if TYPE_CHECKING:
     from mmengine.config import Config, ConfigDict
@@ -83,6 +84,14 @@ class DataSettings:
             split=str(node.get('split', 'train')),
             fold=None if fold is None else int(fold),
         )
+
+    def value_range(self) -> ValueRange | None:
+        """Return the range of values that is recorded with the data; None where there is none.
+
+        Raises:
+            CellSegError: The file of the range is damaged.
+        """
+        return recorded_range(self.data_root, self.folds_path)
 
 
 def dataset_settings(cfg: Config, loader: str = 'train_dataloader') -> ConfigDict:

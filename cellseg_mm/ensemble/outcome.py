@@ -14,6 +14,7 @@ from cellseg_mm.core.layout import ID_MAP
 from cellseg_mm.core.progress import track
 from cellseg_mm.data.image_reader import open_image
 from cellseg_mm.data.images import Images
+from cellseg_mm.data.intensity import recorded_range
 from cellseg_mm.data.labels import read_id_map
 from cellseg_mm.ensemble.fuse_files import Merged
 from cellseg_mm.fusion.fuse import to_spec
@@ -223,6 +224,7 @@ def write_exports(
     """
     by_name = {s.name: s for s in load_predictions(merged.predictions_path).sets}
     folder = Path(out_dir) / 'exports'
+    value_range = recorded_range(images.data_root, images.folds_path)
     notes: dict[str, str] = {}
     n_files = 0
     for i, case in enumerate(track(images.cases, description='export')):
@@ -230,7 +232,7 @@ def write_exports(
         if not words:
             continue
         shown = apply_settings(by_name[case.name], exports.settings)
-        with open_image(case.image_path) as reader:
+        with open_image(case.image_path, value_range=value_range) as reader:
             files = write_formats(folder, words, shown, reader, exports.look)
         notes[case.name] = describe(files)
         n_files += len(files)

@@ -21,12 +21,16 @@ from cellseg_mm.core.errors import CellSegError, ConfigError, FoldError
 from cellseg_mm.core.files import text_hash
 from cellseg_mm.data.config import DataSettings, classes_and_colours
 from cellseg_mm.data.folds import excluded_by, load_folds
+from cellseg_mm.data.intensity import ValueRange, recorded_range
 from cellseg_mm.data.labels import Case, find_cases
 
 
-def data_fingerprint(cases: Sequence[Case]) -> str:
-    """Return 16 hex digits over the cases' names, files and file sizes; no pixel is read."""
-    lines = []
+def data_fingerprint(cases: Sequence[Case], value_range: ValueRange | None = None) -> str:
+    """Return 16 hex digits over the cases' names, files and file sizes; no pixel is read.
+
+    The range of values counts where there is one: it decides about the pixels.
+    """
+    lines = [] if value_range is None else [f'range {value_range.to_json()}']
     for case in sorted(cases, key=lambda case: case.name):
         sizes = [str(case.image_path.stat().st_size)]
         sizes += [f'{k}:{path.stat().st_size}' for k, path in sorted(case.label_paths.items())]
@@ -45,7 +49,7 @@ class CellDataset(BaseDetDataset):
 
     Each data info has ``img_path``, ``label_paths`` (0-based class id -> path), ``img_id``,
     ``name``, ``height``, ``width`` and an empty ``instances`` list (label maps are read by
-    ``LoadLabelMaps``, not kept here).
+    ``LoadLabelMaps``, not kept here); and ``value_range`` where one is recorded.
 
     Args:
         data_root: Data folder in the layout of docs/formats.md.
@@ -79,6 +83,7 @@ class CellDataset(BaseDetDataset):
         self.folds_file = layout.folds_file(data_root, folds_file)
         self.fold_hash = ''
         self.data_hash = ''
+        self.value_range: ValueRange | None = None
         worker_watch.prepare()
         super().__init__(*args, data_root=data_root, **kwargs)
 
@@ -108,7 +113,8 @@ class CellDataset(BaseDetDataset):
         where = 'test' if self.split == 'test' else 'train'
         excluded = excluded_by(self.folds_file)
         cases = find_cases(self.data_root, where, len(classes), exclude_names=excluded)
-        self.data_hash = data_fingerprint(cases)
+        self.value_range = recorded_range(self.data_root, self.folds_file)
+        self.data_hash = data_fingerprint(cases, self.value_range)
         if self.split in ('train', 'val'):
             cases = self._of_fold(cases)
         return [self._data_info(case) for case in cases]
@@ -138,9 +144,10 @@ class CellDataset(BaseDetDataset):
             )
         return [case for case in cases if case.name in wanted]
 
-    @staticmethod
-    def _data_info(case: Case) -> dict:
+    def _data_info(self, case: Case) -> dict:
+        known = {} if self.value_range is None else {'value_range': self.value_range}
         return {
+            **known,
             'img_path': str(case.image_path),
             'label_paths': {k: str(path) for k, path in case.label_paths.items()},
             'img_id': case.image_id,

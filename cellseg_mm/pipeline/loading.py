@@ -31,7 +31,7 @@ from cellseg_mm.pipeline.layer_view import LayerSource, LayerView, RasterRuns, f
 class LoadCellImage(BaseTransform):
     """Read the image as mmdet expects it: blue, green, red.
 
-    Required keys: img_path.
+    Required keys: img_path. Optional: value_range, see ``intensity``.
     Added keys: img ((H, W, 3) uint8 BGR, or float32 with ``to_float32``), img_shape and ori_shape
     (H, W).
 
@@ -50,7 +50,7 @@ class LoadCellImage(BaseTransform):
 
     def transform(self, results: dict) -> dict:
         """Add the image."""
-        stored = read_image(results['img_path'])
+        stored = read_image(results['img_path'], value_range=results.get('value_range'))
         # Files are red first as a rule. Where red and blue are swapped they are blue first already.
         img = stored if self.red_blue_swapped else cv2.cvtColor(stored, cv2.COLOR_RGB2BGR)
         results['img'] = img.astype(np.float32) if self.to_float32 else img

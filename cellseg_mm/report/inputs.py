@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,9 +19,11 @@ from cellseg_mm.data.cases import Case
 from cellseg_mm.data.config import DataSettings, Rgb, default_colours
 from cellseg_mm.data.folds import load_folds
 from cellseg_mm.data.images import cases_of
-from cellseg_mm.ensemble.oof import OofPool, pool_predictions
+from cellseg_mm.data.intensity import ValueRange
+from cellseg_mm.ensemble.oof import OofPool, pool_predictions, refuse_other_classes
 from cellseg_mm.report.logs import TrainingLog, read_training_log, step_of_checkpoint
 from cellseg_mm.results.predictions import Predictions, load_predictions
+from cellseg_mm.results.whose import why_foreign
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -64,6 +66,7 @@ class ReportInputs:
         class_names: K names.
         palette: K colours.
         red_blue_swapped: The image files hold blue where red belongs.
+        value_range: Of images with more than 8 bits; None where none is recorded.
         data_root: Data folder; None when unknown.
         pool: Out-of-fold predictions beside the truth; None when no fold is scored.
         ensemble: Predictions for the test images; None when there are none.
@@ -78,6 +81,7 @@ class ReportInputs:
     class_names: tuple[str, ...]
     palette: tuple[Rgb, ...]
     red_blue_swapped: bool
+    value_range: ValueRange | None
     data_root: Path | None
     pool: OofPool | None
     ensemble: Predictions | None
@@ -207,7 +211,8 @@ def _gathered(
 ) -> ReportInputs:
     ensemble_path = predictions_path(out_dir, 'test')
     ensemble = load_predictions(ensemble_path) if ensemble_path.is_file() else None
-    notes = [f'{run.name}: {run.missing}' for run in runs if run.missing]
+    runs, notes = _without_foreign(runs)
+    notes += [f'{run.name}: {run.missing}' for run in runs if run.missing]
     class_names = _names_in(ensemble) if data is None else data.class_names
     if data is None:
         notes.append(
@@ -215,7 +220,8 @@ def _gathered(
             'and colours are the default ones.'
         )
     pool = None if data is None else _pool(runs, data)
-    notes += _stale(runs, pool)
+    if pool is not None and data is not None:
+        refuse_other_classes(pool, data.class_names)
     train_paths: dict[str, Path] = {}
     test_paths: dict[str, Path] = {}
     if data is not None and pool is not None:
@@ -231,6 +237,7 @@ def _gathered(
         class_names=class_names,
         palette=tuple(default_colours(len(class_names))) if data is None else data.palette,
         red_blue_swapped=data is not None and data.red_blue_swapped,
+        value_range=None if data is None else data.value_range(),
         data_root=None if data is None else data.data_root,
         pool=pool,
         ensemble=ensemble,
@@ -241,16 +248,19 @@ def _gathered(
     )
 
 
-def _stale(runs: Sequence[FoldRun], pool: OofPool | None) -> list[str]:
-    """Return a sentence for each fold whose predictions are not of its chosen checkpoint."""
-    by_name = {f'fold {fold}': p for fold, p in pool.provenance.items()} if pool else {}
-    return [
-        f'{run.name}: its predictions are of another checkpoint than {run.best_name}; score it '
-        'again: python tools/test.py CONFIG'
-        for run in runs
-        if run.best_hash
-        and by_name.get(run.name, {}).get('checkpoint_hash') not in (None, run.best_hash)
-    ]
+def _without_foreign(runs: Sequence[FoldRun]) -> tuple[list[FoldRun], list[str]]:
+    """Leave out predictions that are not of the checkpoint that counts, and say why."""
+    kept, notes = [], []
+    for run in runs:
+        path = run.predictions_path
+        why = '' if path is None else why_foreign(path, load_predictions(path).provenance)
+        if why:
+            notes.append(
+                f'{run.name}: its predictions are left out: {path} {why}; score it again: '
+                f'python tools/test.py CONFIG --work-dir {run.work_dir}'
+            )
+        kept.append(replace(run, predictions_path=None) if why else run)
+    return kept, notes
 
 
 def _image_paths(cases: Iterable[Case]) -> dict[str, Path]:

@@ -68,7 +68,7 @@ class Pictures:
 
     def __init__(self, inputs: ReportInputs) -> None:
         self._paths = {**inputs.test_paths, **inputs.train_paths}
-        self._swapped = inputs.red_blue_swapped
+        self._swapped, self._range = inputs.red_blue_swapped, inputs.value_range
         self._cache: dict[str, NDArray[np.uint8]] = {}
         self.problems: dict[str, str] = {}
 
@@ -80,7 +80,9 @@ class Pictures:
             self.problems[name] = 'its file is not in the data folder'
             return None
         try:
-            image = read_rgb(self._paths[name], red_blue_swapped=self._swapped)
+            image = read_rgb(
+                self._paths[name], red_blue_swapped=self._swapped, value_range=self._range
+            )
         except (CellSegError, OSError) as problem:
             self.problems[name] = str(problem)
             return None

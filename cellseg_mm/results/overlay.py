@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from cellseg_mm.core import files
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.core.windows import boxes_and_areas, crop_to
+from cellseg_mm.data.intensity import ValueRange
 from cellseg_mm.data.labels import read_image
 from cellseg_mm.data.tiff import DEFAULT_MAX_PIXELS
 from cellseg_mm.results.measure import RegionReader
@@ -34,7 +35,11 @@ BLOCK_PX = 2048
 
 
 def read_rgb(
-    path: Path | str, *, red_blue_swapped: bool = False, max_pixels: int = DEFAULT_MAX_PIXELS
+    path: Path | str,
+    *,
+    red_blue_swapped: bool = False,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    value_range: ValueRange | None = None,
 ) -> Picture:
     """Read an image in true colours.
 
@@ -42,11 +47,12 @@ def read_rgb(
         path: See ``labels.read_image``.
         red_blue_swapped: The file holds blue where red belongs, as this collection's do.
         max_pixels: Most pixels that are accepted.
+        value_range: See ``labels.read_image``.
 
     Raises:
         ImageError: See ``labels.read_image``.
     """
-    stored = read_image(path, max_pixels=max_pixels)
+    stored = read_image(path, max_pixels=max_pixels, value_range=value_range)
     return np.ascontiguousarray(stored[..., ::-1]) if red_blue_swapped else stored
 
 

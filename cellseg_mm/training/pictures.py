@@ -19,6 +19,7 @@ from mmengine.visualization.vis_backend import MLflowVisBackend
 
 from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.core.layout import VAL_PICTURES
 from cellseg_mm.data.labels import read_gt
 from cellseg_mm.model.detections import to_instance_set
 from cellseg_mm.pipeline.dataset import CellDataset, base_dataset, case_of
@@ -53,7 +54,7 @@ class ValidationPictureHook(Hook):
         every_n: int = 1,
         n_images: int = 4,
         score_thr: float = 0.5,
-        out_dir: str = 'val_pictures',
+        out_dir: str = VAL_PICTURES,
     ) -> None:
         for name, value in (('every_n', every_n), ('n_images', n_images)):
             if value < 1:
@@ -109,7 +110,11 @@ class ValidationPictureHook(Hook):
         dataset = self._dataset(runner)
         data = dataset.settings
         picture = draw_pair(
-            read_rgb(info['img_path'], red_blue_swapped=data.red_blue_swapped),
+            read_rgb(
+                info['img_path'],
+                red_blue_swapped=data.red_blue_swapped,
+                value_range=info.get('value_range'),
+            ),
             read_gt(case_of(info)),
             pred,
             data.palette,
