@@ -67,6 +67,7 @@ def main() -> None:
     paths = oof.validation_files(args.configs, work_dirs, tta=args.tta)
     in_force = folds.load_folds(data.folds_path)
     pool = oof.pool_predictions(paths, in_force, data.data_root, folds_path=data.folds_path)
+    oof.refuse_other_classes(pool, data.class_names)
     scores = oof.score_pool(pool)
     paths = predictions_path(out, 'oof', args.tta), scores_path(out, 'oof', args.tta)
     oof.save_pool(paths[0], pool)

@@ -11,13 +11,13 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mmengine.config import Config
 
 from cellseg_mm.checks.lines import Line, error, guarded, ok, warn
-from cellseg_mm.core import files, provenance
+from cellseg_mm.core import files, provenance, trainings
 from cellseg_mm.core.errors import CellSegError
 from cellseg_mm.core.layout import DATA_REPORT, FINISHED, INDEX, SCORES_SUFFIX
 from cellseg_mm.data.config import DataSettings
@@ -28,6 +28,7 @@ from cellseg_mm.data.preparing.groups import GroupRule
 from cellseg_mm.data.preparing.records import PrepareParams
 from cellseg_mm.pipeline.dataset import data_fingerprint
 from cellseg_mm.results.predictions import load_predictions
+from cellseg_mm.results.whose import why_foreign
 from cellseg_mm.weights import checkpoints
 
 # What a checkpoint and a prediction file must say about where they come from.
@@ -47,10 +48,14 @@ class InForce:
     Attributes:
         data_hashes: Fingerprint of the training cases, and of the test images where there are any.
         fold_hash: Of the folds file; '' without one.
+        class_names: Of the config.
+        settings: The config, whose recipe checkpoints must be of.
     """
 
     data_hashes: frozenset[str]
     fold_hash: str
+    class_names: tuple[str, ...] = ()
+    settings: Mapping = field(default_factory=dict)
 
 
 def check_data(cfg: Config) -> Iterator[Line]:
@@ -139,7 +144,7 @@ def in_force_of(cfg: Config) -> InForce:
         fold_hash = load_folds(data.folds_path).hash
     except CellSegError:
         fold_hash = ''
-    return InForce(frozenset(hashes), fold_hash)
+    return InForce(frozenset(hashes), fold_hash, data.class_names, cfg.to_dict())
 
 
 def check_work_dir(work_dir: Path, in_force: InForce) -> Iterator[Line]:
@@ -157,7 +162,8 @@ def check_work_dir(work_dir: Path, in_force: InForce) -> Iterator[Line]:
     for path in sorted(work_dir.rglob('*.json')):
         # mmengine's own scalars are JSON lines
         if 'vis_data' not in path.parts and not path.name.startswith('.tmp-'):
-            yield from guarded('result', functools.partial(_check_json, path))
+            yield from guarded('result', functools.partial(_check_json, path, in_force))
+    yield from guarded('files', functools.partial(_check_last, work_dir))
 
 
 def _check_leftovers(work_dir: Path) -> Iterator[Line]:
@@ -178,6 +184,18 @@ def _check_checkpoint(path: Path, in_force: InForce) -> Iterator[Line]:
     meta = content.get('meta', {})
     origin = meta.get('cellseg')
     if not origin:
+def _check_last(work_dir: Path) -> Iterator[Line]:
+    """Look whether mmengine's note of the newest checkpoint leads out of the folder."""
+    note = work_dir / 'last_checkpoint'
+    named = note.read_text(encoding='utf-8', errors='replace').strip() if note.is_file() else ''
+    if named and Path(named).resolve().parent != work_dir.resolve():
+        yield warn(
+            'files',
+            f'{note}: names {named[:200]}, which is in another folder; expected a file beside it; '
+            "MMDetection's own --resume would go on from there; delete it if this folder was moved",
+        )
+
+
         yield warn(
             'checkpoint',
             f'{path}: opens, does not say where it comes from; expected meta["cellseg"]; it was '
@@ -195,19 +213,56 @@ def _check_predictions(path: Path, in_force: InForce) -> Iterator[Line]:
     origin = predictions.provenance
     yield from _compare('predictions', path, origin, _lacking(origin), in_force)
     checkpoint = Path(str(origin.get('checkpoint') or ''))
+    yield from _check_whose(path, content, in_force)
     known = origin.get('checkpoint_hash')
     if known and checkpoint.is_file() and files.file_hash(checkpoint)[:16] != known:
         yield warn('predictions', f'{path}: {checkpoint} has changed since; predict again')
+def _check_whose(path: Path, content: Mapping, in_force: InForce) -> Iterator[Line]:
+    """Compare a checkpoint's classes and recipe with the config and with its folder's marks."""
+    trained, names = trainings.trained_record(content), trainings.class_names_of(content)
+    if names and in_force.class_names and names != in_force.class_names:
+        yield error(
+            'checkpoint',
+            f'{path}: its classes are {", ".join(names)}, the config has '
+            f'{", ".join(in_force.class_names)}; scores would be called by wrong names; give the '
+            'config that it was trained with',
+        )
+    try:
+        trainings.refuse_mixed_folder(path, trained)
+    except CellSegError as problem:
+        yield error('checkpoint', str(problem))
+    if in_force.settings and (changed := trainings.other_parts(path, trained, in_force.settings)):
+        yield warn(
+            'checkpoint',
+            f'{path}: was trained with other values of {", ".join(changed)} than the config has; '
+            'give the config and the --cfg-options of its training',
+        )
+
+
 
 
 def _lacking(origin: Mapping) -> list[str]:
     keys = PREDICTED_KEYS if 'members' in origin else (*PREDICTED_KEYS, *MODEL_KEYS)
+    yield from _check_made_by('predictions', path, origin, in_force)
     return [key for key in keys if key not in origin]
 
 
 def _compare(
     what: str, path: Path, origin: Mapping, lacking: Sequence[str], in_force: InForce
 ) -> Iterator[Line]:
+def _check_made_by(what: str, path: Path, origin: Mapping, in_force: InForce) -> Iterator[Line]:
+    """Compare a result with the checkpoint that counts in its folder, and with the config."""
+    if why := why_foreign(path, origin):
+        yield error(what, f'{path}: {why}; test it again with tools/test.py')
+    names = tuple(map(str, origin.get('class_names') or ()))
+    if names and in_force.class_names and names != in_force.class_names:
+        yield error(
+            what,
+            f'{path}: its classes are {", ".join(names)}, the config has '
+            f'{", ".join(in_force.class_names)}; test it again with tools/test.py',
+        )
+
+
     """Say whether a file's origin is complete and is still what is there."""
     commit = str(origin.get('commit') or origin.get('code_commit') or '')
     found = []
@@ -251,7 +306,7 @@ def _moved(what: str, path: Path, origin: Mapping, in_force: InForce) -> Iterato
         )
 
 
-def _check_json(path: Path) -> Iterator[Line]:
+def _check_json(path: Path, in_force: InForce) -> Iterator[Line]:
     try:
         content = json.loads(path.read_text(encoding='utf-8'))
     except (OSError, ValueError, RecursionError) as problem:
@@ -274,3 +329,7 @@ def _check_json(path: Path) -> Iterator[Line]:
         yield warn('result', f'{path}: does not say where it comes from; score again')
         return
     yield ok('result', f'{path}: opens')
+    if path.name.endswith(SCORES_SUFFIX):
+        wrong = list(_check_made_by('result', path, content['provenance'], in_force))
+        yield from wrong or [ok('result', f'{path}: opens')]
+        return

@@ -67,11 +67,12 @@ def _remove_leftovers(pid: int, folder: Path) -> None:
     """Remove unfinished files of dead processes of this machine, once per process and folder."""
     for path in folder.glob(f'.tmp-{_machine_mark()}-*'):
         owner = re.match(r'\.tmp-\w+-(\d+)-', path.name)
-        if owner is not None and not _is_alive(int(owner[1])):
+        if owner is not None and not is_alive(int(owner[1])):
             path.unlink(missing_ok=True)
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Tell whether a process of this machine lives; true where that cannot be asked."""
     if os.name == 'nt':  # there signal 0 is Ctrl-C, which would end processes instead of asking
         return True
     try:

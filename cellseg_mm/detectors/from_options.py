@@ -95,7 +95,7 @@ def make_detector(
     profile: Profile = 'submission' if members.settings_path is None else 'instances'
     how = members.settings(names, profile)
     return build_detector(
-        pair_sources(configs, _checkpoints(configs, members)),
+        sources_of(configs, members),
         how=None if members.is_plain else how,
         tta_spec=members.tta,
         device=choose_device(options.device),
@@ -143,7 +143,7 @@ def _merge(
         )
     return ensemble_models(
         next(iter(configs.values())),
-        pair_sources(configs, _checkpoints(configs, members)),
+        sources_of(configs, members),
         images,
         settings,
         options.out_dir,
@@ -168,14 +168,23 @@ def _exports(cfg: Config, members: MemberOptions, options: EnsembleOptions) -> E
     )
 
 
-def _checkpoints(configs: Configs, members: MemberOptions) -> Sequence[Path | str]:
+def sources_of(configs: Configs, members: MemberOptions) -> list[MemberSource]:
+    """Return the members: of the checkpoints that were named, or the best of each work folder."""
     if members.checkpoints:
-        return members.checkpoints
-    return find_checkpoints([work_dir_of(path, members.work_root) for path in configs])
+        return pair_sources(configs, members.checkpoints)
+    best = find_checkpoints([work_dir_of(path, members.work_root) for path in configs])
+    return pair_sources(configs, best, are_best=True)
 
 
-def pair_sources(configs: Configs, checkpoints: Sequence[Path | str]) -> list[MemberSource]:
+def pair_sources(
+    configs: Configs, checkpoints: Sequence[Path | str], *, are_best: bool = False
+) -> list[MemberSource]:
     """Give each checkpoint its config: one for all, or one each.
+
+    Args:
+        configs: By path.
+        checkpoints: The checkpoints.
+        are_best: They are the best of the configs' work folders, not named by anyone.
 
     Raises:
         ConfigError: Their numbers do not fit.
@@ -188,7 +197,10 @@ def pair_sources(configs: Configs, checkpoints: Sequence[Path | str]) -> list[Me
         )
     paths = paths * len(checkpoints) if len(paths) == 1 else paths
     pairs = zip(paths, checkpoints, strict=True)
-    return [MemberSource(configs[path], path, Path(checkpoint)) for path, checkpoint in pairs]
+    return [
+        MemberSource(configs[path], path, Path(checkpoint), is_best=are_best)
+        for path, checkpoint in pairs
+    ]
 
 
 def _look(data: DataSettings, red_blue_swapped: bool) -> Look:

@@ -19,8 +19,9 @@ from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
 from torch import nn
 
-from cellseg_mm.core import files
-from cellseg_mm.core.errors import CheckpointError, ConfigError
+from cellseg_mm.core import files, trainings
+from cellseg_mm.core.errors import CheckpointError, ConfigError, PredictionError
+from cellseg_mm.data.config import DataSettings
 from cellseg_mm.ensemble.members import Member, check_classes, in_order, trained_member
 from cellseg_mm.weights.checkpoints import load_checkpoint_file
 
@@ -40,11 +41,13 @@ class MemberSource:
         cfg: Config that the checkpoint was trained with; its ``model`` is built.
         config_path: Where the config came from, for messages.
         checkpoint: The checkpoint.
+        is_best: It was not named: it is the best of the config's work folder, and must be its.
     """
 
     cfg: Config
     config_path: str
     checkpoint: Path
+    is_best: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,8 @@ def load_members(
         mask_thr: Least probability of a mask's pixel; None leaves each config's own.
 
     Raises:
-        CheckpointError: A checkpoint cannot be read or does not fit its model.
+        CheckpointError: A checkpoint cannot be read or does not fit its model, or is the best of a
+            work folder and not its config's.
         PredictionError: A checkpoint has other classes, or is given twice.
     """
     loaded = [load_member(source, mask_thr=mask_thr) for source in sources]
@@ -87,7 +91,35 @@ def load_member(source: MemberSource, *, mask_thr: float | None = None) -> Loade
             'give the path of a best_*.pth'
         )
     fill_strictly(model, state, f'{source.checkpoint}: does not fit {source.config_path}')
-    return Loaded(checkpoint_member(source.checkpoint, content), model.eval())
+    member = checkpoint_member(source.checkpoint, content)
+    _check_whose(source, member, trainings.trained_record(content))
+    return Loaded(member, model.eval())
+
+
+def _check_whose(source: MemberSource, member: Member, trained: Mapping) -> None:
+    """Refuse a checkpoint that says it was trained with another config than its own."""
+    settings = source.cfg.to_dict()
+    trainings.refuse_other_network(source.checkpoint, trained, settings)
+    try:
+        data = DataSettings.from_config(source.cfg, 'test_dataloader')
+    except ConfigError:  # no data set of ours: it names nothing to compare with
+        return
+    if member.class_names and member.class_names != data.class_names:
+        raise PredictionError(
+            f'{member.source}: its classes are {", ".join(member.class_names)}, '
+            f'{source.config_path} has {", ".join(data.class_names)}; names and order must be the '
+            'same; give the config that it was trained with'
+        )
+    if not source.is_best:
+        return
+    fold = DataSettings.from_config(source.cfg).fold
+    if None not in (member.fold, fold) and member.fold != fold:
+        raise CheckpointError(
+            f'{member.source}: was trained for fold {member.fold}, {source.config_path} is fold '
+            f'{fold}; expected the best of its own training; take away what was copied here, or '
+            'give the paths of checkpoints'
+        )
+    trainings.refuse_other_recipe(source.checkpoint, trained, settings)
 
 
 def checkpoint_member(path: Path | str, content: Mapping) -> Member:

@@ -19,6 +19,7 @@ from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.core.layout import ID_MAP, predictions_path, scores_beside
 from cellseg_mm.core.progress import track
 from cellseg_mm.core.provenance import code_commit, versions
+from cellseg_mm.core.trainings import say_once
 from cellseg_mm.data.folds import load_folds
 from cellseg_mm.data.images import Images
 from cellseg_mm.data.labels import read_gt, read_id_map
@@ -42,6 +43,7 @@ from cellseg_mm.results.predictions import (
     load_predictions,
     save_predictions,
 )
+from cellseg_mm.results.whose import refuse_foreign
 from cellseg_mm.scores.score import score
 
 SHOWN = 3
@@ -127,7 +129,8 @@ def load_files(
         Members in the order of their content, and each one's sets in the order of the images.
 
     Raises:
-        PredictionError: A file cannot be read, is given twice, lacks images, or has other classes.
+        PredictionError: A file cannot be read, is given twice, lacks images, has other classes, or
+            is not of the checkpoint that counts in its work folder.
         ConfigError: A file was made with another augmentation.
     """
     loaded = [_load_file(Path(path), images, tta) for path in paths]
@@ -156,6 +159,9 @@ def _load_file(
     """Read one member's file; sets in the order of ``images.cases``."""
     if path.suffix.lower() == '.npz':
         predictions = load_predictions(path)
+        refuse_foreign(path, predictions.provenance)
+        if not predictions.provenance.get('class_names'):
+            say_once(path, 'names no classes; they are taken for those of the config, in its order')
         sets, provenance = _matched(path, predictions, images), predictions.provenance
         if tta is not None and provenance.get('tta') != tta:
             made = f'augmentation {provenance["tta"]}' if provenance.get('tta') else 'none'

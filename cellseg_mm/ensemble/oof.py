@@ -21,6 +21,7 @@ from cellseg_mm.data.folds import Folds
 from cellseg_mm.data.labels import Case, find_cases, read_gt
 from cellseg_mm.ensemble.members import list_of
 from cellseg_mm.results.predictions import Predictions, load_predictions, save_predictions
+from cellseg_mm.results.whose import refuse_foreign
 from cellseg_mm.scores.records import ScoreParams, Scores
 from cellseg_mm.scores.score import score
 
@@ -69,8 +70,8 @@ def pool_predictions(
     Raises:
         FoldError: A file belongs to other folds, two files to one fold, or a file does not hold
             exactly its fold's validation images, or an image is not in the data folder.
-        PredictionError: A file cannot be read, the files name different classes, or the data have
-            changed since.
+        PredictionError: A file cannot be read or is not of the checkpoint that counts in its work
+            folder, the files name different classes, or the data have changed since.
     """
     if not paths:
         raise PredictionError(
@@ -79,6 +80,7 @@ def pool_predictions(
     by_fold: dict[int, Predictions] = {}
     for path in paths:
         predictions = load_predictions(path)
+        refuse_foreign(path, predictions.provenance)
         fold = _checked_fold(Path(path), predictions, folds, folds_path)
         if fold in by_fold:
             raise FoldError(f'{path}: fold {fold} is given twice; give each fold once')
@@ -108,6 +110,20 @@ def pool_predictions(
     )
 
 
+def refuse_other_classes(pool: OofPool, class_names: Sequence[str]) -> None:
+    """Refuse a pool whose classes are not those of the config, in this order.
+
+    Raises:
+        PredictionError: They differ.
+    """
+    if pool.class_names != tuple(class_names):
+        raise PredictionError(
+            f'out of fold: the classes of the predictions are {", ".join(pool.class_names)}, the '
+            f'config has {", ".join(class_names)}; scores and thresholds are per class; test the '
+            'folds again'
+        )
+
+
 def score_pool(pool: OofPool, params: ScoreParams | None = None) -> Scores:
     """Score a pool; intervals resample groups of images where the folds know any."""
     return score(pool.gt_sets, pool.pred_sets, pool.class_names, params, groups=pool.groups)
@@ -135,6 +151,11 @@ def _checked_fold(
 ) -> int:
     provenance = predictions.provenance
     fold, fold_hash = provenance.get('fold'), provenance.get('fold_hash')
+    if provenance.get('split', 'val') != 'val':
+        raise FoldError(
+            f'{path}: is of the split {provenance["split"]}; expected the predictions of a '
+            'validation split; make them with tools/test.py'
+        )
     if not isinstance(fold, int) or isinstance(fold, bool) or not 0 <= fold < folds.n_folds:
         raise FoldError(
             f'{path}: names fold {fold!r}; expected the predictions of a validation split, '

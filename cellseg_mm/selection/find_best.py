@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 
 from cellseg_mm.core import files
-from cellseg_mm.core.errors import PredictionError
 from cellseg_mm.core.files import JsonValue
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.core.layout import INFERENCE, augmentations_of, on_fold_dir, predictions_path
@@ -158,11 +157,7 @@ def read_samples(inputs: Inputs, folds: Folds) -> tuple[Samples, dict[str, str]]
     """
     plain = oof.validation_files(inputs.configs, inputs.work_dirs)
     pool = oof.pool_predictions(plain, folds, inputs.data_root, folds_path=inputs.folds_path)
-    if pool.class_names != inputs.class_names:
-        raise PredictionError(
-            f'{plain[0]}: its classes are {", ".join(pool.class_names)}, the config has '
-            f'{", ".join(inputs.class_names)}; thresholds are per class; test the folds again'
-        )
+    oof.refuse_other_classes(pool, inputs.class_names)
     views: Views = {(None, DEFAULT_FUSION): pool.pred_sets}
     notes: dict[str, str] = {}
     names = sorted({name for d in inputs.work_dirs for name in augmentations_of(d, 'val')})

@@ -34,11 +34,14 @@ from cellseg_mm.core.layout import (
     result_name,
     work_dir_of,
 )
+from cellseg_mm.core.trainings import read_mark
 from cellseg_mm.data.config import DataSettings
 from cellseg_mm.fusion.views import file_name
 from cellseg_mm.results.predictions import load_predictions
+from cellseg_mm.results.whose import why_foreign
+from cellseg_mm.training.config_faults import refuse_faults
 from cellseg_mm.training.load_config import refuse_unknown_keys
-from cellseg_mm.training.marks import finished_state, fold_hash_of, read_mark
+from cellseg_mm.training.marks import finished_state, fold_hash_of
 from cellseg_mm.training.step_runner import StepRunner, locked
 
 TOOLS = REPOSITORY / 'tools'
@@ -156,6 +159,7 @@ def _fold(path: str, work_root: Path | str | None, changes: dict) -> _Fold:
     cfg = Config.fromfile(path)
     refuse_unknown_keys(cfg, changes)
     cfg.merge_from_dict(changes)
+    refuse_faults(cfg, path)
     return _Fold(path, cfg, DataSettings.from_config(cfg).fold, work_dir_of(path, work_root))
 
 
@@ -205,6 +209,11 @@ def _is_tested(fold: _Fold, name: str, *, is_trained: bool) -> tuple[bool, str]:
         return False, f'{path} is of another checkpoint'
     if provenance.get('fold_hash') != fold_hash_of(fold.cfg):
         return False, f'{path} is of other folds'
+    if why := why_foreign(path, provenance):
+        return False, f'{path} {why}'
+    names = provenance.get('class_names')
+    if names and tuple(map(str, names)) != DataSettings.from_config(fold.cfg).class_names:
+        return False, f'{path} is of other classes'
     mark = mark_of_test(fold.work_dir, name)
     # Without the mark the user has tested by hand; the checkpoint and the folds are right.
     if mark.is_file() and _read_tested(mark) != _test_hash(fold.cfg):

@@ -6,25 +6,33 @@ never scored on images that it has seen.
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mmdet.registry import HOOKS
 from mmengine.hooks import Hook
+from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop, Runner
 from torch import nn
 
-from cellseg_mm.core import files, provenance
-from cellseg_mm.core.errors import ConfigError, FoldError
+from cellseg_mm.core import files, provenance, trainings
+from cellseg_mm.core.errors import CheckpointError, ConfigError, FoldError
 from cellseg_mm.data.folds import load_folds
 from cellseg_mm.pipeline.dataset import CellDataset, base_dataset, log_parts
+from cellseg_mm.training.marks import recipe_record
 
 HEAD = re.compile(r'(?:^|\.)(?:bbox_head|mask_head)(?:\.\d+)?$')  # numbered in cascades
 
+SHOWN = 8  # class names in a message
+
 # What a result file says about the checkpoint that made it.
-TRAINED_KEYS = ('fold', 'fold_hash', 'excluded_folds', 'commit')
+TRAINED_KEYS = (
+    *('fold', 'fold_hash', 'excluded_folds', 'commit', 'class_names'),
+    *('recipe', 'parts'),
+)
 
 
 def run_provenance(runner: Runner, dataset: CellDataset | None) -> dict:
@@ -66,6 +74,8 @@ class ProvenanceHook(Hook):
         FoldError: The loaded checkpoint was trained with other folds, or on another fold.
         ConfigError: A head of the model knows another number of classes than the data set.
     """
+        CheckpointError: It was trained for other classes or for another network, or what is
+            resumed by another recipe.
 
     priority = 'VERY_HIGH'
 
@@ -73,6 +83,7 @@ class ProvenanceHook(Hook):
         self.allow_other_folds = allow_other_folds
         self._loaded: dict = {}  # meta['cellseg'] of the checkpoint in use
 
+        self.record: dict = {}  # of the recipe; what tools/train.py knows beyond the config
     def before_train(self, runner: Runner) -> None:
         """Log what is trained and validated on."""
         loops = [runner.train_loop, runner.val_loop]
@@ -105,27 +116,77 @@ class ProvenanceHook(Hook):
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Add ``meta['cellseg']``."""
         dataset = base_dataset(runner.train_loop.dataloader.dataset)
-        checkpoint['meta']['cellseg'] = run_provenance(runner, dataset)
+        self.record = self.record or recipe_record(runner.cfg)
+        checkpoint['meta']['cellseg'] = {**run_provenance(runner, dataset), **self.record}
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Refuse a checkpoint that saw the images it would now be scored on."""
-        trained = checkpoint.get('meta', {}).get('cellseg')
-        self._loaded = trained or {}
+        """Refuse a checkpoint that saw images which it would be scored on, or of other classes."""
+        trained = trainings.trained_record(checkpoint)
+        self._loaded = trained
         # A loop that is not in use is still its config, or None.
         loops = [runner._train_loop, runner._test_loop, runner._val_loop]
         loop = next((loop for loop in loops if isinstance(loop, BaseLoop)), None)
         dataset = base_dataset(loop.dataloader.dataset) if loop is not None else None
-        if not trained or dataset is None or dataset.split not in ('train', 'val'):
-            return
-        if self.allow_other_folds:
+        if dataset is None:
             return
         is_fine_tuning = dataset.split == 'train' and not runner._resume
         check = refuse_seen_start if is_fine_tuning else refuse_other_folds
         check(trained, dataset)
+        source = str(runner._load_from or 'checkpoint')
+        check_classes(checkpoint, dataset, source, is_fine_tuning=is_fine_tuning)
+        if not is_fine_tuning:
+            trainings.refuse_other_network(source, trained, runner.cfg.to_dict())
+        if runner._resume:
+            refuse_resuming(source, trained, self.record or recipe_record(runner.cfg))
+        if not trained or dataset.split not in ('train', 'val') or self.allow_other_folds:
+            return
 
 
 def refuse_other_class_count(model: nn.Module, class_names: Sequence[str]) -> None:
     """Raise ConfigError unless each head of ``model`` has as many classes as there are names.
+def check_classes(
+    checkpoint: Mapping, dataset: CellDataset, source: str, *, is_fine_tuning: bool
+) -> None:
+    """Compare the classes that stand in a checkpoint with those of the data set.
+
+    Raises:
+        CheckpointError: Names or their order differ; scores would be called by wrong names. Weights
+            to begin with may be of other classes, which is said.
+    """
+    known = trainings.class_names_of(checkpoint)
+    now = tuple(map(str, dataset.metainfo.get('classes') or ()))
+    if not known or not now or known == now:
+        return
+    found = f'{source}: its classes are {_listed(known)}; the config has {_listed(now)}'
+    if not is_fine_tuning:
+        raise CheckpointError(
+            f'{found}; names and their order must be the same; give the config that it was trained '
+            'with'
+        )
+    heads = 'begin as' if len(known) == len(now) else 'do not fit and begin anew, not as'
+    print_log(
+        f'{found}; the heads of boxes and masks {heads} those of the other classes, in this order',
+        'current',
+        level=logging.WARNING,
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''
+    return ', '.join(names[:SHOWN]) + more
+
+
+def refuse_resuming(source: str, trained: Mapping, record: Mapping) -> None:
+    """Raise CheckpointError where a run would go on with another recipe than its checkpoint's."""
+    changed = trainings.differing(record['parts'], trained.get('parts') or {})
+    if changed := [key for key in changed if key not in ('train_cfg', 'load_from')]:
+        raise CheckpointError(
+            f'{source}: was trained with other values of {", ".join(changed)} than the config and '
+            'the options have now; going on would mix the two; restore them, or train anew in '
+            'another --work-dir'
+        )
+
+
 
     Too many would be trained and scored in silence, too few end in an assertion of the device.
     """

@@ -8,6 +8,8 @@ the same weights as a run that was never cut.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
@@ -17,23 +19,26 @@ from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from cellseg_mm.core.errors import CheckpointError, ConfigError, FoldError
-from cellseg_mm.core.layout import FOLDS, STARTED, result_name
+from cellseg_mm.core import trainings
+from cellseg_mm.core.errors import CellSegError, CheckpointError, ConfigError, FoldError
+from cellseg_mm.core.layout import FOLDS, result_name
+from cellseg_mm.core.trainings import RECORD_KEYS
 from cellseg_mm.data.config import DataSettings, dataset_settings
 from cellseg_mm.data.preparing import prepare
-from cellseg_mm.data.preparing.groups import GroupRule
 from cellseg_mm.data.preparing.records import PrepareParams
 from cellseg_mm.data.preparing.text import screen_text
 from cellseg_mm.fusion import views
+from cellseg_mm.training.fold_guard import ProvenanceHook
 from cellseg_mm.training.marks import (
-    MARK_VERSION,
-    fold_hash_of,
+    alone,
     mark_start,
-    recipe_hash,
     recipe_parts,
     refuse_changed_settings,
+    refuse_other_training,
+    training_state,
     write_finished,
 )
+from cellseg_mm.weights.checkpoints import load_checkpoint_file
 from cellseg_mm.weights.find import best_checkpoint, last_good_checkpoint, remove_leftovers
 
 
@@ -62,27 +67,46 @@ def train(
             that is resumed began with; see the message.
     """
     ensure_folds(cfg)
+    given = recipe_parts(cfg)
     _apply_options(cfg, amp=amp, auto_scale_lr=auto_scale_lr, deterministic=deterministic)
-    state = {
-        'version': MARK_VERSION,
-        'recipe': recipe_hash(cfg),
-        'parts': recipe_parts(cfg),
-        'fold_hash': fold_hash_of(cfg),
-    }
-    is_new = not resume or not _set_resume(cfg, resume)
-    if not is_new:
-        refuse_changed_settings(Path(cfg.load_from).parent / STARTED, state)
-    if is_main_process():
-        mark_start(Path(cfg.work_dir), state, is_new=is_new)
-        remove_leftovers(cfg.work_dir)
-    _runner(cfg).train()
-    # The main process alone writes checkpoints; others that look may come too early.
-    best: list[Path | None] = [None]
-    if is_main_process():
-        best[0] = best_checkpoint(cfg.work_dir)
-        write_finished(cfg.work_dir, best[0], state)
+    work_dir, state = Path(cfg.work_dir), training_state(cfg, given)
+    with _alone_on_main_process(work_dir):
+        goes_on = bool(resume) and _set_resume(cfg, resume)
+        if goes_on:
+            refuse_changed_settings(Path(cfg.load_from), state)
+        refuse_other_training(work_dir, state, goes_on=goes_on)
+        barrier()  # before the first file changes, all have seen what is there
+        if is_main_process():
+            mark_start(work_dir, state)
+            remove_leftovers(work_dir)
+        runner = _runner(cfg)
+        for hook in runner.hooks:
+            if isinstance(hook, ProvenanceHook):
+                hook.record = {key: state[key] for key in RECORD_KEYS}
+        runner.train()
+        # The main process alone writes checkpoints; others that look may come too early.
+        best: list[Path | None] = [None]
+        if is_main_process():
+            best[0] = best_checkpoint(work_dir)
+            write_finished(work_dir, best[0], state)
     broadcast_object_list(best)
     return best[0]
+
+
+@contextmanager
+def _alone_on_main_process(work_dir: Path) -> Iterator[None]:
+    """Hold the work folder's lock once for all processes; where it is taken, all of them stop."""
+    with ExitStack() as held:
+        problem: list[str] = ['']
+        if is_main_process():
+            try:
+                held.enter_context(alone(work_dir))
+            except CellSegError as error:
+                problem[0] = str(error)
+        broadcast_object_list(problem)
+        if problem[0]:
+            raise CellSegError(problem[0])
+        yield
 
 
 def _apply_options(cfg: Config, *, amp: bool, auto_scale_lr: bool, deterministic: bool) -> None:
@@ -146,11 +170,9 @@ def ensure_folds(cfg: Config) -> None:
         )
     if is_main_process() and not path.is_file():
         print_log(f'{path}: not there yet; verifying {data_root} and making folds', 'current')
-        manifest = data_root / 'manifest.csv'
         params = PrepareParams(
             class_names=data.class_names,
             out_dir=None if path.parent == data_root else path.parent,
-            groups=GroupRule(csv_path=manifest if manifest.is_file() else None),
         )
         report = prepare.prepare(data_root, params)
         report.raise_for_errors()
@@ -184,7 +206,9 @@ def score_checkpoint(
     Raises:
         CellSegError: No such checkpoint, or it has seen these images; see the message.
     """
-    path = Path(checkpoint) if checkpoint not in (None, 'best') else best_checkpoint(cfg.work_dir)
+    is_best = checkpoint in (None, 'best')
+    path = best_checkpoint(cfg.work_dir) if is_best else Path(str(checkpoint))
+    _check_whose(path, cfg, is_best=is_best)
     cfg.load_from, cfg.resume = str(path), False
     split = DataSettings.from_config(cfg, 'test_dataloader').split
     named = result_name(split, views.file_name(tta_spec) if tta_spec else '')
@@ -195,6 +219,23 @@ def score_checkpoint(
         cfg.test_cfg.fp16 = True
     print_log(f'scoring {path} on {split}', 'current')
     return _runner(cfg).test()
+
+
+def _check_whose(path: Path, cfg: Config, *, is_best: bool) -> None:
+    """Refuse a work folder's checkpoint of another recipe; one that was named is only said."""
+    if not path.is_file():  # a published one, which the Runner fetches
+        return
+    trained, settings = trainings.trained_record(load_checkpoint_file(path)), cfg.to_dict()
+    trainings.refuse_other_network(path, trained, settings)
+    if is_best:
+        trainings.refuse_other_recipe(path, trained, settings)
+    elif changed := trainings.other_parts(path, trained, settings):
+        print_log(
+            f'{path}: was trained with other values of {", ".join(changed)} than the config and '
+            'its options have now; the scores are those of its own recipe',
+            'current',
+            level=logging.WARNING,
+        )
 
 
 def _augment_test(cfg: Config, tta_spec: str) -> None:

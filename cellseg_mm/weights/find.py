@@ -6,11 +6,18 @@ and said.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from cellseg_mm.core.errors import CheckpointError
+from cellseg_mm.core.trainings import (
+    best_files,
+    finished_best,
+    newest_first,
+    refuse_mixed_folder,
+    regular_files,
+    trained_record,
+)
 from cellseg_mm.weights.checkpoints import load_checkpoint_file, logger
 
 
@@ -20,8 +27,6 @@ def find_checkpoints(work_dirs: Sequence[Path]) -> list[Path]:
     Raises:
         CheckpointError: Folds have none; names all of them.
     """
-    pass
-
     found, problems = [], []
     for work_dir in work_dirs:
         try:
@@ -37,9 +42,6 @@ def find_checkpoints(work_dirs: Sequence[Path]) -> list[Path]:
     return found
 
 
-REGULAR_NAME = re.compile(r'(?:iter|epoch)_(\d+)\.pth')
-
-
 def last_good_checkpoint(work_dir: Path | str) -> tuple[Path | None, list[str]]:
     """Find the newest checkpoint to resume from that opens.
 
@@ -50,17 +52,20 @@ def last_good_checkpoint(work_dir: Path | str) -> tuple[Path | None, list[str]]:
     Returns:
         The path, ``None`` if there is none, and one sentence for every newer one that was skipped.
     """
-    files = [path for path in Path(work_dir).glob('*_*.pth') if REGULAR_NAME.fullmatch(path.name)]
-    return _first_good(files)
+    return _first_good(regular_files(work_dir))
 
 
 def best_checkpoint(work_dir: Path | str) -> Path:
     """Find the checkpoint of the best validation, or the newest if none was validated.
 
+    Of a finished training it is the file that its mark names, whatever the files' times say.
+
     Raises:
-        CheckpointError: There is none, or none that opens.
+        CheckpointError: There is none, or none that opens, or it is not of the training that the
+            folder's marks name.
     """
-    best, skipped = _first_good(list(Path(work_dir).glob('best_*.pth')))
+    named = finished_best(work_dir)
+    best, skipped = _first_good(best_files(work_dir) if named is None else [named])
     if best is None and not skipped:
         best, skipped = last_good_checkpoint(work_dir)
         if best is not None:
@@ -72,13 +77,26 @@ def best_checkpoint(work_dir: Path | str) -> Path:
         raise CheckpointError(f'{work_dir}: {found}; train first, or give the path of a checkpoint')
     for reason in skipped:
         logger.warning('%s; using %s', reason, best.name)
+    _refuse_strangers(best)
     return best
+
+
+def _refuse_strangers(best: Path) -> None:
+    """Refuse a checkpoint, and newer ones that claim to be the best, of another training."""
+    claims = best_files(best.parent) if best.name.startswith('best_') else []
+    newer = claims[: claims.index(best)] if best in claims else []
+    for path in (best, *newer):
+        try:
+            trained = trained_record(load_checkpoint_file(path))
+        except CheckpointError:
+            continue  # a torn one, which was said
+        refuse_mixed_folder(path, trained)
 
 
 def _first_good(paths: list[Path]) -> tuple[Path | None, list[str]]:
     """Return the newest file that loads and has weights, and why newer ones were skipped."""
     skipped = []
-    for path in sorted(paths, key=_age, reverse=True):
+    for path in newest_first(paths):
         try:
             if 'state_dict' in load_checkpoint_file(path):
                 return path, skipped
@@ -86,12 +104,6 @@ def _first_good(paths: list[Path]) -> tuple[Path | None, list[str]]:
         except CheckpointError as error:
             skipped.append(str(error))
     return None, skipped
-
-
-def _age(path: Path) -> tuple[int, int, str]:
-    """Sort by time of writing, then by step number (coarse clocks), then by name."""
-    number = re.search(r'(\d+)\.pth$', path.name)
-    return path.stat().st_mtime_ns, int(number.group(1)) if number else -1, path.name
 
 
 def remove_leftovers(work_dir: Path | str) -> list[Path]:

@@ -22,10 +22,13 @@ from cellseg_mm.checks.on_disk import check_data, check_work_dir, in_force_of
 from cellseg_mm.checks.settings import Truth
 from cellseg_mm.core import files, provenance
 from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.core.trainings import MARK_VERSION
+from cellseg_mm.data.config import CLASS_NAMES
 from cellseg_mm.data.folds import Folds, load_folds, save_folds
 from cellseg_mm.data.labels import find_cases, read_gt
 from cellseg_mm.pipeline.dataset import data_fingerprint
 from cellseg_mm.results.predictions import Predictions, save_predictions
+from cellseg_mm.training.marks import recipe_parts, recipe_record
 from tests.support.micro import ROOT
 
 pytestmark = pytest.mark.mm
@@ -235,7 +238,7 @@ def good_origin(data: Path) -> dict:
         'split': 'train',
         'fold_hash': load_folds(data / 'folds.json').hash,
         'data_hash': data_fingerprint(find_cases(data, 'train', 4)),
-        'class_names': ['a', 'b', 'c', 'd'],
+        'class_names': list(CLASS_NAMES),
         'commit': 'abc',
         'versions': provenance.versions(),
         'checkpoint_hash': 'x',
@@ -255,12 +258,42 @@ def look(config: Config, work_dir: Path) -> list[Line]:
 def test_whole_files_are_well(config: Config, sample_data: Path, tmp_path: Path) -> None:
     origin = good_origin(sample_data)
     save_model(tmp_path / 'best_x.pth', origin)
+    best_hash = files.file_hash(tmp_path / 'best_x.pth')[:16]
+    origin = {**origin, 'split': 'val', 'checkpoint_hash': best_hash}
     one = InstanceSet.empty('a', 1, (5, 7))
     save_predictions(tmp_path / 'val.predictions.npz', Predictions((one,), origin))
-    best_hash = files.file_hash(tmp_path / 'best_x.pth')[:16]
-    files.write_json(tmp_path / 'finished.json', {'best': 'best_x.pth', 'best_hash': best_hash})
+    files.write_json(tmp_path / 'val.scores.json', {'provenance': origin})
+    mark = {'version': MARK_VERSION, 'best': 'best_x.pth', 'best_hash': best_hash}
+    files.write_json(tmp_path / 'finished.json', mark)
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'best_x.pth'))
     lines = look(config, tmp_path)
-    assert [line.level for line in lines] == ['ok'] * 3, lines
+    assert [line.level for line in lines] == ['ok'] * 4, lines
+
+
+def test_results_of_another_training_are_found(
+    config: Config, sample_data: Path, tmp_path: Path
+) -> None:
+    origin = {**good_origin(sample_data), 'split': 'val', 'checkpoint_hash': 'an earlier one'}
+    other = {**origin, **recipe_record(config)}
+    other['parts'] = {**other['parts'], 'optim_wrapper': 'other'}
+    other |= {'config_parts': other['parts'], 'file_parts': other['parts']}
+    save_model(tmp_path / 'best_x.pth', {**other, 'class_names': list(CLASS_NAMES[::-1])})
+    files.write_json(
+        tmp_path / 'started.json', {'version': MARK_VERSION, 'parts': recipe_parts(config)}
+    )
+    save_predictions(tmp_path / 'val.predictions.npz', Predictions((), origin))
+    swapped = {**origin, 'class_names': list(CLASS_NAMES[::-1])}
+    files.write_json(tmp_path / 'val.scores.json', {'provenance': swapped})
+    (tmp_path / 'last_checkpoint').write_text('/elsewhere/iter_9.pth')
+    lines = look(config, tmp_path)
+    warnings, errors = found(lines, 'warn'), found(lines, 'error')
+    assert 'best_x.pth: its classes are macrophage, neutrophil, lymph' in errors
+    assert 'best_x.pth: was trained with other values of optim_wrapper than started.json' in errors
+    assert 'best_x.pth: was trained with other values of optim_wrapper than the config' in warnings
+    assert 'val.predictions.npz: is of another checkpoint (an earlier one)' in errors
+    assert 'val.scores.json: is of another checkpoint (an earlier one)' in errors
+    assert 'val.scores.json: its classes are macrophage' in errors
+    assert 'last_checkpoint: names /elsewhere/iter_9.pth, which is in another folder' in warnings
 
 
 @pytest.mark.parametrize(
@@ -288,7 +321,8 @@ def test_files_without_origin_or_broken(config: Config, sample_data: Path, tmp_p
     (tmp_path / 'iter_3.pth').write_bytes(content[: len(content) // 2])
     (tmp_path / 'val.predictions.npz').write_bytes(b'PK')
     (tmp_path / 'val.scores.json').write_text('{"AP": ')
-    (tmp_path / 'finished.json').write_text(json.dumps({'best': 'iter_2.pth', 'best_hash': '0'}))
+    mark = {'version': MARK_VERSION, 'best': 'iter_2.pth', 'best_hash': '0'}
+    (tmp_path / 'finished.json').write_text(json.dumps(mark))
     (tmp_path / 'oof.scores.json').write_text('{"AP": 0.5}')
     (tmp_path / '.tmp-1-iter_4.pth').write_bytes(b'half')
     lines = look(config, tmp_path)

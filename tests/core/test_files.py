@@ -30,7 +30,7 @@ def test_other_processes_are_never_signalled_on_windows(monkeypatch: pytest.Monk
     monkeypatch.setattr(os, 'kill', lambda *call: asked.append(call))
     with monkeypatch.context() as patched:
         patched.setattr(os, 'name', 'nt')
-        assert files._is_alive(12345)
+        assert files.is_alive(12345)
     assert asked == []
-    assert files._is_alive(12345)
+    assert files.is_alive(12345)
     assert asked == [(12345, 0)]

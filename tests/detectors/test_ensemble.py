@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,21 @@ torch = pytest.importorskip('torch')
 pytest.importorskip('mmdet')
 from mmengine.config import Config  # noqa: E402
 
-from cellseg_mm.core.errors import CheckpointError, ConfigError  # noqa: E402
+from cellseg_mm.core.errors import CheckpointError, ConfigError, PredictionError  # noqa: E402
 from cellseg_mm.detectors.from_options import pair_sources  # noqa: E402
+from cellseg_mm.detectors.member_models import MemberSource, load_member  # noqa: E402
 from cellseg_mm.results.predictions import load_predictions  # noqa: E402
+from cellseg_mm.training.marks import recipe_record  # noqa: E402
 from cellseg_mm.weights.find import find_checkpoints  # noqa: E402
 from tests.support.micro import free_port  # noqa: E402
-from tests.support.tiny_folds import ROOT, TinyFolds, environment, make_tiny_folds  # noqa: E402
+from tests.support.tiny_folds import (  # noqa: E402
+    ROOT,
+    TinyFolds,
+    environment,
+    make_tiny_folds,
+    random_model,
+    save_checkpoint,
+)
 
 pytestmark = pytest.mark.mm
 
@@ -129,3 +139,66 @@ def test_checkpoints_of_another_number_of_folds(tiny: TinyFolds) -> None:
     assert [s.config_path for s in pair_sources(one, tiny.checkpoints)] == [tiny.configs[0]] * 3
     with pytest.raises(ConfigError, match='3 checkpoints and 2 configs'):
         pair_sources(configs, tiny.checkpoints)
+
+
+@pytest.mark.parametrize(
+    ('change', 'error', 'says', 'may_be_named'),
+    [
+        pytest.param(
+            {'test_dataloader.dataset.metainfo.classes': ('a', 'b', 'c', 'd')},
+            PredictionError,
+            r'classes are epithelial, .*fold0\.py has a, b, c, d; names and order',
+            False,
+            id='classes',
+        ),
+        pytest.param(
+            {'model.rpn_head.anchor_generator.scales': [5]},
+            CheckpointError,
+            'trained with other settings of model',
+            False,
+            id='anchors that no weight tells of',
+        ),
+        pytest.param(
+            {'train_dataloader.dataset.dataset.fold': 1},
+            CheckpointError,
+            r'was trained for fold 0, .*fold0\.py is fold 1',
+            True,
+            id='fold',
+        ),
+        pytest.param(
+            {'optim_wrapper.optimizer.lr': 0.5},
+            CheckpointError,
+            'other values of optim_wrapper than the config',
+            True,
+            id='rate',
+        ),
+        pytest.param({'model.test_cfg.rcnn.max_per_img': 3}, None, '', True, id='cap'),
+    ],
+)
+def test_a_config_and_its_checkpoint_belong_together(
+    tiny: TinyFolds,
+    tmp_path: Path,
+    change: dict,
+    error: type[Exception] | None,
+    says: str,
+    may_be_named: bool,
+) -> None:
+    cfg = Config.fromfile(tiny.configs[0])
+    path = save_checkpoint(
+        *(tmp_path / 'best_x.pth', random_model(tiny.configs[0], 0)),
+        **recipe_record(cfg),
+        fold=0,
+    )
+    cfg.merge_from_dict(change)
+    source = MemberSource(cfg, tiny.configs[0], path, is_best=True)
+    if error is None:
+        assert load_member(source).member.fold == 0
+        return
+    with pytest.raises(error, match=says):
+        load_member(source)
+    named = replace(source, is_best=False)  # a person has chosen the file: only what decides cells
+    if may_be_named:
+        assert load_member(named).member.fold == 0
+    else:
+        with pytest.raises(error, match=says):
+            load_member(named)

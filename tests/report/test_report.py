@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,8 +19,9 @@ import cellseg_mm  # noqa: F401  (makes mmdet importable where mmcv has no compi
 pytest.importorskip('mmengine')
 
 from cellseg_mm.core.errors import ConfigError, FoldError
-from cellseg_mm.core.files import write_json
+from cellseg_mm.core.files import file_hash, write_json
 from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.core.trainings import MARK_VERSION
 from cellseg_mm.data.folds import Folds, load_folds, save_folds
 from cellseg_mm.data.labels import find_cases, read_gt
 from cellseg_mm.ensemble.oof import pool_predictions
@@ -140,13 +142,15 @@ def predict(gt: InstanceSet, seed: int) -> InstanceSet:
 def write_work_dir(work_dir: Path, gt: list[InstanceSet], folds: Folds, fold: int) -> None:
     work_dir.mkdir(parents=True)
     write_log(work_dir, '20260101_000000', [train_row(5), train_row(10), {'cell/segm_mAP_50': 0.4}])
-    (work_dir / 'best_cell_segm_mAP_50_iter_10.pth').write_bytes(b'')
-    mark = {'best': 'best_cell_segm_mAP_50_iter_10.pth', 'best_hash': 'b35t'}
+    best = work_dir / 'best_cell_segm_mAP_50_iter_10.pth'
+    best.write_bytes(f'weights {fold}'.encode())
+    best_hash = file_hash(best)[:16]
+    mark = {'version': MARK_VERSION, 'best': best.name, 'best_hash': best_hash}
     write_json(work_dir / 'finished.json', mark)
     names = set(folds.val_names(fold))
     sets = [predict(s, seed) for seed, s in enumerate(gt) if s.name in names]
     provenance = {'fold': fold, 'fold_hash': folds.hash, 'class_names': list(CLASSES), 'seed': 7}
-    provenance |= {'checkpoint_hash': 'b35t'}
+    provenance |= {'checkpoint_hash': best_hash}
     provenance |= {'versions': {'numpy': '9.9.9'}, 'commit': 'abc123', 'data_hash': 'd4t4'}
     save_predictions(work_dir / 'val.predictions.npz', Predictions(sets, provenance))
 
@@ -457,19 +461,24 @@ def test_one_fold_and_ensemble_folder(project: Path, tmp_path: Path) -> None:
     assert 'the data folder is unknown' in text
 
 
-def test_predictions_of_another_checkpoint_are_named(project: Path) -> None:
-    def notes() -> tuple[str, ...]:
-        return report.from_configs(configs_of(project), work_root=project / 'work').notes
-
-    mark = project / 'work' / 'fold1' / 'finished.json'
-    before = mark.read_text()
-    assert notes() == ()
-    mark.write_text(before.replace('b35t', '0th3r'))
-    try:
-        (note,) = notes()
-    finally:
-        mark.write_text(before)
-    assert note.startswith('fold 1: its predictions are of another checkpoint than best_cell')
+def test_predictions_of_another_checkpoint_are_left_out_and_named(
+    project: Path, tmp_path: Path
+) -> None:
+    work = shutil.copytree(project / 'work', tmp_path / 'work')
+    inputs = report.from_configs(configs_of(project), work_root=work)
+    assert inputs.notes == ()
+    assert inputs.pool is not None
+    assert inputs.pool.folds == (0, 1)
+    best = next((work / 'fold1').glob('best_*.pth'))
+    best.write_bytes(b'trained anew')
+    mark = {'version': MARK_VERSION, 'best': best.name, 'best_hash': file_hash(best)[:16]}
+    write_json(work / 'fold1/finished.json', mark)
+    inputs = report.from_configs(configs_of(project), work_root=work)
+    (note,) = inputs.notes
+    assert note.startswith('fold 1: its predictions are left out: ')
+    assert f'than {best.name} ({mark["best_hash"]})' in note
+    assert inputs.pool is not None
+    assert inputs.pool.folds == (0,)
 
 
 def test_wrong_calls_are_one_sentence(project: Path, tmp_path: Path) -> None:

@@ -22,9 +22,10 @@ from cellseg_mm.core import files  # noqa: E402
 from cellseg_mm.core.errors import ConfigError  # noqa: E402
 from cellseg_mm.core.instances import InstanceSet  # noqa: E402
 from cellseg_mm.core.layout import FINISHED, STARTED  # noqa: E402
+from cellseg_mm.core.trainings import MARK_VERSION  # noqa: E402
 from cellseg_mm.results.predictions import Predictions, save_predictions  # noqa: E402
 from cellseg_mm.training import cross_validation  # noqa: E402
-from cellseg_mm.training.marks import MARK_VERSION, fold_hash_of, recipe_hash, write_finished  # noqa: E402
+from cellseg_mm.training.marks import fold_hash_of, recipe_hash, write_finished  # noqa: E402
 
 pytestmark = pytest.mark.mm
 ROOT = Path(__file__).resolve().parents[2]

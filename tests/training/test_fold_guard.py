@@ -9,10 +9,13 @@ import pytest
 from torch import nn
 
 import cellseg_mm.components
-from cellseg_mm.core.errors import ConfigError, FoldError
+from cellseg_mm.core.errors import CheckpointError, ConfigError, FoldError
+from cellseg_mm.training import fold_guard
 from cellseg_mm.training.fold_guard import (
+    check_classes,
     refuse_other_class_count,
     refuse_other_folds,
+    refuse_resuming,
     refuse_seen_start,
 )
 
@@ -111,3 +114,50 @@ def test_heads_have_as_many_classes_as_the_data() -> None:
     refuse_other_class_count(model_of(semantic_head=Head(9)), names)  # no head of cells
     with pytest.raises(ConfigError, match=r'model\.roi_head\.bbox_head\.1\.num_classes=3: .*2 cl'):
         refuse_other_class_count(model_of(bbox_head=cascade, mask_head=Head(2)), names)
+
+
+@dataclass(frozen=True)
+class Classes:
+    """A data set's classes."""
+
+    names: tuple[str, ...]
+
+    @property
+    def metainfo(self) -> dict:
+        return {'classes': self.names}
+
+
+@pytest.mark.parametrize(
+    'content',
+    [
+        {'meta': {'cellseg': {'class_names': ['round', 'long']}}},
+        {'meta': {'dataset_meta': {'classes': ('round', 'long')}}},  # trained by MMDetection
+    ],
+    ids=['ours', 'stock'],
+)
+@pytest.mark.parametrize('names', [('long', 'round'), ('round', 'oval'), ('round', 'long', 'x')])
+def test_a_model_of_other_classes_is_never_scored(
+    content: dict, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    says = f'a.pth: its classes are round, long; the config has {", ".join(names)}; '
+    check_classes(content, Classes(('round', 'long')), 'a.pth', is_fine_tuning=False)
+    check_classes({'meta': {}}, Classes(names), 'a.pth', is_fine_tuning=False)
+    with pytest.raises(CheckpointError, match=says):
+        check_classes(content, Classes(names), 'a.pth', is_fine_tuning=False)
+    said: list[str] = []
+    monkeypatch.setattr(fold_guard, 'print_log', lambda text, *_, **__: said.append(text))
+    check_classes(content, Classes(names), 'a.pth', is_fine_tuning=True)
+    (text,) = said  # weights to begin with may be of others, in so many words
+    assert text.startswith(says)
+    assert ('begin as those of the other classes' in text) == (len(names) == 2)
+    assert ('do not fit and begin anew' in text) == (len(names) == 3)
+
+
+def test_resuming_needs_the_recipe_of_the_checkpoint() -> None:
+    """MMDetection's own --resume goes wherever last_checkpoint points."""
+    record = {'parts': {'model': 'm', 'train_cfg': 't', 'load_from': ''}}
+    refuse_resuming('a.pth', {}, record)
+    longer = {'parts': {'model': 'm', 'train_cfg': 'u', 'load_from': 'x'}}
+    refuse_resuming('a.pth', longer, record)
+    with pytest.raises(CheckpointError, match=r'a\.pth: was trained with other .*of model than'):
+        refuse_resuming('a.pth', {'parts': {'model': 'n'}}, record)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from cellseg_mm.core.layout import FINISHED
+from cellseg_mm.core.trainings import RECORD_KEYS
 from tests.support.micro import MICRO, ROOT, free_port
 
 pytestmark = pytest.mark.mm
@@ -97,7 +98,7 @@ def test_resuming_with_other_settings_is_refused(
     from functools import partial
 
     from cellseg_mm.core.errors import CheckpointError, ConfigError
-    from cellseg_mm.training import train as training
+    from cellseg_mm.training import train as train_module
     from cellseg_mm.training.load_config import load_config
 
     monkeypatch.setenv('CELLSEG_DATA', str(sample_data))
@@ -110,13 +111,17 @@ def test_resuming_with_other_settings_is_refused(
         work_dir=work_dir,
     )
     with pytest.raises(ConfigError, match=rf'began with other values of {named}'):
-        training.train(read(), resume='auto')
+        train_module.train(read(), resume='auto')
+    with pytest.raises(ConfigError, match=rf'is of a training with other values of {named}'):
+        train_module.train(read())  # a new one would mix with it
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match=r'mixed precision .* found device cpu'):
-            training.train(read(), amp=True)
+            train_module.train(read(), amp=True)
     with pytest.raises(CheckpointError, match='no such checkpoint'):
-        training.train(read(), resume=str(work_dir / 'iter_9.pth'))
-    assert (work_dir / FINISHED).is_file()  # nothing was touched
+        train_module.train(read(), resume=str(work_dir / 'iter_9.pth'))
+    before, after = (sorted(p.name for p in d.iterdir()) for d in (trained, work_dir))
+    assert before == after  # nothing was touched
+    assert (work_dir / FINISHED).is_file()
 
 
 def test_data_set_leaves_out_what_its_folds_record(sample_data: Path, tmp_path: Path) -> None:
@@ -150,12 +155,12 @@ def test_folds_of_another_name_are_not_made(
     from mmengine.config import Config
 
     from cellseg_mm.core.errors import FoldError
-    from cellseg_mm.training import train as training
+    from cellseg_mm.training import train as train_module
 
     monkeypatch.setenv('CELLSEG_DATA', str(sample_data))
     monkeypatch.setenv('CELLSEG_FOLDS', str(tmp_path / 'three.json'))
     with pytest.raises(FoldError, match=r'three\.json: no such file'):
-        training.ensure_folds(Config.fromfile(ROOT / 'configs/sample/fold0.py'))
+        train_module.ensure_folds(Config.fromfile(ROOT / 'configs/sample/fold0.py'))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -168,6 +173,9 @@ def test_checkpoint_says_where_it_comes_from(sample_data: Path, trained: Path) -
     assert meta['class_names'] == ['epithelial', 'lymphocyte', 'neutrophil', 'macrophage']
     assert meta['versions']['torch']
     assert len(meta['data_hash']) == 16
+    mark = json.loads((trained / FINISHED).read_text())
+    assert {key: meta[key] for key in RECORD_KEYS} == {key: mark[key] for key in RECORD_KEYS}
+    assert meta['parts']['model'] != meta['file_parts']['model']  # MICRO is a set of options
 
 
 def test_scoring_finds_the_best_and_writes_instances(
@@ -302,16 +310,20 @@ def test_only_the_main_process_looks_for_its_checkpoints(
 
     from mmengine.config import Config
 
-    from cellseg_mm.training import train as training
+    from cellseg_mm.training import train as train_module
 
     monkeypatch.setenv('CELLSEG_DATA', str(sample_data))
     cfg = Config.fromfile(ROOT / 'configs/sample/fold0.py')
     cfg.work_dir = str(tmp_path)  # empty: a look would raise
-    monkeypatch.setattr(training, 'is_main_process', lambda: False)
-    monkeypatch.setattr(training, '_runner', lambda _: SimpleNamespace(train=lambda: None))
+    monkeypatch.setattr(train_module, 'is_main_process', lambda: False)
+    runner = SimpleNamespace(train=lambda: None, hooks=[])
+    monkeypatch.setattr(train_module, '_runner', lambda _: runner)
     told = tmp_path / 'best_x.pth'
-    monkeypatch.setattr(training, 'broadcast_object_list', lambda box: box.__setitem__(0, told))
-    assert training.train(cfg) == told
+    answers = iter(['', told])  # the lock is free; the best checkpoint
+    monkeypatch.setattr(
+        train_module, 'broadcast_object_list', lambda box: box.__setitem__(0, next(answers))
+    )
+    assert train_module.train(cfg) == told
     assert not (tmp_path / FINISHED).exists()
 
 
@@ -322,16 +334,18 @@ def test_processes_join_before_anything_is_written(
     """Where there is CUDA too: before, each process takes itself for the main one."""
     from mmengine.config import Config
 
-    from cellseg_mm.training import load_config as loading
+    from cellseg_mm.training import load_config as load_config_module
 
     monkeypatch.setenv('CELLSEG_DATA', str(sample_data))
     cfg = Config.fromfile(ROOT / 'configs/sample/fold0.py')
     cfg.launcher = launcher
     found: list[str] = []
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    monkeypatch.setattr(loading, 'set_multi_processing', lambda **_: None)
-    monkeypatch.setattr(loading, 'init_dist', lambda name, backend: found.extend([name, backend]))
-    loading.adapt_to_machine(cfg)
+    monkeypatch.setattr(load_config_module, 'set_multi_processing', lambda **_: None)
+    monkeypatch.setattr(
+        load_config_module, 'init_dist', lambda name, backend: found.extend([name, backend])
+    )
+    load_config_module.adapt_to_machine(cfg)
     assert found == joins
 
 
@@ -339,20 +353,20 @@ def test_settings_that_laptops_need(sample_data: Path, monkeypatch: pytest.Monke
     from mmengine.config import Config
 
     from cellseg_mm.cli import explain
-    from cellseg_mm.training import load_config as loading
-    from cellseg_mm.training import train as training
+    from cellseg_mm.training import load_config as load_config_module
+    from cellseg_mm.training import train as train_module
 
     monkeypatch.setenv('CELLSEG_DATA', str(sample_data))
     cfg = Config.fromfile(ROOT / 'configs/sample/fold0.py')
     cfg.merge_from_dict({'val_dataloader.num_workers': 0, 'val_dataloader.prefetch_factor': 2})
-    loading.adapt_to_machine(cfg)  # torch refuses persistent_workers without workers
+    load_config_module.adapt_to_machine(cfg)  # torch refuses persistent_workers without workers
     assert not {'persistent_workers', 'prefetch_factor'} & set(cfg.val_dataloader)
     assert cfg.train_dataloader.persistent_workers
     # A second metric makes the evaluator a list.
     cfg.test_evaluator = [{'type': 'CocoMetric'}, cfg.test_evaluator]
-    assert training._metric_of(cfg).type == 'CellMetric'
-    training._augment_test(cfg, 'hflip')
-    assert training._metric_of(cfg).provenance == {'tta': 'hflip'}
+    assert train_module._metric_of(cfg).type == 'CellMetric'
+    train_module._augment_test(cfg, 'hflip')
+    assert train_module._metric_of(cfg).provenance == {'tta': 'hflip'}
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)
     assert explain(caught.value).startswith('the device ran out of memory (')

@@ -6,8 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
+from cellseg_mm.core import files
 from cellseg_mm.core.errors import CheckpointError
+from cellseg_mm.core.trainings import MARK_VERSION
 from cellseg_mm.weights.find import best_checkpoint, last_good_checkpoint
 from tests.support.weights_files import save
 
@@ -58,4 +61,43 @@ def test_best_checkpoint(tmp_path: Path) -> None:
     assert best_checkpoint(tmp_path) == best
     best.write_bytes(b'')
     with pytest.raises(CheckpointError, match='is empty'):
+        best_checkpoint(tmp_path)
+
+
+def told(path: Path, second: int, **trained: object) -> Path:
+    meta = {'meta': {'cellseg': trained}, 'state_dict': {'w': torch.ones(2)}}
+    return dated(save(path, meta), second)
+
+
+def finish(folder: Path, best: Path, **said: object) -> None:
+    mark = {'version': MARK_VERSION, 'best': best.name, 'best_hash': files.file_hash(best)[:16]}
+    files.write_json(folder / 'finished.json', {**mark, **said})
+
+
+def test_the_best_of_a_finished_training_is_the_one_that_it_names(tmp_path: Path) -> None:
+    ours = told(tmp_path / 'best_x_iter_2.pth', 1, fold=0, parts={'model': 'm'})
+    again = told(tmp_path / 'best_x_iter_4.pth', 2, fold=0, parts={'model': 'm'})
+    assert best_checkpoint(tmp_path) == again  # the newest
+    finish(tmp_path, ours, fold=0, parts={'model': 'm'})
+    assert best_checkpoint(tmp_path) == ours  # a copy of the folder may have other times
+    told(ours, 3, fold=0, parts={'model': 'm'}, other=1)
+    with pytest.raises(CheckpointError, match=r'best_x_iter_2\.pth: has the hash .*finished\.json'):
+        best_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize('is_finished', [True, False])
+@pytest.mark.parametrize(
+    ('stranger', 'named'),
+    [({'fold': 1, 'parts': {'model': 'm'}}, 'fold'), ({'fold': 0, 'parts': {'model': 'n'}}, 'mod')],
+)
+def test_a_best_that_was_copied_here_is_refused(
+    tmp_path: Path, stranger: dict, named: str, is_finished: bool
+) -> None:
+    said = {'fold': 0, 'parts': {'model': 'm'}}
+    ours = told(tmp_path / 'best_x_iter_2.pth', 1, **said)
+    files.write_json(tmp_path / 'started.json', {'version': MARK_VERSION, **said})
+    if is_finished:
+        finish(tmp_path, ours, **said)
+    told(tmp_path / 'best_y_iter_9.pth', 2, **stranger)
+    with pytest.raises(CheckpointError, match=f'best_y_iter_9.pth: was .*values of {named}'):
         best_checkpoint(tmp_path)
