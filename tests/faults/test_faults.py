@@ -345,7 +345,7 @@ def test_prepare_on_a_full_disk_writes_nothing(sample_data: Path, tmp_path: Path
         check=False,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300)),
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert 'cannot be written (File too large)' in done.stderr
     assert 'Traceback' not in done.stderr
     assert list(tmp_path.iterdir()) == []
