@@ -36,8 +36,6 @@ N_CLASSES = 4
 CLASS_NAMES = ('epithelial', 'lymphocyte', 'neutrophil', 'macrophage')
 PITCH_PX = 56  # a grid of 73 x 73 places on 4096 px
 SMALL = {
-    'model.backbone.base_channels': 8,
-    'model.neck.in_channels': [8, 16, 32, 64],
     'train_dataloader.batch_size': 2,
     'train_cfg.max_iters': 4,
     'train_cfg.val_interval': 1000,

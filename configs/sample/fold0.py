@@ -1,4 +1,4 @@
-_base_ = '../_base_/mask_rcnn_tiny.py'
+_base_ = '../_base_/mask_rcnn_sample.py'
 
 train_dataloader = dict(dataset=dict(dataset=dict(fold=0)))
 val_dataloader = dict(dataset=dict(fold=0))

@@ -28,8 +28,6 @@ pytestmark = pytest.mark.mm
 @pytest.fixture(scope='module')
 def model() -> torch.nn.Module:
     cfg = Config.fromfile(ROOT / 'configs/sample/fold0.py')
-    cfg.model.backbone.base_channels = 8
-    cfg.model.neck.in_channels = [8, 16, 32, 64]
     cfg.model.test_cfg.rcnn.max_per_img = 3
     torch.manual_seed(0)
     with DefaultScope.overwrite_default_scope('mmdet'):

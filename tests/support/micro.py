@@ -9,8 +9,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # Shrinks configs/sample to seconds; the parts stay the same.
 MICRO = {
-    'model.backbone.base_channels': 8,
-    'model.neck.in_channels': [8, 16, 32, 64],
     'train_dataloader.batch_size': 2,
     'train_dataloader.num_workers': 0,
     'train_dataloader.persistent_workers': False,
