@@ -115,8 +115,8 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPER
 OUT_OF_MEMORY = (
     'the device ran out of memory ({reason}); expected the model and a batch to fit; when training '
     'lower train_dataloader.batch_size (and the learning rate with it) or the image size, or add '
-    '--amp; when testing lower model.test_cfg.rpn.max_per_img, or cut large images into tiles with '
-    'tools/predict.py --tile'
+    '--amp to tools/train.py; when testing lower model.test_cfg.rpn.max_per_img, or cut large '
+    'images into tiles with tools/predict.py --tile'
 )
 
 
@@ -140,7 +140,7 @@ def explain(error: BaseException) -> str | None:
             where = one.filename or 'a result file'
             return (
                 f'{where}: cannot be written or read ({one.strerror}); expected a folder with room '
-                'and permission; make room, or name another with --work-dir or --out; the same '
+                'and permission; make room, or name another folder for the results; the same '
                 'command goes on from the last whole file (tools/train.py with --resume)'
             )
     return None

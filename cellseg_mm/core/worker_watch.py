@@ -65,5 +65,5 @@ def explain_death(text: str) -> str | None:
     return (
         f'data loading: worker process {found[1]} {found[2].strip()} while it worked on {images}; '
         'most often memory ran out; lower num_workers of the data loaders or persistent_workers, '
-        'cut the image or list its case in exclude.txt; start again with --resume'
+        'cut the image or list its case in exclude.txt; then go on (tools/train.py with --resume)'
     )

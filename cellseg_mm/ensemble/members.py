@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from cellseg_mm.core.errors import FoldError, PredictionError
 from cellseg_mm.core.files import JsonValue
 from cellseg_mm.data.folds import Folds
+from cellseg_mm.data.intensity import ValueRange
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,7 @@ class Member:
         excluded_folds: Further folds that it never saw.
         class_names: Names of the classes; empty if unknown.
         score: Best validation score that the file records, or None.
+        value_range: Of values of more than 8 bits, as in its training; None where none was needed.
     """
 
     source: str
@@ -36,6 +38,7 @@ class Member:
     excluded_folds: tuple[int, ...] = ()
     class_names: tuple[str, ...] = ()
     score: float | None = None
+    value_range: ValueRange | None = None
 
     @property
     def clean_folds(self) -> frozenset[int]:
@@ -51,6 +54,7 @@ class Member:
             'fold_hash': self.fold_hash,
             'excluded_folds': list(self.excluded_folds),
             'score': self.score,
+            **({'value_range': self.value_range.to_json()} if self.value_range else {}),
         }
 
     def describe(self) -> str:
@@ -89,6 +93,7 @@ def trained_member(
         excluded_folds=tuple(int(str(k)) for k in list_of(trained.get('excluded_folds'))),
         class_names=tuple(map(str, list_of(trained.get('class_names')))),
         score=score,
+        value_range=ValueRange.from_json(trained.get('value_range')),
     )
 
 

@@ -71,7 +71,8 @@ def _head(report: PrepareReport) -> str:
     )
     if report.excluded:
         line += f' ({", ".join(report.excluded)})'
-    return line + '.'
+    range_text = '' if report.chosen is None else f'\n{report.chosen.text}'
+    return f'{line}.{range_text}'
 
 
 def class_table(report: PrepareReport) -> str:
