@@ -35,13 +35,15 @@ def main() -> None:
     from cellseg_mm.selection.find_best import Inputs, describe, find_best
 
     work_dirs = [work_dir_of(path, args.work_root) for path in args.configs]
-    data = DataSettings.from_config(Config.fromfile(args.configs[0]), 'test_dataloader')
+    configs = [Config.fromfile(path) for path in args.configs]
+    data = DataSettings.from_config(configs[0], 'test_dataloader')
     inputs = Inputs(
         configs=tuple(args.configs),
         work_dirs=tuple(work_dirs),
         data_root=data.data_root,
         folds_path=data.folds_path,
         class_names=data.class_names,
+        settings={DataSettings.from_config(cfg).fold: cfg.to_dict() for cfg in configs},
     )
     out_dir = Path(args.out or ensemble_dir(work_dirs))
     commands = next_commands(args.configs, args.work_root, out_dir / INFERENCE)

@@ -49,7 +49,8 @@ def main() -> None:
 
     work_dirs = [work_dir_of(path, args.work_root) for path in args.configs]
     out = Path(args.out or ensemble_dir(work_dirs))
-    data = DataSettings.from_config(Config.fromfile(args.configs[0]), 'test_dataloader')
+    configs = [Config.fromfile(path) for path in args.configs]
+    data = DataSettings.from_config(configs[0], 'test_dataloader')
     if args.held_out is not None:
         images = find_images(
             data.data_root,
@@ -68,6 +69,8 @@ def main() -> None:
     in_force = folds.load_folds(data.folds_path)
     pool = oof.pool_predictions(paths, in_force, data.data_root, folds_path=data.folds_path)
     oof.refuse_other_classes(pool, data.class_names)
+    settings = {DataSettings.from_config(cfg).fold: cfg.to_dict() for cfg in configs}
+    oof.refuse_other_recipes(pool, settings)
     scores = oof.score_pool(pool)
     paths = predictions_path(out, 'oof', args.tta), scores_path(out, 'oof', args.tta)
     oof.save_pool(paths[0], pool)

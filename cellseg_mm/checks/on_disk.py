@@ -176,14 +176,6 @@ def _check_leftovers(work_dir: Path) -> Iterator[Line]:
         )
 
 
-def _check_checkpoint(path: Path, in_force: InForce) -> Iterator[Line]:
-    content = checkpoints.load_checkpoint_file(path)
-    if 'state_dict' not in content:
-        yield warn('checkpoint', f'{path}: opens, holds no state_dict; is it of this project?')
-        return
-    meta = content.get('meta', {})
-    origin = meta.get('cellseg')
-    if not origin:
 def _check_last(work_dir: Path) -> Iterator[Line]:
     """Look whether mmengine's note of the newest checkpoint leads out of the folder."""
     note = work_dir / 'last_checkpoint'
@@ -196,6 +188,14 @@ def _check_last(work_dir: Path) -> Iterator[Line]:
         )
 
 
+def _check_checkpoint(path: Path, in_force: InForce) -> Iterator[Line]:
+    content = checkpoints.load_checkpoint_file(path)
+    if 'state_dict' not in content:
+        yield warn('checkpoint', f'{path}: opens, holds no state_dict; is it of this project?')
+        return
+    meta = content.get('meta', {})
+    origin = meta.get('cellseg')
+    if not origin:
         yield warn(
             'checkpoint',
             f'{path}: opens, does not say where it comes from; expected meta["cellseg"]; it was '
@@ -205,18 +205,10 @@ def _check_last(work_dir: Path) -> Iterator[Line]:
     lacking = [key for key in TRAINED_KEYS if key not in origin]
     if 'cfg' not in meta:
         lacking.append('the config')
+    yield from _check_whose(path, content, in_force)
     yield from _compare('checkpoint', path, origin, lacking, in_force)
 
 
-def _check_predictions(path: Path, in_force: InForce) -> Iterator[Line]:
-    predictions = load_predictions(path)
-    origin = predictions.provenance
-    yield from _compare('predictions', path, origin, _lacking(origin), in_force)
-    checkpoint = Path(str(origin.get('checkpoint') or ''))
-    yield from _check_whose(path, content, in_force)
-    known = origin.get('checkpoint_hash')
-    if known and checkpoint.is_file() and files.file_hash(checkpoint)[:16] != known:
-        yield warn('predictions', f'{path}: {checkpoint} has changed since; predict again')
 def _check_whose(path: Path, content: Mapping, in_force: InForce) -> Iterator[Line]:
     """Compare a checkpoint's classes and recipe with the config and with its folder's marks."""
     trained, names = trainings.trained_record(content), trainings.class_names_of(content)
@@ -235,21 +227,21 @@ def _check_whose(path: Path, content: Mapping, in_force: InForce) -> Iterator[Li
         yield warn(
             'checkpoint',
             f'{path}: was trained with other values of {", ".join(changed)} than the config has; '
-            'give the config and the --cfg-options of its training',
+            'give the config and the options of its training',
         )
 
 
-
-
-def _lacking(origin: Mapping) -> list[str]:
-    keys = PREDICTED_KEYS if 'members' in origin else (*PREDICTED_KEYS, *MODEL_KEYS)
+def _check_predictions(path: Path, in_force: InForce) -> Iterator[Line]:
+    predictions = load_predictions(path)
+    origin = predictions.provenance
+    yield from _compare('predictions', path, origin, _lacking(origin), in_force)
     yield from _check_made_by('predictions', path, origin, in_force)
-    return [key for key in keys if key not in origin]
+    checkpoint = Path(str(origin.get('checkpoint') or ''))
+    known = origin.get('checkpoint_hash')
+    if known and checkpoint.is_file() and files.file_hash(checkpoint)[:16] != known:
+        yield warn('predictions', f'{path}: {checkpoint} has changed since; predict again')
 
 
-def _compare(
-    what: str, path: Path, origin: Mapping, lacking: Sequence[str], in_force: InForce
-) -> Iterator[Line]:
 def _check_made_by(what: str, path: Path, origin: Mapping, in_force: InForce) -> Iterator[Line]:
     """Compare a result with the checkpoint that counts in its folder, and with the config."""
     if why := why_foreign(path, origin):
@@ -263,6 +255,14 @@ def _check_made_by(what: str, path: Path, origin: Mapping, in_force: InForce) ->
         )
 
 
+def _lacking(origin: Mapping) -> list[str]:
+    keys = PREDICTED_KEYS if 'members' in origin else (*PREDICTED_KEYS, *MODEL_KEYS)
+    return [key for key in keys if key not in origin]
+
+
+def _compare(
+    what: str, path: Path, origin: Mapping, lacking: Sequence[str], in_force: InForce
+) -> Iterator[Line]:
     """Say whether a file's origin is complete and is still what is there."""
     commit = str(origin.get('commit') or origin.get('code_commit') or '')
     found = []
@@ -328,8 +328,8 @@ def _check_json(path: Path, in_force: InForce) -> Iterator[Line]:
     if path.name.endswith(SCORES_SUFFIX) and not content.get('provenance'):
         yield warn('result', f'{path}: does not say where it comes from; score again')
         return
-    yield ok('result', f'{path}: opens')
     if path.name.endswith(SCORES_SUFFIX):
         wrong = list(_check_made_by('result', path, content['provenance'], in_force))
         yield from wrong or [ok('result', f'{path}: opens')]
         return
+    yield ok('result', f'{path}: opens')

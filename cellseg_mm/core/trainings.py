@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,15 @@ NOT_RECIPE_KEYS = {
 }
 
 # Parts of a model that change neither what its weights mean nor how it answers.
-NOT_NETWORK_KEYS = {'test_cfg', 'train_cfg', 'init_cfg', 'with_cp', 'keep_mask_probs'}
+NOT_NETWORK_KEYS = {
+    *('test_cfg', 'train_cfg', 'init_cfg', 'with_cp', 'keep_mask_probs', 'memory_format'),
+}
 
 # What a checkpoint says of its recipe: all of it as one hash; by part as trained, as the config and
 # its options had it, and as the config file has it; and the network that the weights belong to.
 RECORD_KEYS = ('recipe', 'parts', 'config_parts', 'file_parts', 'network')
+
+SHOWN = 8  # class names in a message
 
 REGULAR_NAME = re.compile(r'(?:iter|epoch)_(\d+)\.pth')
 
@@ -188,6 +192,22 @@ def class_names_of(content: Record) -> tuple[str, ...]:
     if not names and isinstance(theirs, Mapping):
         names = theirs.get('classes')
     return tuple(map(str, names)) if isinstance(names, (list, tuple)) else ()
+
+
+def refuse_other_classes(path: Path | str, content: Record, class_names: Sequence[str]) -> None:
+    """Raise CheckpointError where scores would be called by other names than in training."""
+    known = class_names_of(content)
+    if known and class_names and known != tuple(class_names):
+        raise CheckpointError(
+            f'{path}: its classes are {listed(known)}; the config has {listed(class_names)}; names '
+            'and their order must be the same; give the config that it was trained with'
+        )
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return class names for a message; of many the first."""
+    more = f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''
+    return ', '.join(names[:SHOWN]) + more
 
 
 def refuse_mixed_folder(path: Path, trained: Record) -> None:

@@ -7,9 +7,11 @@ the fold that held it out, and all files name the same folds; anything else is r
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from cellseg_mm.core.errors import FoldError, PredictionError
 from cellseg_mm.core.files import JsonValue
@@ -17,6 +19,7 @@ from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.core.layout import on_fold_dir, predictions_path
 from cellseg_mm.core.progress import track
 from cellseg_mm.core.provenance import code_commit, versions
+from cellseg_mm.core.trainings import refuse_other_recipe
 from cellseg_mm.data.folds import Folds
 from cellseg_mm.data.labels import Case, find_cases, read_gt
 from cellseg_mm.ensemble.members import list_of
@@ -24,6 +27,10 @@ from cellseg_mm.results.predictions import Predictions, load_predictions, save_p
 from cellseg_mm.results.whose import refuse_foreign
 from cellseg_mm.scores.records import ScoreParams, Scores
 from cellseg_mm.scores.score import score
+
+logger = logging.getLogger(__name__)
+
+FOLDS_PART = 'train_dataloader'  # of a recipe; it names the fold
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +128,34 @@ def refuse_other_classes(pool: OofPool, class_names: Sequence[str]) -> None:
             f'out of fold: the classes of the predictions are {", ".join(pool.class_names)}, the '
             f'config has {", ".join(class_names)}; scores and thresholds are per class; test the '
             'folds again'
+        )
+
+
+def refuse_other_recipes(pool: OofPool, settings: Mapping[int, Mapping[str, Any]]) -> None:
+    """Refuse folds that were trained by another recipe than that of their config.
+
+    Args:
+        pool: The folds.
+        settings: By fold its config, as a dict; folds without one are not compared.
+
+    Raises:
+        CheckpointError: A fold's config or its options have other values now.
+    """
+    parts: dict[str, set[str]] = {}
+    for fold, origin in pool.provenance.items():
+        trained = origin.get('trained')
+        if not isinstance(trained, dict):
+            continue
+        if fold in settings:
+            refuse_other_recipe(Path(str(origin.get('checkpoint'))), trained, settings[fold])
+        for key, value in (trained.get('parts') or {}).items():
+            parts.setdefault(key, set()).add(value)
+    mixed = [key for key, values in parts.items() if len(values) > 1 and key != FOLDS_PART]
+    if mixed:
+        logger.warning(
+            'out of fold: the folds were trained with different values of %s; the score is that of '
+            'no one recipe; train them with the same options',
+            ', '.join(mixed),
         )
 
 

@@ -20,7 +20,12 @@ from cellseg_mm.data.config import DataSettings, Rgb, default_colours
 from cellseg_mm.data.folds import load_folds
 from cellseg_mm.data.images import cases_of
 from cellseg_mm.data.intensity import ValueRange
-from cellseg_mm.ensemble.oof import OofPool, pool_predictions, refuse_other_classes
+from cellseg_mm.ensemble.oof import (
+    OofPool,
+    pool_predictions,
+    refuse_other_classes,
+    refuse_other_recipes,
+)
 from cellseg_mm.report.logs import TrainingLog, read_training_log, step_of_checkpoint
 from cellseg_mm.results.predictions import Predictions, load_predictions
 from cellseg_mm.results.whose import why_foreign
@@ -134,7 +139,12 @@ def from_configs(
     ensemble = Path(out_dir) if out_dir is not None else ensemble_dir([r.work_dir for r in runs])
     names = sorted({run.work_dir.parent.name for run in runs} - {'work_dirs', ''})
     title = f'Report on {len(runs)} folds' + (f' of {", ".join(names)}' if names else '')
-    return _gathered(title, runs, DataSettings.from_config(configs[0], 'val_dataloader'), ensemble)
+    data = DataSettings.from_config(configs[0], 'val_dataloader')
+    found = _gathered(title, runs, data, ensemble)
+    if found.pool is not None:
+        settings = {DataSettings.from_config(cfg).fold: cfg.to_dict() for cfg in configs}
+        refuse_other_recipes(found.pool, settings)
+    return found
 
 
 def from_work_dir(work_dir: Path | str) -> ReportInputs:

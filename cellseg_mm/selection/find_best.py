@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,9 +38,9 @@ from cellseg_mm.selection.search import (
     AP_STEPS,
     FUSION_STEPS,
     PQ_STEPS,
-    SettingsChoice,
     Options,
     Search,
+    SettingsChoice,
     StepEvidence,
     difference,
 )
@@ -62,6 +63,7 @@ class Inputs:
         data_root: Data folder.
         folds_path: Folds file.
         class_names: Names of the classes.
+        settings: The configs by fold, as dicts; folds without one may be of any recipe.
     """
 
     configs: tuple[str, ...]
@@ -69,6 +71,7 @@ class Inputs:
     data_root: Path
     folds_path: Path
     class_names: tuple[str, ...]
+    settings: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +161,7 @@ def read_samples(inputs: Inputs, folds: Folds) -> tuple[Samples, dict[str, str]]
     plain = oof.validation_files(inputs.configs, inputs.work_dirs)
     pool = oof.pool_predictions(plain, folds, inputs.data_root, folds_path=inputs.folds_path)
     oof.refuse_other_classes(pool, inputs.class_names)
+    oof.refuse_other_recipes(pool, inputs.settings)
     views: Views = {(None, DEFAULT_FUSION): pool.pred_sets}
     notes: dict[str, str] = {}
     names = sorted({name for d in inputs.work_dirs for name in augmentations_of(d, 'val')})
@@ -181,7 +185,7 @@ def read_samples(inputs: Inputs, folds: Folds) -> tuple[Samples, dict[str, str]]
         )
     if not all('mask_probs' in s.extra for s in pool.pred_sets if len(s)):
         notes['mask_thr'] = (
-            'the predictions carry no mask probabilities; test with --cfg-options '
+            'the predictions carry no mask probabilities; test with tools/test.py --cfg-options '
             'model.test_cfg.rcnn.keep_mask_probs=True to choose it'
         )
     if len(pool.folds) < 2:

@@ -26,19 +26,19 @@ from cellseg_mm.training.marks import recipe_record
 
 HEAD = re.compile(r'(?:^|\.)(?:bbox_head|mask_head)(?:\.\d+)?$')  # numbered in cascades
 
-SHOWN = 8  # class names in a message
-
 # What a result file says about the checkpoint that made it.
 TRAINED_KEYS = (
     *('fold', 'fold_hash', 'excluded_folds', 'commit', 'class_names'),
-    *('recipe', 'parts'),
+    *('recipe', 'parts', 'config_parts', 'file_parts'),
 )
 
 
 def run_provenance(runner: Runner, dataset: CellDataset | None) -> dict:
     """Return what a checkpoint or result of this run must carry, as plain JSON values."""
     classes = dataset.metainfo.get('classes', ()) if dataset else ()
+    has_range = dataset is not None and dataset.value_range is not None
     return {
+        **({'value_range': dataset.value_range.to_json()} if has_range else {}),
         'fold': dataset.fold if dataset and dataset.split in ('train', 'val') else None,
         'split': dataset.split if dataset else '',
         'fold_hash': dataset.fold_hash if dataset else '',
@@ -72,18 +72,18 @@ class ProvenanceHook(Hook):
 
     Raises:
         FoldError: The loaded checkpoint was trained with other folds, or on another fold.
-        ConfigError: A head of the model knows another number of classes than the data set.
-    """
         CheckpointError: It was trained for other classes or for another network, or what is
             resumed by another recipe.
+        ConfigError: A head of the model knows another number of classes than the data set.
+    """
 
     priority = 'VERY_HIGH'
 
     def __init__(self, allow_other_folds: bool = False) -> None:
         self.allow_other_folds = allow_other_folds
+        self.record: dict = {}  # of the recipe; what tools/train.py knows beyond the config
         self._loaded: dict = {}  # meta['cellseg'] of the checkpoint in use
 
-        self.record: dict = {}  # of the recipe; what tools/train.py knows beyond the config
     def before_train(self, runner: Runner) -> None:
         """Log what is trained and validated on."""
         loops = [runner.train_loop, runner.val_loop]
@@ -130,8 +130,6 @@ class ProvenanceHook(Hook):
         if dataset is None:
             return
         is_fine_tuning = dataset.split == 'train' and not runner._resume
-        check = refuse_seen_start if is_fine_tuning else refuse_other_folds
-        check(trained, dataset)
         source = str(runner._load_from or 'checkpoint')
         check_classes(checkpoint, dataset, source, is_fine_tuning=is_fine_tuning)
         if not is_fine_tuning:
@@ -140,10 +138,10 @@ class ProvenanceHook(Hook):
             refuse_resuming(source, trained, self.record or recipe_record(runner.cfg))
         if not trained or dataset.split not in ('train', 'val') or self.allow_other_folds:
             return
+        check = refuse_seen_start if is_fine_tuning else refuse_other_folds
+        check(trained, dataset)
 
 
-def refuse_other_class_count(model: nn.Module, class_names: Sequence[str]) -> None:
-    """Raise ConfigError unless each head of ``model`` has as many classes as there are names.
 def check_classes(
     checkpoint: Mapping, dataset: CellDataset, source: str, *, is_fine_tuning: bool
 ) -> None:
@@ -155,25 +153,18 @@ def check_classes(
     """
     known = trainings.class_names_of(checkpoint)
     now = tuple(map(str, dataset.metainfo.get('classes') or ()))
+    if not is_fine_tuning:
+        trainings.refuse_other_classes(source, checkpoint, now)
     if not known or not now or known == now:
         return
-    found = f'{source}: its classes are {_listed(known)}; the config has {_listed(now)}'
-    if not is_fine_tuning:
-        raise CheckpointError(
-            f'{found}; names and their order must be the same; give the config that it was trained '
-            'with'
-        )
     heads = 'begin as' if len(known) == len(now) else 'do not fit and begin anew, not as'
     print_log(
-        f'{found}; the heads of boxes and masks {heads} those of the other classes, in this order',
+        f'{source}: its classes are {trainings.listed(known)}; the config has '
+        f'{trainings.listed(now)}; the heads of boxes and masks {heads} those of the other '
+        'classes, in this order',
         'current',
         level=logging.WARNING,
     )
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''
-    return ', '.join(names[:SHOWN]) + more
 
 
 def refuse_resuming(source: str, trained: Mapping, record: Mapping) -> None:
@@ -187,6 +178,8 @@ def refuse_resuming(source: str, trained: Mapping, record: Mapping) -> None:
         )
 
 
+def refuse_other_class_count(model: nn.Module, class_names: Sequence[str]) -> None:
+    """Raise ConfigError unless each head of ``model`` has as many classes as there are names.
 
     Too many would be trained and scored in silence, too few end in an assertion of the device.
     """

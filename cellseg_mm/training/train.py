@@ -225,7 +225,10 @@ def _check_whose(path: Path, cfg: Config, *, is_best: bool) -> None:
     """Refuse a work folder's checkpoint of another recipe; one that was named is only said."""
     if not path.is_file():  # a published one, which the Runner fetches
         return
-    trained, settings = trainings.trained_record(load_checkpoint_file(path)), cfg.to_dict()
+    content, settings = load_checkpoint_file(path), cfg.to_dict()
+    trained = trainings.trained_record(content)
+    names = DataSettings.from_config(cfg, 'test_dataloader').class_names
+    trainings.refuse_other_classes(path, content, names)
     trainings.refuse_other_network(path, trained, settings)
     if is_best:
         trainings.refuse_other_recipe(path, trained, settings)

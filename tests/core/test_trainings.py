@@ -171,7 +171,7 @@ def test_a_checkpoint_from_another_folder_is_refused(
 
 def test_weights_that_fit_another_network_by_shape_are_refused() -> None:
     refuse_other_network('x.pth', {}, SETTINGS)
-    for same in ({'test_cfg': {'cap': 9}}, {'norm': {'type': 'SyncBN'}}, {'init_cfg': 'somewhere'}):
+    for same in ({'test_cfg': {'cap': 9}}, {'memory_format': 'x'}, {'init_cfg': 'somewhere'}):
         refuse_other_network(
             'x.pth', record(), {**SETTINGS, 'model': {**SETTINGS['model'], **same}}
         )

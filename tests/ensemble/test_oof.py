@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from cellseg_mm.core.errors import FoldError, PredictionError
+from cellseg_mm.core import files
+from cellseg_mm.core.errors import CheckpointError, FoldError, PredictionError
 from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.core.trainings import recipe_parts
 from cellseg_mm.data.folds import Folds
 from cellseg_mm.ensemble import oof
 from cellseg_mm.results.predictions import Predictions, load_predictions, save_predictions
@@ -137,3 +140,57 @@ def test_missing_files_name_the_commands(tmp_path: Path) -> None:
     assert oof.validation_files(['c0.py'], [tmp_path], tta=spec) == [augmented]
     with pytest.raises(PredictionError, match=r'test_dataloader.dataset.fold=2'):
         oof.held_out_files(['c0.py'], [tmp_path / 'w0'], 2)
+
+
+def test_folds_are_of_the_recipe_of_their_config(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipes = {k: {'optim_wrapper': {'lr': 0.1}, 'train_dataloader': {'fold': k}} for k in range(3)}
+
+    def made(rates: dict[int, float]) -> oof.OofPool:
+        paths = []
+        for k in rates:
+            trained = {**recipes[k], 'optim_wrapper': {'lr': rates[k]}}
+            said = {**trained_for(world, k), 'parts': recipe_parts(trained)}
+            said['file_parts'] = recipe_parts(
+                {**trained, 'optim_wrapper': {'lr': min(0.1, rates[k])}}
+            )
+            paths.append(write(world, tmp_path / f'{k}.npz', fold=k, trained=said))
+        return pool(world, paths)
+
+    oof.refuse_other_recipes(made({0: 0.1, 1: 0.1}), recipes)
+    assert caplog.messages == []
+    # The second fold was given its rate as an option: its config says 0.1 as ever.
+    oof.refuse_other_recipes(made({0: 0.1, 1: 0.7}), recipes)
+    assert 'trained with different values of optim_wrapper; the score' in caplog.text
+    with pytest.raises(CheckpointError, match='was trained with other values of optim_wrapper'):
+        oof.refuse_other_recipes(made({0: 0.05}), recipes)
+
+
+def test_classes_are_those_of_the_config_in_its_order(world: World, tmp_path: Path) -> None:
+    made = pool(world, [write(world, tmp_path / '0.npz', fold=0)])
+    oof.refuse_other_classes(made, CLASSES)
+    with pytest.raises(PredictionError, match='the config has macrophage, neutrophil'):
+        oof.refuse_other_classes(made, CLASSES[::-1])
+
+
+def test_a_fold_that_was_trained_anew_is_tested_before_it_is_pooled(
+    world: World, tmp_path: Path
+) -> None:
+    best = tmp_path / 'best_x_iter_2.pth'
+    with zipfile.ZipFile(best, 'w') as archive:
+        archive.writestr('data.pkl', 'weights')
+    path = tmp_path / 'val.predictions.npz'
+    now = files.file_hash(best)[:16]
+    assert pool(world, [write(world, path, fold=0, checkpoint_hash=now)]).folds == (0,)
+    write(world, path, fold=0, checkpoint_hash='0' * 16)
+    with pytest.raises(
+        PredictionError, match=rf'of another checkpoint .*best_x_iter_2.*{now}.*aga'
+    ):
+        pool(world, [path])
+    write(world, path, fold=0, split='train')
+    with pytest.raises(PredictionError, match=r'is of train .*is called val'):
+        pool(world, [path])
+    write(world, tmp_path / 'elsewhere/x.npz', fold=0, split='all')
+    with pytest.raises(FoldError, match='is of the split all; expected'):
+        pool(world, [tmp_path / 'elsewhere/x.npz'])
