@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV_PYTHON = $(or $(CELLSEG_VENV),.venv)/bin/python
 
-.PHONY: setup demo test test-browser test-gpu test-slow faults fuzz check fmt
+.PHONY: setup demo test test-browser test-gpu test-slow faults fuzz wild check fmt
 
 setup:  ## install into .venv
 	$(PYTHON) tools/bootstrap.py setup
@@ -27,6 +27,10 @@ faults: setup  ## kill -9 each job at random moments until it ends, 50 times
 
 fuzz: setup  ## 20,000 damaged files for the readers
 	$(VENV_PYTHON) -m tests.fuzz.run --cases 20000
+
+wild: setup  ## read every image of the packages (and of FOLDER=...) as libvips, Pillow, OpenSlide do
+	$(VENV_PYTHON) -m pip install -q pyvips pyvips-binary openslide-python openslide-bin
+	$(VENV_PYTHON) -m tests.wild.read_all $(FOLDER)
 
 check:  ## ruff, and mypy on the wings without torch; `make test` begins with it
 	$(PYTHON) tools/bootstrap.py check

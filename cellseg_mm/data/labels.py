@@ -18,6 +18,14 @@ from cellseg_mm.core.errors import ImageError, LabelMapError
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.data import tiff
 from cellseg_mm.data.cases import Case, IdEntry, find_cases, read_id_map
+from cellseg_mm.data.colours import (
+    apply_palette,
+    associated_alpha,
+    check_space,
+    colour_channels,
+    divide_by_alpha,
+)
+from cellseg_mm.data.intensity import ValueRange, range_for, to_uint8
 from cellseg_mm.data.tiff import DEFAULT_MAX_PIXELS, size_text, swapped_text
 
 __all__ = [
@@ -58,119 +66,62 @@ class LabelLayers:
         return len(self.class_ids)
 
 
-def read_image(path: Path | str, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> NDArray[np.uint8]:
+def read_image(
+    path: Path | str,
+    *,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    value_range: ValueRange | None = None,
+) -> NDArray[np.uint8]:
     """Read an image in the channel order stored in the file.
 
     Grey is repeated three times, alpha is dropped, palettes are applied, white-is-zero is inverted.
-    Values become 8 bit by a rule that looks at this file only: integers of up to 8 bits are scaled
-    by their full range; wider integers stay as they are when none exceeds 255, and are scaled by
-    the full range of their type otherwise (65535 -> 255, rounded); floats are taken as 0..1 when
-    none exceeds 1, else as 0..255.
+    Values of up to 8 bits are scaled by their full range; wider ones become 8 bit by one range, see
+    ``intensity``.
 
     Args:
         path: A TIFF with one page.
         max_pixels: Most pixels (height times width) that are accepted, judged on the header.
+        value_range: Of values of more than 8 bits, as the collection has it; None decides by this
+            file alone.
 
     Returns:
         (H, W, 3) uint8, C-contiguous, own memory.
 
     Raises:
         ImageError: The file cannot be read, is larger than ``max_pixels``, is CMYK or another
-            colour space, has more than 4 values per pixel, NaN, infinite or negative values, or
-            floats above 255.
+            colour space, has more than 4 values per pixel, or NaN, infinite or negative values.
+    """
+    return read_scaled(path, max_pixels=max_pixels, value_range=value_range)[0]
+
+
+def read_scaled(
+    path: Path | str, *, max_pixels: int, value_range: ValueRange | None
+) -> tuple[NDArray[np.uint8], ValueRange | None]:
+    """Read an image like :func:`read_image`, and return the range that its values were mapped by.
+
+    Returns:
+        The picture; and None for values of up to 8 bits.
+
+    Raises:
+        ImageError: See :func:`read_image`.
     """
     path = Path(path)
     raster = tiff.read_raster(path, max_pixels=max_pixels, error=ImageError)
-    check_colours(path, raster.header)
-    n_used = 3 if raster.header.n_samples >= 3 else 1
-    values = raster.values[..., :n_used]
+    check_space(path, raster.header)
+    channels = colour_channels(path, raster.header)
+    values = raster.values[..., : len(channels)]
+    if (alpha := associated_alpha(raster.header)) is not None and raster.header.photometric != 3:
+        at_alpha = raster.values[..., alpha : alpha + 1]
+        values = divide_by_alpha(values, at_alpha, raster.header.bits)
     if raster.header.photometric == 3:
-        values = _apply_palette(path, raster)
-    grey8 = to_uint8(path, values, raster.header.bits)
+        return apply_palette(path, values[..., 0], raster.palette), None
+    value_range = range_for(path, values, raster.header.bits, value_range)
+    grey8 = to_uint8(path, values, raster.header.bits, value_range)
     if raster.header.photometric == 0:
         grey8 = 255 - grey8
     if grey8.shape[2] == 1:
-        return np.repeat(grey8, 3, axis=2)
-    return np.ascontiguousarray(grey8)
-
-
-def check_colours(path: Path, header: tiff.Header) -> None:
-    """Refuse an image whose header promises neither RGB nor grey, or that viewers would turn.
-
-    Raises:
-        ImageError: See the message.
-    """
-    names = {5: 'CMYK', 6: 'YCbCr', 8: 'CIELAB', 9: 'ICCLAB', 10: 'ITULAB', 32803: 'CFA'}
-    decoded = {6, 7, 33003, 33004, 33005, 34712}  # JPEG and JPEG 2000 codecs return RGB
-    is_rgb_now = header.photometric == 6 and header.compression in decoded
-    if header.photometric not in (0, 1, 2, 3) and not is_rgb_now:
-        name = names.get(header.photometric, f'colour space {header.photometric}')
-        raise ImageError(
-            f'{path}: the colours are {name}; expected RGB or grey; convert the image to RGB.'
-        )
-    limit = {0: 2, 1: 3, 3: 2}.get(header.photometric, 4)
-    if header.n_samples > limit or (header.photometric in (2, 6) and header.n_samples < 3):
-        raise ImageError(
-            f'{path}: {header.n_samples} values per pixel; expected RGB, grey, or these with '
-            'alpha; save the channels to use as RGB.'
-        )
-    if header.orientation != 1:
-        raise ImageError(
-            f'{path}: the orientation tag is {header.orientation}, so viewers turn the picture; '
-            'expected 1, as stored, so that label maps fit; save it turned as it should be.'
-        )
-
-
-def _apply_palette(path: Path, raster: tiff.Raster) -> NDArray[np.uint16]:
-    index = raster.values[..., 0]
-    if raster.palette.shape[1] <= int(index.max(initial=0)):
-        raise ImageError(
-            f'{path}: palette colour {index.max()} is used, the palette has '
-            f'{raster.palette.shape[1]}; convert the image to RGB.'
-        )
-    colours: NDArray[np.uint16] = raster.palette.T[index]  # (H, W, 3)
-    return colours
-
-
-def to_uint8(path: Path, values: NDArray[Any], bits: int) -> NDArray[np.uint8]:
-    """Bring values of any type to 8 bits by the rule of :func:`read_image`.
-
-    Args:
-        path: For messages.
-        values: Numbers of any shape; the rule looks at the least and the greatest of them.
-        bits: Bits per value in the file, which may be fewer than those of the dtype.
-
-    Raises:
-        ImageError: Values that the rule refuses.
-    """
-    if values.dtype == np.uint8 and bits == 8:
-        return values
-    if values.dtype == bool:
-        return values.astype(np.uint8) * np.uint8(255)
-    if values.dtype.kind not in 'uif':
-        raise ImageError(f'{path}: values of type {values.dtype}; expected integers or floats.')
-    low, high = values.min(), values.max()
-    if not (np.isfinite(low) and np.isfinite(high)):  # NaN wins in both
-        n_bad = int(values.size - np.isfinite(values).sum())
-        raise ImageError(
-            f'{path}: {n_bad} values are NaN or infinite; expected finite numbers; {tiff.FIX}.'
-        )
-    if low < 0:
-        raise ImageError(f'{path}: values down to {low}; expected none below 0; {tiff.FIX}.')
-    if values.dtype.kind == 'f':
-        if high > 255:
-            raise ImageError(
-                f'{path}: float values up to {high}; expected 0..1 or 0..255; rescale the image.'
-            )
-        scale = 255.0 if high <= 1 else 1.0
-    elif values.dtype.itemsize == 1 and values.dtype.kind == 'u':
-        scale = 255 / (2**bits - 1)  # tifffile unpacks 2 and 4 bits to uint8
-    elif high <= 255:
-        scale = 1.0
-    else:
-        is_packed = values.dtype.kind == 'u' and bits < 8 * values.dtype.itemsize
-        scale = 255 / (2**bits - 1 if is_packed else np.iinfo(values.dtype).max)
-    return np.rint(values.astype(np.float64) * scale).astype(np.uint8)
+        grey8 = np.repeat(grey8, 3, axis=2)
+    return np.ascontiguousarray(grey8), value_range
 
 
 def read_label_map(path: Path | str, image_hw: tuple[int, int] | None = None) -> NDArray[np.int32]:

@@ -8,11 +8,11 @@ damaged or hostile file costs neither memory nor silently invented pixels.
 from __future__ import annotations
 
 import math
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import imagecodecs
 import numpy as np
@@ -20,27 +20,18 @@ import tifffile
 from numpy.typing import NDArray
 
 from cellseg_mm.core.errors import CellSegError
+from cellseg_mm.data.file_kind import found_text, is_tiff, read_head
 
 DEFAULT_MAX_PIXELS = 100_000_000  # 10000 x 10000; three bytes each make 300 MB
 MAX_SAMPLES = 8
-FIX = 'export it again, or list its case in exclude.txt'
+FIX = 'export it again'
 
 # LZW and deflate go through libtiff. imagecodecs' own LZW decoder (2026.3.6) takes any code after a
 # clear code, reads outside its table and can end the process; libtiff checks it, is fuzzed by its
 # authors, and is twice as fast on the real images.
 BY_LIBTIFF = (5, 8, 32946)
-
-_MAGIC = {
-    b'\x89PNG': 'a PNG file',
-    b'\xff\xd8\xff': 'a JPEG file',
-    b'PK\x03\x04': 'a ZIP file',
-    b'\x1f\x8b': 'a gzip file',
-    b'GIF8': 'a GIF file',
-    b'BM': 'a BMP file',
-    b'%PDF': 'a PDF file',
-    b'version https://git-lfs': 'a Git LFS pointer; run git lfs pull',
-    b'\x93NUMPY': 'a NumPy file',
-}
+JPEG_CODECS = (7, 33007, 34892)
+APERIO_YCBCR = 33003  # JPEG 2000 of YCbCr without a component transform, whatever the tag says
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +46,9 @@ class Header:
             2 RGB, 3 palette, 5 CMYK, 6 YCbCr).
         compression: TIFF's number for the compression (1 none, 5 LZW, 7 JPEG, 8 deflate).
         orientation: TIFF's number for how the picture lies (1 as stored).
+        extra_samples: TIFF's numbers for what further values per pixel are (1 and 2 alpha, 0
+            anything); empty without the tag.
+        is_planar: The values of a pixel do not lie together.
     """
 
     hw: tuple[int, int]
@@ -63,6 +57,8 @@ class Header:
     photometric: int
     compression: int
     orientation: int
+    extra_samples: tuple[int, ...] = ()
+    is_planar: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +71,7 @@ class Raster:
         palette: (3, 2 ** bits) uint16 for palette images, else (3, 0).
     """
 
-    values: NDArray
+    values: NDArray[Any]
     header: Header
     palette: NDArray[np.uint16]
 
@@ -116,13 +112,13 @@ def read_raster(
             raise error(f'{path}: the pixels have no known type; expected a TIFF image; {FIX}.')
         stored = _decode(path, page)
         values = stored[0, 0] if stored.shape[0] == 1 else np.moveaxis(stored[:, 0, :, :, 0], 0, -1)
-        palette = np.zeros((3, 0), dtype=np.uint16)
+        palette: NDArray[np.uint16] = np.zeros((3, 0), dtype=np.uint16)
         if header.photometric == 3 and page.colormap is not None:
             palette = np.asarray(page.colormap, dtype=np.uint16)
         return Raster(values, header, palette)
 
 
-def _decode(path: Path, page: tifffile.TiffPage) -> NDArray:
+def _decode(path: Path, page: tifffile.TiffPage) -> NDArray[Any]:
     """Return a page's values, (planes, 1, H, W, S)."""
     if page.compression in BY_LIBTIFF:
         # Given an array, imagecodecs refuses a file of which libtiff reads another size or type.
@@ -130,7 +126,42 @@ def _decode(path: Path, page: tifffile.TiffPage) -> NDArray:
         imagecodecs.tiff_decode(path.read_bytes(), index=0, out=stored)
         return stored.reshape(page.shaped)
     # One thread: readers already run in one process per core.
-    return page.asarray(squeeze=False, maxworkers=1)
+    values = page.asarray(squeeze=False, maxworkers=1)
+    if page.compression != APERIO_YCBCR:
+        return values
+    page.parent.filehandle.seek(page.dataoffsets[0])
+    return rgb_of_aperio(values, page.parent.filehandle.read(page.databytecounts[0]), page)
+
+
+def rgb_of_aperio(values: NDArray[Any], data: bytes, page: tifffile.TiffPage) -> NDArray[Any]:
+    """Return RGB where a tile is Aperio's YCbCr in JPEG 2000; anything else as it is.
+
+    The decoder itself makes RGB of codestreams whose chroma is subsampled, and of no others.
+
+    Args:
+        values: (..., 3) as decoded.
+        data: The tile's bytes.
+        page: The page it is of.
+    """
+    if page.compression != APERIO_YCBCR:
+        return values
+    at = data.find(b'\xff\x4f\xff\x51')  # start of codestream, then the SIZ segment
+    n_components = int.from_bytes(data[at + 40 : at + 42], 'big')
+    steps = data[at + 42 : at + 42 + 3 * n_components]
+    if at >= 0 and any(step != 1 for k in (1, 2) for step in steps[k::3]):
+        return values
+    return ycbcr_to_rgb(values)
+
+
+def ycbcr_to_rgb(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """Return RGB of YCbCr of the full range, (..., 3) uint8.
+
+    Source: JFIF 1.02 (ITU-R BT.601), as OpenSlide does for Aperio's compression 33003.
+    """
+    y, cb, cr = (values[..., k].astype(np.float32) - (128 if k else 0) for k in range(3))
+    rgb = np.stack([y + 1.402 * cr, y - 0.344136 * cb - 0.714136 * cr, y + 1.772 * cb], -1)
+    rgb8: NDArray[np.uint8] = np.clip(np.rint(rgb), 0, 255).astype(np.uint8)
+    return rgb8
 
 
 @contextmanager
@@ -142,13 +173,14 @@ def _page(
         with tifffile.TiffFile(path) as tif:
             if not len(tif.pages):
                 raise error(f'{path}: the TIFF has no image in it; expected one; {FIX}.')
-            page = tif.pages[0]
+            page = tif.pages.first
             _check_page(path, page, max_pixels, error)
             if len(tif.pages) > 1:
                 raise error(
                     f'{path}: the TIFF has {len(tif.pages)} pages; expected one image per file; '
                     'save the right page alone.'
                 )
+            _check_stack(path, tif, error)
             _check_complete(path, page, size, error)
             yield page, header_of(page)
     except CellSegError:
@@ -167,30 +199,14 @@ def check_file(path: Path, error: type[CellSegError]) -> int:
     """Return the size in bytes of what must be a readable TIFF.
 
     Raises:
-        CellSegError: As ``error``: it is missing, a folder, a pipe, empty or no TIFF.
+        CellSegError: As ``error``; see :func:`file_kind.read_head`, or it is no TIFF.
     """
-    try:
-        status = path.stat()
-        if stat.S_ISDIR(status.st_mode):
-            raise error(f'{path}: this is a folder; expected a TIFF file; move it away.')
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-            raise error(f'{path}: this is not a regular file; expected a TIFF file; {FIX}.')
-        with path.open('rb') as stream:
-            head = stream.read(32)
-    except OSError as problem:
+    head = read_head(path, error)
+    if not is_tiff(head):
         raise error(
-            f'{path}: cannot be opened ({problem.strerror}); expected a readable TIFF file; '
-            'check the path, the link and the permissions.'
-        ) from problem
-    if not head:
-        raise error(f'{path}: the file is empty (0 bytes); expected a TIFF image; {FIX}.')
-    if head[:4] not in (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+'):
-        kind = next((name for magic, name in _MAGIC.items() if head.startswith(magic)), '')
-        if not kind and all(32 <= byte < 127 or byte in b'\t\r\n' for byte in head):
-            kind = 'a text file'
-        found = f'this is {kind}' if kind else f'the file begins with {head[:4].hex(" ")}'
-        raise error(f'{path}: {found}, not a TIFF; expected a TIFF image; convert it to TIFF.')
-    return status.st_size
+            f'{path}: {found_text(head)}, not a TIFF; expected a TIFF image; convert it to TIFF.'
+        )
+    return path.stat().st_size
 
 
 def _check_page(
@@ -221,6 +237,19 @@ def _check_page(
         )
 
 
+def _check_stack(path: Path, tif: tifffile.TiffFile, error: type[CellSegError]) -> None:
+    """Refuse a stack that lists one page, as ImageJ and MetaMorph write them."""
+    if not (tif.is_imagej or tif.is_shaped or tif.is_stk):
+        return
+    series = tif.series[0]
+    n_planes = math.prod(series.shape) // math.prod(tif.pages[0].shape)
+    if n_planes > 1:
+        raise error(
+            f'{path}: is a stack of {n_planes} planes (axes {series.axes}, {series.shape}); '
+            'expected one image per file; save the right plane alone.'
+        )
+
+
 def _check_complete(
     path: Path, page: tifffile.TiffPage, size: int, error: type[CellSegError]
 ) -> None:
@@ -236,7 +265,7 @@ def _check_complete(
     if end > size:
         raise error(
             f'{path}: the file is truncated: it has {size} bytes, its header promises {end}; '
-            f'expected the whole file; copy it again, or list its case in exclude.txt.'
+            f'expected the whole file; copy it again.'
         )
 
 
@@ -250,6 +279,8 @@ def header_of(page: tifffile.TiffPage) -> Header:
         photometric=int(page.photometric),
         compression=int(page.compression),
         orientation=int(orientation.value) if orientation is not None else 1,
+        extra_samples=tuple(int(kind) for kind in page.extrasamples or ()),
+        is_planar=page.planarconfig == 2,
     )
 
 

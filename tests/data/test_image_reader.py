@@ -10,7 +10,7 @@ import pytest
 import tifffile
 
 from cellseg_mm.core.errors import ConfigError, ImageError
-from cellseg_mm.data import image_reader, labels
+from cellseg_mm.data import labels, regions, tiff_regions
 from cellseg_mm.data.image_reader import open_image
 
 HW = (75, 91)  # no multiple of a tile, a strip, or 8
@@ -25,7 +25,7 @@ def picture(seed: int = 0, dtype: type = np.uint8, high: int = 256, channels: in
 
 def assert_regions(path: Path, expected: np.ndarray, **options: int) -> None:
     with open_image(path, whole_px=0, **options) as reader:
-        assert isinstance(reader, image_reader._TiffRegions)
+        assert isinstance(reader, tiff_regions.TiffRegions)
         assert reader.image_hw == expected.shape[:2]
         for y0, x0, y1, x1 in REGIONS:
             y1, x1 = min(y1, expected.shape[0]), min(x1, expected.shape[1])
@@ -161,7 +161,7 @@ def test_small_files_are_read_whole_and_strictly(tmp_path: Path) -> None:
     image = picture()
     tifffile.imwrite(tmp_path / 'a.tif', image, photometric='rgb')
     with open_image(tmp_path / 'a.tif') as reader:
-        assert isinstance(reader, image_reader._WholeImage)
+        assert isinstance(reader, regions.WholeImage)
         assert np.array_equal(reader.read(3, 4, 20, 30), image[3:20, 4:30])
         with pytest.raises(ValueError, match='no region'):
             reader.read(0, 0, 76, 5)
@@ -198,10 +198,10 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     (tmp_path / 'text.jpg').write_text('no image')
     tifffile.imwrite(tmp_path / 'z.tif', np.zeros((5, *HW), np.uint8), photometric='minisblack')
     faults = {
-        'empty.png': 'cannot be read as an image',
-        'text.jpg': 'cannot be read as an image',
+        'empty.png': 'the file is empty',
+        'text.jpg': 'this is a text file',
         'missing.tif': 'cannot be opened',
-        'z.tif': 'has the axes',
+        'z.tif': 'holds 5 images',
     }
     for name, message in faults.items():
         with pytest.raises(ImageError, match=f'{name}: .*{message}'):
@@ -233,7 +233,7 @@ def test_truncated_files_are_refused_at_once(tmp_path: Path) -> None:
 
 
 def test_the_cache_is_bounded_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_reader, 'CACHE_BYTES', 5 * 16 * 16 * 3)
+    monkeypatch.setattr(tiff_regions, 'CACHE_BYTES', 5 * 16 * 16 * 3)
     path = tmp_path / 'a.tif'
     image = picture()
     tifffile.imwrite(path, image, photometric='rgb', tile=(16, 16), compression='zlib')
@@ -254,9 +254,9 @@ def test_opening_wide_values_decodes_nothing(tmp_path: Path, monkeypatch) -> Non
     image = picture(dtype=np.uint16, high=4000)
     tifffile.imwrite(path, image, photometric='rgb', compression='lzw', tile=(32, 16))
     decoded = []
-    decode = image_reader._TiffRegions._decode
+    decode = tiff_regions.TiffRegions._decode
     monkeypatch.setattr(
-        image_reader._TiffRegions, '_decode', lambda *args: decoded.append(args) or decode(*args)
+        tiff_regions.TiffRegions, '_decode', lambda *args: decoded.append(args) or decode(*args)
     )
     with open_image(path, whole_px=0) as reader:
         assert reader.image_hw == HW
@@ -268,16 +268,16 @@ def test_opening_wide_values_decodes_nothing(tmp_path: Path, monkeypatch) -> Non
 def test_the_cache_counts_what_two_threads_decode_once(tmp_path: Path, monkeypatch) -> None:
     path = tmp_path / 'a.tif'
     tifffile.imwrite(path, picture(), photometric='rgb', compression='lzw', tile=(32, 16))
-    segment = image_reader._TiffRegions._decode_segment
+    segment = tiff_regions.TiffRegions._decode_segment
     with open_image(path, whole_px=0) as reader:
 
         def meanwhile(self, page, data, index):
             # A second thread asks for the same tile, decodes it and is done first.
-            monkeypatch.setattr(image_reader._TiffRegions, '_decode_segment', segment)
+            monkeypatch.setattr(tiff_regions.TiffRegions, '_decode_segment', segment)
             self._decode(0, index)
             return segment(self, page, data, index)
 
-        monkeypatch.setattr(image_reader._TiffRegions, '_decode_segment', meanwhile)
+        monkeypatch.setattr(tiff_regions.TiffRegions, '_decode_segment', meanwhile)
         reader.read(0, 0, 5, 5)
         assert len(reader._cache) == 1
         assert reader._cache_bytes == sum(pixels.nbytes for pixels in reader._cache.values())

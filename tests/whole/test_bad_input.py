@@ -73,11 +73,11 @@ def wrong_lzw_code(path: Path) -> None:
 BAD_IMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     'missing': (lambda p: None, r'cannot be opened \(No such file'),
     'zero bytes': (lambda p: p.write_bytes(b''), r'is empty \(0 bytes\)'),
-    'text': (lambda p: p.write_text('see mail of Tuesday\n'), 'this is a text file, not a TIFF'),
+    'text': (lambda p: p.write_text('see mail of Tuesday\n'), 'this is a text file, not an image'),
     'PNG': (lambda p: p.write_bytes(b'\x89PNG\r\n\x1a\n' + bytes(40)), 'this is a PNG file'),
     'Git LFS': (
         lambda p: p.write_text('version https://git-lfs.github.com/spec/v1\n'),
-        'Git LFS pointer; run git lfs pull',
+        'a Git LFS pointer.*run git lfs pull',
     ),
     'other bytes': (lambda p: p.write_bytes(bytes(range(200))), 'begins with 00 01 02 03'),
     'header alone': (lambda p: p.write_bytes(b'II*\0'), 'damaged'),
@@ -102,7 +102,7 @@ BAD_IMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda p: write(
             p, np.zeros((*HW, 5), np.uint8), photometric='minisblack', planarconfig='contig'
         ),
-        r'5 values per pixel; expected RGB, grey, or these with alpha',
+        r'5 values per pixel, 0 of them alpha; expected RGB, grey, or these with alpha',
     ),
     'volume': (
         lambda p: write(p, np.zeros((16, 16, 16), np.uint8), volumetric=True, tile=(16, 16, 16)),
@@ -126,7 +126,6 @@ BAD_IMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     'negative': (lambda p: write(p, -MAP), r'values down to -2.0; expected none below 0'),
     'negative integers': (lambda p: write(p, (-MAP).astype(np.int16)), 'values down to -2'),
-    'large floats': (lambda p: write(p, MAP * 200), r'float values up to 400.0; expected 0..1'),
     'complex': (lambda p: write(p, MAP.astype(np.complex64)), 'values of type complex64'),
     'bomb by the header': (
         lambda p: patched(p, 257, 2**31 - 1, photometric='rgb'),
@@ -232,7 +231,7 @@ def test_unreadable_file(tmp_path: Path) -> None:
         [sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert done.stdout == (
-        'i.tif: cannot be opened (Permission denied); expected a readable TIFF file; '
+        'i.tif: cannot be opened (Permission denied); expected a readable image file; '
         'check the path, the link and the permissions.\n'
     )
 

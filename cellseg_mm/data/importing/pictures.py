@@ -20,9 +20,11 @@ from PIL import Image
 
 from cellseg_mm.core.errors import CellSegError, ImageError, LabelMapError
 from cellseg_mm.data import tiff
+from cellseg_mm.data.colours import check_colours
+from cellseg_mm.data.file_kind import found_text, read_head
 from cellseg_mm.data.image_reader import open_image
 from cellseg_mm.data.importing.sources import Picture, Tally
-from cellseg_mm.data.labels import check_colours, read_image
+from cellseg_mm.data.labels import read_image
 
 TIFF_SUFFIXES = ('.tif', '.tiff')
 # JPEG, JPEG 2000 (Aperio's too), WebP, JPEG XR and XL: what most writers store with loss
@@ -49,7 +51,7 @@ def read_picture(path: Path, tally: Tally, *, max_pixels: int) -> Picture:
         ImageError: The file cannot be read, is too large, has several pages, or is marked as
             turned.
     """
-    _require_regular(path, ImageError)
+    read_head(path, ImageError)
     suffix = path.suffix.lower()
     if suffix in TIFF_SUFFIXES:
         return _read_tiff(path, tally, max_pixels)
@@ -63,12 +65,6 @@ def read_picture(path: Path, tally: Tally, *, max_pixels: int) -> Picture:
     if values.dtype == np.bool_:
         values = values.astype(np.uint8) * np.uint8(255)
     return _three(values if values.ndim == 3 else values[..., None])
-
-
-def _require_regular(path: Path, error: type[CellSegError]) -> None:
-    """Refuse pipes and folders, before opening one waits for ever."""
-    if path.exists() and not path.is_file():
-        raise error(f'{path}: is no regular file; expected a picture; move it away')
 
 
 def _three(values: NDArray[np.uint8] | NDArray[np.uint16]) -> Picture:
@@ -146,34 +142,11 @@ def _read_with_pillow(
     except CellSegError:
         raise
     except Exception as problem:  # damaged files raise anything, codec errors too
-        reason = _kind_of(path) or str(problem)[:120]
         raise error(
-            f'{path}: cannot be read ({reason}); expected a PNG, JPEG or BMP picture; export it '
-            f'again'
+            f'{path}: {found_text(read_head(path, error))} and cannot be read '
+            f'({str(problem)[:120]}); expected a PNG, JPEG or BMP picture; name it as what it is, '
+            'or export it again'
         ) from problem
-
-
-def _kind_of(path: Path) -> str:
-    """Say what a file is that is no picture; '' if that is not known."""
-    try:
-        with path.open('rb') as stream:
-            head = stream.read(64)
-    except OSError as problem:
-        return problem.strerror or ''
-    if not head:
-        return 'it is empty'
-    kinds = {
-        b'version https://git-lfs': 'it is a Git LFS pointer: run git lfs pull',
-        b'\0\5\x16\7': 'it is a macOS resource fork, not the file itself',
-        b'<': 'it is HTML or XML text',
-        b'{': 'it is JSON text',
-        b'GIF8': 'it is a GIF',
-        b'RIFF': 'it is a WebP',
-        b'II*\0': 'it is a TIFF: name it so',
-        b'MM\0*': 'it is a TIFF: name it so',
-        b'\x93NUMPY': 'it is a NumPy file',
-    }
-    return next((kind for magic, kind in kinds.items() if head.lstrip().startswith(magic)), '')
 
 
 def _check_header(
@@ -226,7 +199,7 @@ def read_grid(path: Path, image_hw: Sequence[int]) -> NDArray[np.int64]:
     Raises:
         LabelMapError: The file is none of these, is compressed with loss, or has another size.
     """
-    _require_regular(path, LabelMapError)
+    read_head(path, LabelMapError)
     limit = max(math.prod(image_hw), tiff.DEFAULT_MAX_PIXELS)
     if path.suffix.lower() in TIFF_SUFFIXES:
         try:

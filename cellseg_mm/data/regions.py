@@ -1,0 +1,77 @@
+"""Reads regions of one image: what all kinds of files have in common.
+
+In: what opened the file. Out: (h, w, 3) uint8 of any region. Invariant: a region inside the image
+is read whole, or it is an error.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellseg_mm.data.intensity import ValueRange
+
+Picture = NDArray[np.uint8]
+
+
+class ImageReader:
+    """Reads regions of one image.
+
+    Attributes:
+        path: The file.
+        image_hw: Height and width of the level in px.
+        level_hws: Sizes of all levels of a pyramid, largest first.
+        level: The level that is read.
+        value_range: What became 0 and 255; None for values of up to 8 bits, which are as stored,
+            and where a large image was not looked at yet.
+        says: Which of several images, levels, planes and channels these are, and what else a
+            person should know of them; empty where there is nothing to say.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        level_hws: list[tuple[int, int]],
+        level: int,
+        value_range: ValueRange | None = None,
+        says: str = '',
+    ) -> None:
+        self.path, self.level_hws, self.level = path, level_hws, level
+        self.image_hw = level_hws[level]
+        self.value_range = value_range
+        self.says = says
+
+    @property
+    def downsample(self) -> float:
+        """Pixels of the largest level per pixel of this one, along the height."""
+        return self.level_hws[0][0] / self.image_hw[0]
+
+    def read(self, y0: int, x0: int, y1: int, x1: int) -> Picture:
+        """Return rows y0 to y1 and columns x0 to x1, half-open; own memory.
+
+        Raises:
+            ValueError: The region is empty or leaves the image.
+            ImageError: The file is damaged there.
+        """
+        if not (0 <= y0 < y1 <= self.image_hw[0] and 0 <= x0 < x1 <= self.image_hw[1]):
+            raise ValueError(f'{self.path}: no region {y0, x0, y1, x1} in {self.image_hw} px')
+        return self._read(y0, x0, y1, x1)
+
+    def _read(self, y0: int, x0: int, y1: int, x1: int) -> Picture:
+        raise NotImplementedError
+
+
+class WholeImage(ImageReader):
+    """An image that is in memory."""
+
+    def __init__(
+        self, path: Path, pixels: Picture, value_range: ValueRange | None, says: str = ''
+    ) -> None:
+        height, width = pixels.shape[:2]
+        super().__init__(path, [(height, width)], 0, value_range, says)
+        self._pixels = pixels
+
+    def _read(self, y0: int, x0: int, y1: int, x1: int) -> Picture:
+        return self._pixels[y0:y1, x0:x1].copy()
