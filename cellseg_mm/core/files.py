@@ -6,12 +6,14 @@ Invariant: nothing in this project opens a result file for writing except throug
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import json
 import os
 import platform
 import re
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +38,8 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(os.getpid(), path.parent.absolute())
     prefix = f'.tmp-{_machine_mark()}-{os.getpid()}-'
-    handle, name = tempfile.mkstemp(prefix=prefix, suffix=f'-{path.name}', dir=path.parent)
+    tail = path.name.encode()[-100:].decode(errors='ignore')  # names may have 255 bytes
+    handle, name = tempfile.mkstemp(prefix=prefix, suffix=f'-{tail}', dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -109,10 +112,24 @@ def text_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def regular(path: Path) -> Path:
+    """Return a path that is safe to open: reading a pipe or a device may wait for ever.
+
+    Raises:
+        OSError: It is missing, or no regular file.
+    """
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, 'it is not a regular file', str(path))
+    return path
+
+
 def file_hash(path: Path | str) -> str:
     """Return the whole SHA-256 of a file as 64 hex digits, read in pieces."""
     digest = hashlib.sha256()
-    with Path(path).open('rb') as stream:
+    with regular(Path(path)).open('rb') as stream:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

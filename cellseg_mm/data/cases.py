@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from cellseg_mm.core.errors import CellSegError, DataError, IdMapError, ImageError
+from cellseg_mm.core.files import regular
 from cellseg_mm.core.layout import is_result
 from cellseg_mm.data import tiff
 from cellseg_mm.data.tiff import DEFAULT_MAX_PIXELS, size_text, swapped_text
@@ -158,7 +159,7 @@ def read_exclude(data_root: Path, exclude_file: Path | str | None = None) -> fro
     if exclude_file is None and not os.path.lexists(path):
         return frozenset()
     try:
-        lines = path.read_text(encoding='utf-8').splitlines()
+        lines = regular(path).read_text(encoding='utf-8').splitlines()
     except (OSError, UnicodeDecodeError) as problem:
         raise DataError(
             [f'{path}: cannot be read ({problem}); expected one case name a line in UTF-8.']
@@ -322,7 +323,7 @@ def _load_id_map(path: Path) -> list[object]:
                 f'{path}: the id map is larger than {MAX_ID_MAP_BYTES >> 20} MiB; '
                 'expected a list of names and ids.'
             )
-        items = json.loads(path.read_bytes())
+        items = json.loads(regular(path).read_bytes())
     except OSError as problem:
         raise IdMapError(
             f'{path}: cannot be read ({problem.strerror}); expected the map from test image names '

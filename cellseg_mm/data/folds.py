@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_mm.core.errors import FoldError
-from cellseg_mm.core.files import text_hash, write_text
+from cellseg_mm.core.files import regular, text_hash, write_text
 from cellseg_mm.data.balance import balanced
 
 Method = Literal['grouped', 'original']
@@ -368,7 +368,7 @@ def _read_rule(path: Path, content: Mapping[str, object]) -> Rule | None:
 
 def _read_object(path: Path) -> dict[str, object]:
     try:
-        content = json.loads(path.read_text(encoding='utf-8'))
+        content = json.loads(regular(path).read_text(encoding='utf-8'))
     except OSError as error:
         raise FoldError(
             f'{path}: the folds file cannot be read ({error.strerror}); make it with '

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from cellseg_mm.core import rle
 from cellseg_mm.core.errors import PredictionError
-from cellseg_mm.core.files import JsonValue
+from cellseg_mm.core.files import JsonValue, regular
 from cellseg_mm.core.instances import InstanceSet
 
 MAX_JSON_BYTES = 1 << 30
@@ -116,7 +116,7 @@ def read_results_file(path: Path | str) -> ResultsFile:
     """
     path = Path(path)
     try:
-        with path.open('rb') as stream:
+        with regular(path).open('rb') as stream:
             is_zip = stream.read(2) == b'PK'
             size = path.stat().st_size
     except OSError as problem:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from cellseg_mm.core import rle
 from cellseg_mm.core.errors import PredictionError
-from cellseg_mm.core.files import JsonValue, atomic_path
+from cellseg_mm.core.files import JsonValue, atomic_path, regular
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.results.coco_results import (
     ZIP_ERRORS,
@@ -173,7 +173,7 @@ def load_predictions(path: Path | str) -> Predictions:
 
 
 def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    limit = FREE_BYTES + MAX_RATIO * path.stat().st_size
+    limit = FREE_BYTES + MAX_RATIO * regular(path).stat().st_size
     arrays = {}
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
