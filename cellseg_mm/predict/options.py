@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cellseg_mm.core.errors import ConfigError
+from cellseg_mm.data.contents import NO_CHOICE, Choice
 from cellseg_mm.data.intensity import ValueRange
 from cellseg_mm.fusion.settings import InferenceSettings, Profile, choose_settings
 from cellseg_mm.predict.items import Found
@@ -75,6 +76,7 @@ class PredictOptions:
         tile_px: Side of the tiles; None takes the usual one.
         overlap_px: Least overlap of tiles.
         level: Level of image pyramids.
+        choice: Which image, plane and channels of files that hold several.
         n_workers: Threads that read ahead.
         again: Predict what is done, too.
         device: ``auto``, or a device's name.
@@ -91,6 +93,7 @@ class PredictOptions:
     tile_px: int | None = None
     overlap_px: int = 128
     level: int = 0
+    choice: Choice = NO_CHOICE
     n_workers: int = 1
     again: bool = False
     device: str = 'auto'
@@ -134,6 +137,7 @@ def predict_items(
         score_thr=default_thr if options.score_thr is None else options.score_thr,
         overlap_px=options.overlap_px,
         level=options.level,
+        choice=options.choice,
         red_blue_swapped=look.red_blue_swapped,
         value_range=value_range,
         range_from=range_from,

@@ -12,6 +12,7 @@ import logging
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -19,19 +20,20 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cellseg_mm.core.errors import CellSegError, ConfigError
+from cellseg_mm.core.errors import CellSegError, ConfigError, ImageError
 from cellseg_mm.core.files import JsonValue
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.core.progress import track
 from cellseg_mm.core.provenance import code_commit, versions
-from cellseg_mm.data.image_reader import SUFFIXES, ImageReader, open_image
-from cellseg_mm.data.preparing.case_checks import DIM_SHARE
+from cellseg_mm.data.contents import NO_CHOICE, Choice
+from cellseg_mm.data.image_reader import SUFFIXES, WHOLE_PX, ImageReader, open_image
+from cellseg_mm.data.intensity import ValueRange, is_nearly_black, n_lit
 from cellseg_mm.fusion.settings import InferenceSettings, apply_settings, settings_for_people
 from cellseg_mm.predict.items import Item
 from cellseg_mm.predict.state import Journal, State
 from cellseg_mm.predict.tiling import StitchParams, StitchReport, Tile, plan_tiles, stitch
 from cellseg_mm.results import export
-from cellseg_mm.results.formats import Look, check_words, write_formats
+from cellseg_mm.results.formats import Look, check_words, path_of, write_formats
 from cellseg_mm.results.predictions import Predictions, save_predictions
 
 logger = logging.getLogger(__name__)
@@ -41,6 +43,12 @@ Picture = NDArray[np.uint8]
 # Raise them when the same settings give other instances, or other formats.
 VERSION = 1
 FORMATS_VERSION = 2  # 2: formats show disjoint cells
+
+MAX_NAME_BYTES = 255
+NEARLY_BLACK = (
+    'the image is nearly black: all but a thousandth of its pixels are below a tenth of 0..255; '
+    'look at it'
+)
 
 
 class Detector(Protocol):
@@ -86,7 +94,10 @@ class PredictParams:
         overlap_px: Least overlap of neighbouring tiles.
         whole_px: Images with no side above this are not cut.
         level: Level of image pyramids, 0 the largest.
+        choice: Which image, plane and channels of files that hold several.
         red_blue_swapped: The files hold blue where red belongs.
+        value_range: Of values of more than 8 bits; None decides by each file alone.
+        range_from: Where ``value_range`` comes from, for people.
         n_workers: Threads that read ahead; 0 reads between predictions.
         again: Predict images that are done, too.
     """
@@ -100,7 +111,10 @@ class PredictParams:
     overlap_px: int = 128
     whole_px: int = 2048
     level: int = 0
+    choice: Choice = NO_CHOICE
     red_blue_swapped: bool = False
+    value_range: ValueRange | None = None
+    range_from: str = ''
     n_workers: int = 1
     again: bool = False
 
@@ -126,7 +140,13 @@ class PredictParams:
     def how_cut(self) -> dict[str, JsonValue]:
         """What decides about the instances."""
         keys = ('tile_px', 'overlap_px', 'whole_px', 'level', 'red_blue_swapped')
-        return {'version': VERSION, **{key: getattr(self, key) for key in keys}}
+        cut: dict[str, JsonValue] = {'version': VERSION}
+        cut.update({key: getattr(self, key) for key in keys})
+        if not self.choice.is_default:
+            cut['choice'] = self.choice.to_json()
+        if self.value_range is not None:  # 8-bit collections have none, and keep their results
+            cut['value_range'] = self.value_range.to_json()
+        return cut
 
     @property
     def for_people(self) -> InferenceSettings:
@@ -150,6 +170,9 @@ class Summary:
         skipped: Names of images that were done.
         failed: Message by name.
         notes: Things that a person should know, by name.
+        asides: Things that a person should know of the whole run.
+        ranges: What became 0 and 255 of images with more than 8 bits, by name.
+        n_empty: Cells without a pixel, which were dropped, by name.
         n_cells: Instances of the predicted and rewritten images, of any score.
         n_below: Those of them below the formats' least score.
         n_shown: Those of them in the formats; the rest is covered by better ones.
@@ -161,6 +184,9 @@ class Summary:
     skipped: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    asides: list[str] = field(default_factory=list)
+    ranges: dict[str, ValueRange] = field(default_factory=dict)
+    n_empty: dict[str, int] = field(default_factory=dict)
     n_cells: int = 0
     n_below: int = 0
     n_shown: int = 0
@@ -191,7 +217,10 @@ class Summary:
             parts.append(f'{len(self.rewritten)} had their formats written anew')
         if self.skipped:
             parts.append(f'{len(self.skipped)} were done already')
-        lines = ['; '.join(parts) + '.']
+        lines = ['; '.join(parts) + '.', *self.asides]
+        if self.n_empty:
+            n = sum(self.n_empty.values())
+            lines.append(f'{n} cells without a pixel were dropped, in {len(self.n_empty)} images')
         lines += [f'  {name}: {note}' for name, note in self.notes.items()]
         if self.failed:
             lines.append(f'{len(self.failed)} failed:')
@@ -215,7 +244,30 @@ def predict(items: Sequence[Item], detector: Detector, params: PredictParams) ->
     steps = run.steps(items, n_tiles)
     for _ in track(steps, description='predict (tiles)', total=sum(n_tiles)):
         pass
+    run.summary.asides += _range_texts(run.summary, params)
     return run.summary
+
+
+def _range_texts(summary: Summary, params: PredictParams) -> list[str]:
+    """Say how values of more than 8 bits became 8."""
+    ranges = list(summary.ranges.values())
+    wide = f'{len(ranges)} images have more than 8 bits: '
+    if params.value_range is not None:
+        if ranges:
+            return [f'{wide}their values {params.value_range} became 0..255 ({params.range_from})']
+        if summary.predicted:
+            return [
+                f'the range {params.value_range} ({params.range_from}) was not needed: no image '
+                'that was predicted has more than 8 bits'
+            ]
+    if ranges:
+        highs = sorted(found.high for found in ranges)
+        each = f'0..{highs[0]:.6g}' + (f' to 0..{highs[-1]:.6g}' if highs[0] < highs[-1] else '')
+        return [
+            f'{wide}the values of each became 0..255 by its own range ({each}, what all but a '
+            'thousandth of the pixels stay within); --range LOW,HIGH takes one for all'
+        ]
+    return []
 
 
 def is_cut(image_hw: tuple[int, int], params: PredictParams) -> bool:
@@ -249,7 +301,7 @@ class _Run:
             if item.path.suffix.lower() not in SUFFIXES[:7] or self._look_up(item).is_done:
                 return 1
             # whole_px=0: no pixels are read
-            with open_image(item.path, level=self.params.level, whole_px=0) as reader:
+            with self._open(item, whole_px=0) as reader:
                 return len(tiles_of(reader.image_hw, self.params))
         except Exception:  # whatever it is, the image's own turn reports it
             return 1
@@ -272,6 +324,16 @@ class _Run:
             for _ in range(n - n_done):
                 yield
 
+    def _open(self, item: Item, *, whole_px: int = WHOLE_PX) -> AbstractContextManager[ImageReader]:
+        params = self.params
+        return open_image(
+            item.path,
+            level=params.level,
+            choice=params.choice,
+            whole_px=whole_px,
+            value_range=params.value_range,
+        )
+
     def _look_up(self, item: Item) -> State:
         return self.journal.nothing() if self.params.again else self.journal.look_up(item)
 
@@ -280,6 +342,7 @@ class _Run:
         if state.is_done:
             self.summary.skipped.append(item.name)
             return
+        self._check_name(item)
         instances = self.journal.load(item) if state.is_predicted else None
         was_loaded = instances is not None
         if instances is None:
@@ -295,26 +358,43 @@ class _Run:
         self.summary.n_shown += len(shown)
         (self.summary.rewritten if was_loaded else self.summary.predicted).append(item.name)
 
+    def _check_name(self, item: Item) -> None:
+        paths = [path_of(self.params.out_dir, item.name, word) for word in self.params.formats]
+        names = [f'{item.name}.state.json', *(path.name for path in paths)]
+        longest = max(len(name.encode()) for name in names)
+        if longest > MAX_NAME_BYTES:
+            raise ImageError(
+                f'{item.path}: the names of its results would have {longest} bytes; file systems '
+                f'take {MAX_NAME_BYTES}; give it a shorter name'
+            )
+
     def _predict(self, item: Item) -> Generator[None, None, InstanceSet]:
         """Predict and save one image; returns its instances."""
         self.journal.begin(item)
         found: list[tuple[InstanceSet, Tile]] = []
-        brightest = 0
-        with open_image(item.path, level=self.params.level) as reader:
+        n_pixels = n_lit_pixels = 0
+        with self._open(item) as reader:
             tiles = tiles_of(reader.image_hw, self.params)
             for batch, pictures in self._batches(reader, tiles):
-                brightest = max(brightest, *(int(picture.max()) for picture in pictures))
+                n_pixels += sum(picture[..., 0].size for picture in pictures)
+                n_lit_pixels += sum(n_lit(picture) for picture in pictures)
                 sets = self.detector.detect(pictures, item.name)
                 for instances, tile in zip(sets, batch, strict=True):
                     found.append((instances, tile))
                     yield
             hw, downsample = reader.image_hw, reader.downsample
+            if reader.value_range is not None:
+                self.summary.ranges[item.name] = reader.value_range
+            self._note(item, reader.says)
         instances, report = stitch(
             found, hw, name=item.name, image_id=item.image_id, params=StitchParams()
         )
         notes = [_note_of_cap([tile_set for tile_set, _ in found], self.detector.cap)]
         self._note(item, ', '.join([*filter(None, notes), *self.detector.notes, *_seams(report)]))
-        self._note(item, _note_of_light(brightest))
+        if report.n_empty:
+            self.summary.n_empty[item.name] = report.n_empty
+        if is_nearly_black(n_lit_pixels, n_pixels):
+            self._note(item, NEARLY_BLACK)
         provenance = self._provenance(item, downsample, report)
         save_predictions(self.journal.instances_path(item), Predictions((instances,), provenance))
         return instances
@@ -361,7 +441,7 @@ class _Run:
         }
 
     def _write(self, item: Item, words: Sequence[str], shown: InstanceSet) -> None:
-        with open_image(item.path, level=self.params.level) as reader:
+        with self._open(item) as reader:
             done = write_formats(self.params.out_dir, words, shown, reader, self.params.look)
         self._note(item, export.describe(done))
 
@@ -383,17 +463,5 @@ def _note_of_cap(tile_sets: Sequence[InstanceSet], cap: int) -> str:
 
 def _seams(report: StitchReport) -> list[str]:
     """Return what a person should know of the seams between tiles."""
-    counts = [
-        (report.n_left_cut, 'cells are cut at a tile border'),
-        (report.n_empty, 'cells without a pixel were dropped'),
-    ]
-    return [f'{n} {what}' for n, what in counts if n]
-
-
-def _note_of_light(brightest: int) -> str:
-    if brightest >= DIM_SHARE * 255:
-        return ''
-    return (
-        f'the image is nearly black (brightest value {brightest} of 255); 12-bit values in a '
-        '16-bit file need rescaling'
-    )
+    n = report.n_left_cut
+    return [f'{n} cells are cut at a tile border'] if n else []
