@@ -17,18 +17,8 @@ from mmengine.utils.dl_utils import set_multi_processing
 
 from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.core.layout import work_dir_of
-
-# What Runner, MMDetection's tools or our own read. Any other name in a config is a variable that
-# was used while the file was read: to change it afterwards changes nothing.
-READ_KEYS = {
-    *('model', 'train_dataloader', 'val_dataloader', 'test_dataloader', 'optim_wrapper'),
-    *('param_scheduler', 'val_evaluator', 'test_evaluator', 'data_preprocessor', 'runner_type'),
-    *('work_dir', 'load_from', 'resume', 'launcher', 'env_cfg', 'log_level', 'visualizer'),
-    *('default_scope', 'randomness', 'experiment_name', 'custom_hooks', 'cfg'),
-    *('default_hooks', 'model_wrapper_cfg', 'sync_bn', 'find_unused_parameters', 'compile'),
-    *('efficient_conv_bn_eval', 'activation_checkpointing', 'auto_scale_lr', 'log_processor'),
-    *('train_cfg', 'val_cfg', 'test_cfg', 'tta_model', 'tta_pipeline'),
-}
+from cellseg_mm.training.config_faults import refuse_faults
+from cellseg_mm.training.faults import READ_KEYS, places_of
 
 
 def load_config(
@@ -49,7 +39,8 @@ def load_config(
         local_rank: Number of this process on its machine, where ``LOCAL_RANK`` does not say it.
 
     Raises:
-        ConfigError: No such file, or an option that nothing would read.
+        ConfigError: No such file, or settings that nothing would read or that contradict each
+            other, see ``config_faults``.
     """
     if not Path(path).is_file():
         raise ConfigError(f'{path}: no such config file; see configs/ for those there are')
@@ -58,6 +49,7 @@ def load_config(
     if cfg_options:
         refuse_unknown_keys(cfg, cfg_options)
         cfg.merge_from_dict(dict(cfg_options))
+    refuse_faults(cfg, path)
     cfg.launcher = launcher
     cfg.work_dir = str(work_dir or cfg.get('work_dir') or work_dir_of(path))
     adapt_to_machine(cfg)
@@ -84,21 +76,10 @@ def _instead(cfg: Config, names: list[str]) -> str:
     """Say where the values of a config's variables have gone."""
     if {'data_root', 'folds_file'} & set(names):
         return 'set the environment variables CELLSEG_DATA and CELLSEG_FOLDS instead'
-    read = {key: value for key, value in cfg.to_dict().items() if key in READ_KEYS}
-    places = sorted(path for name in names for path in _places(read, name))
+    content = cfg.to_dict()
+    places = sorted(path for name in names for path, _ in places_of(content, name))
     named = f'set {", ".join(places)} instead, or ' if places else ''
     return f'{named}change it in a config file'
-
-
-def _places(node: object, name: str, path: str = '') -> Iterator[str]:
-    """Yield the dotted path of everything called ``name``."""
-    pairs = node.items() if isinstance(node, dict) else enumerate(node)
-    for key, value in pairs:
-        here = f'{path}.{key}' if path else str(key)
-        if key == name:
-            yield here
-        elif isinstance(value, (dict, list, tuple)):
-            yield from _places(value, name, here)
 
 
 def adapt_to_machine(cfg: Config) -> None:
