@@ -1,5 +1,5 @@
 _base_ = '../_base_/mask_rcnn_gpu.py'
 
-train_dataloader = dict(dataset=dict(dataset=dict(dataset=dict(fold=1))))
+train_dataloader = dict(dataset=dict(dataset=dict(fold=1)))
 val_dataloader = dict(dataset=dict(fold=1))
 test_dataloader = dict(dataset=dict(fold=1))
