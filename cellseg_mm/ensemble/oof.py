@@ -131,7 +131,7 @@ def refuse_other_classes(pool: OofPool, class_names: Sequence[str]) -> None:
         )
 
 
-def refuse_other_recipes(pool: OofPool, settings: Mapping[int, Mapping[str, Any]]) -> None:
+def refuse_other_recipes(pool: OofPool, settings: Mapping[int | None, Mapping[str, Any]]) -> None:
     """Refuse folds that were trained by another recipe than that of their config.
 
     Args:
@@ -143,7 +143,7 @@ def refuse_other_recipes(pool: OofPool, settings: Mapping[int, Mapping[str, Any]
     """
     parts: dict[str, set[str]] = {}
     for fold, origin in pool.provenance.items():
-        trained = origin.get('trained')
+        trained: Any = origin.get('trained')
         if not isinstance(trained, dict):
             continue
         if fold in settings:
