@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_mm.core.errors import CellSegError, ConfigError, ImageError
-from cellseg_mm.core.files import JsonValue, write_json
+from cellseg_mm.core.files import JsonValue, regular, write_json
 from cellseg_mm.core.layout import range_files
 
 CLIPPED = 1000  # one pixel in so many may be brighter than the range; QuPath's display has the same
@@ -262,7 +262,7 @@ def load_range(path: Path) -> ValueRange:
         CellSegError: It cannot be read, or holds no range.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(regular(path).read_bytes())
     except (OSError, ValueError, RecursionError) as problem:
         raise CellSegError(
             f'{path}: cannot be read ({str(problem)[:80]}); expected the range of values; remove '

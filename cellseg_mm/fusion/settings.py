@@ -21,7 +21,7 @@ import numpy as np
 
 from cellseg_mm.core import rle
 from cellseg_mm.core.errors import ConfigError
-from cellseg_mm.core.files import JsonValue, regular
+from cellseg_mm.core.files import JsonValue
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.fusion.fuse import (
     PostProcess,
@@ -269,7 +269,7 @@ def _read(path: Path) -> dict[str, Any]:
             'configs/*.py, or do without'
         )
     try:
-        content = json.loads(regular(path).read_text(encoding='utf-8'))
+        content = json.loads(path.read_text(encoding='utf-8'))
     except (OSError, ValueError, RecursionError) as problem:
         raise ConfigError(
             f'{path}: cannot be read ({str(problem)[:80]}); expected the settings of '

@@ -34,3 +34,22 @@ def test_other_processes_are_never_signalled_on_windows(monkeypatch: pytest.Monk
     assert asked == []
     assert files.is_alive(12345)
     assert asked == [(12345, 0)]
+
+
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    (tmp_path / 'a').write_bytes(b'1')
+    os.mkfifo(tmp_path / 'pipe')
+    assert files.regular(tmp_path / 'a') == tmp_path / 'a'
+    with pytest.raises(OSError, match='it is not a regular file'):
+        files.file_hash(tmp_path / 'pipe')  # reading it would wait for ever
+    with pytest.raises(IsADirectoryError):
+        files.regular(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        files.regular(tmp_path / 'missing')
+
+
+@pytest.mark.parametrize('letter', ['a', 'é'])
+def test_a_name_may_be_as_long_as_file_systems_take(letter: str, tmp_path: Path) -> None:
+    name = letter * (251 // len(letter.encode())) + '.txt'
+    files.write_text(tmp_path / name, 'x')
+    assert [path.name for path in tmp_path.iterdir()] == [name]
