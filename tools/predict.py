@@ -37,6 +37,7 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--tile', type=int, help='cut larger images into tiles of so many px')
     parser.add_argument('--overlap', type=int, default=128, help='px; more than the largest cell')
     parser.add_argument('--level', type=int, default=0, help='level of image pyramids')
+    add_choice_arguments(parser)
     parser.add_argument('--tta', help='hflip, flips or d4, and scales: d4,scales=0.8/1.25')
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda or cuda:1')
     parser.add_argument('--batch-size', type=int, help='tiles at once (1 on a CPU, 4 on a GPU)')
@@ -60,6 +61,20 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def add_choice_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what is read of files that hold several pictures; all of these count from 0."""
+    parser.add_argument('--image', type=int, help='which image, where a file holds several; from 0')
+    parser.add_argument(
+        '--channels',
+        type=lambda word: tuple(int(number) for number in word.split(',')),
+        default=(),
+        metavar='N or R,G,B',
+        help='one channel as grey, or those to take as red, green and blue; from 0',
+    )
+    parser.add_argument('--z', type=int, help='which plane of a stack in depth; from 0')
+    parser.add_argument('--t', type=int, help='which moment of a stack in time; from 0')
+
+
 def _take(words: list[str], fits: Callable[[str], bool]) -> list[str]:
     taken = []
     while words and fits(words[0]):
@@ -71,6 +86,7 @@ def main() -> int:
     """Load, predict, and say where the results are."""
     args = parse_args()
     import cellseg_mm.components  # noqa: F401 - registers what a config may name
+    from cellseg_mm.data.contents import Choice
     from cellseg_mm.detectors.from_options import predict_images
     from cellseg_mm.predict.options import MemberOptions, PredictOptions
     from cellseg_mm.training.load_config import load_config
@@ -97,6 +113,7 @@ def main() -> int:
         tile_px=args.tile,
         overlap_px=args.overlap,
         level=args.level,
+        choice=Choice(image=args.image, channels=args.channels, z=args.z, t=args.t),
         n_workers=args.workers,
         again=args.again,
         device=args.device,
