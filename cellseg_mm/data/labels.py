@@ -156,6 +156,11 @@ def _read_stored_map(path: Path, image_hw: tuple[int, int] | None) -> NDArray[An
             f'{path}: the label map has {header.n_samples} channels; expected one with an id per '
             'pixel; export ids, not colours.'
         )
+    if header.orientation != 1:
+        raise LabelMapError(
+            f'{path}: the orientation tag is {header.orientation}, so viewers turn the label map; '
+            f'expected 1, as stored, so that it fits its image; {tiff.FIX}.'
+        )
     if image_hw is not None and header.hw != tuple(image_hw):
         raise LabelMapError(
             f'{path}: the label map is {size_text(header.hw)}, '

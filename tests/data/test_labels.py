@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
 
-from cellseg_mm.core.errors import DataError
+from cellseg_mm.core.errors import LabelMapError
 from cellseg_mm.data import labels
-from cellseg_mm.data.cases import scan_cases
 from cellseg_mm.data.labels import Case
 
 HW = (17, 11)  # not square and odd, so that transpositions fail
@@ -190,12 +188,13 @@ SCALED = [
     # 65535 / 257 = 255; 384 / 257 = 1.494 -> 1; 386 / 257 = 1.502 -> 2
     pytest.param(grey([0, 384, 386, 65535], 'uint16'), [0, 1, 2, 255], id='uint16 by its range'),
     pytest.param(grey([0, 7, 255], 'uint16'), [0, 7, 255], id='uint16 that holds 8 bits'),
-    # 255 / 257 = 0.992 and 256 / 257 = 0.996, both -> 1: one value above 255 decides
-    pytest.param(grey([0, 255, 256], 'uint16'), [0, 1, 1], id='uint16 just above 8 bits'),
+    # 255 * 255 / 256 = 254.004
+    pytest.param(grey([0, 255, 256], 'uint16'), [0, 254, 255], id='uint16 just above 8 bits'),
     pytest.param(grey([0, 2**31, 2**32 - 1], 'uint32'), [0, 128, 255], id='uint32 by its range'),
     pytest.param(grey([0, 256, 32767], 'int16'), [0, 2, 255], id='int16 by its range'),
     pytest.param(grey([0, 0.5, 1], 'float32'), [0, 128, 255], id='float 0..1'),
     pytest.param(grey([0, 0.4, 254.6], 'float64'), [0, 0, 255], id='float 0..255'),
+    pytest.param(grey([0, 100, 400], 'float32'), [0, 64, 255], id='float above 255'),
     pytest.param(grey([0, 1, 1], 'bool'), [0, 255, 255], id='bilevel'),
 ]
 
@@ -212,7 +211,7 @@ def test_values_become_8_bit(tmp_path: Path, stored: np.ndarray, expected: list[
 
 def test_rgb16_is_scaled_by_one_factor(tmp_path: Path) -> None:
     image = np.zeros((*HW, 3), dtype=np.uint16)
-    image[..., 0], image[..., 1], image[2, 3, 2] = 257, 514, 65535
+    image[..., 0], image[..., 1], image[2:4, 3, 2] = 257, 514, 65535
     tifffile.imwrite(tmp_path / 'i.tif', image, photometric='rgb')
     found = labels.read_image(tmp_path / 'i.tif')
     assert found[0, 0].tolist() == [1, 2, 0]
@@ -247,90 +246,8 @@ def test_jpeg_in_tiff_is_close(tmp_path: Path) -> None:
     assert abs(difference).max() < 24  # lossy; swapped or raw YCbCr channels differ by 100 and more
 
 
-def make_data(root: Path, names: list[str]) -> None:
-    for name in names:
-        write_case(root / 'train' / name, {0: np.zeros(HW), 2: np.zeros(HW)})
-    test = root / 'test_release'
-    test.mkdir()
-    entries = []
-    for i, name in enumerate(reversed(names)):
-        tifffile.imwrite(test / f'{name}.tif', np.zeros((*HW, 3), np.uint8), photometric='rgb')
-        size = {'height': HW[0], 'width': HW[1]}
-        entries.append({'file_name': f'{name}.tif', 'id': 10 * (i + 1), **size})
-    (root / 'test_image_name_to_ids.json').write_text(json.dumps(entries))
-
-
-NAMES = ['b b', 'a', 'zürich', 'C']
-
-
-def test_find_cases_of_both_splits(tmp_path: Path) -> None:
-    make_data(tmp_path, NAMES)
-    train = labels.find_cases(tmp_path, 'train', 4)
-    assert [case.name for case in train] == ['C', 'a', 'b b', 'zürich']
-    assert [case.image_id for case in train] == [1, 2, 3, 4]
-    assert train[0] == Case(
-        'C',
-        tmp_path / 'train/C/image.tif',
-        {0: tmp_path / 'train/C/class1.tif', 2: tmp_path / 'train/C/class3.tif'},
-        1,
-        HW,
-    )
-    test = labels.find_cases(tmp_path, 'test', 4)
-    assert [(case.name, case.image_id) for case in test] == [
-        ('C', 10),
-        ('a', 30),
-        ('b b', 40),
-        ('zürich', 20),
-    ]
-    assert all(case.image_hw == HW and not case.label_paths for case in test)
-
-
-def test_find_cases_through_links_and_other_names(tmp_path: Path) -> None:
-    make_data(tmp_path / 'real', NAMES)
-    (tmp_path / 'data').mkdir()
-    (tmp_path / 'data/mine').symlink_to(tmp_path / 'real/train', target_is_directory=True)
-    cases = labels.find_cases(tmp_path / 'data', 'train', 3, train_dir='mine')
-    assert [case.name for case in cases] == sorted(NAMES)
-    assert cases[0].image_path == tmp_path / 'data/mine/C/image.tif'
-
-
-def test_class_files_in_other_spelling(tmp_path: Path) -> None:
-    folder = write_case(tmp_path / 'train/a', {1: np.ones(HW)}).image_path.parent
-    (folder / 'class2.tif').rename(folder / 'Class2.TIF')
-    (folder / 'image.tif').rename(folder / 'image.tiff')
-    (case,) = labels.find_cases(tmp_path, 'train', 4)
-    assert case.label_paths == {1: folder / 'Class2.TIF'}
-    assert case.image_path == folder / 'image.tiff'
-
-
-def test_exclude_keeps_the_ids_of_others(tmp_path: Path) -> None:
-    make_data(tmp_path, NAMES)
-    (tmp_path / 'exclude.txt').write_text('# broken scan\na   # too dark\n\nzürich\n')
-    train = labels.find_cases(tmp_path, 'train', 4)
-    assert [(case.name, case.image_id) for case in train] == [('C', 1), ('b b', 3)]
-    assert [case.name for case in labels.find_cases(tmp_path, 'test', 4)] == ['C', 'b b']
-    scan = scan_cases(tmp_path, 'train', 4)
-    assert scan.excluded == ['a', 'zürich']
-    (tmp_path / 'none.txt').write_text('')
-    assert len(labels.find_cases(tmp_path, 'train', 4, exclude_file=tmp_path / 'none.txt')) == 4
-    with pytest.raises(DataError, match=r'other\.txt: cannot be read'):
-        labels.find_cases(tmp_path, 'train', 4, exclude_file=tmp_path / 'other.txt')
-
-
-def test_decomposed_accents_match(tmp_path: Path) -> None:
-    make_data(tmp_path, ['a'])
-    test = tmp_path / 'test_release'
-    (test / 'a.tif').rename(test / 'u\u0308.tif')
-    entries = [{'file_name': '\u00fc.tif', 'id': 3, 'height': HW[0], 'width': HW[1]}]
-    (tmp_path / 'test_image_name_to_ids.json').write_text(json.dumps(entries))
-    assert [case.image_id for case in labels.find_cases(tmp_path, 'test', 4)] == [3]
-
-
-def test_entries_without_file_are_noted_not_refused(tmp_path: Path) -> None:
-    make_data(tmp_path, ['a', 'b'])
-    (tmp_path / 'test_release/b.tif').unlink()
-    scan = scan_cases(tmp_path, 'test', 4)
-    assert [case.name for case in scan.cases] == ['a']
-    assert not scan.problems
-    assert len(scan.notes) == 1
-    assert 'b.tif has no file' in scan.notes[0]
+def test_a_turned_label_map_is_refused(tmp_path: Path) -> None:
+    label_map = np.arange(6, dtype=np.uint16).reshape(2, 3)
+    tifffile.imwrite(tmp_path / 'm.tif', label_map, extratags=[(274, 'H', 1, 3, True)])
+    with pytest.raises(LabelMapError, match='the orientation tag is 3'):
+        labels.read_label_map(tmp_path / 'm.tif', (2, 3))

@@ -35,5 +35,5 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
 def test_a_pipe_is_refused(kind: str, tmp_path: Path) -> None:
     name, read = READERS[kind]
     os.mkfifo(tmp_path / name)
-    with pytest.raises(CellSegError, match='regular file|there are no settings'):
+    with pytest.raises(CellSegError, match=r'regular file|there are no settings'):
         read(tmp_path / name)
