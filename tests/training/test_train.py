@@ -372,13 +372,6 @@ def test_settings_that_laptops_need(sample_data: Path, monkeypatch: pytest.Monke
     assert explain(caught.value).startswith('the device ran out of memory (')
 
 
-def test_code_commit_without_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from cellseg_mm.core import provenance
-
-    monkeypatch.setenv('PATH', str(tmp_path))
-    assert provenance.code_commit.__wrapped__() == ''
-
-
 def test_two_gloo_processes_train_and_score(sample_data: Path, tmp_path: Path) -> None:
     words = ['-m', 'torch.distributed.run', '--nproc_per_node=2', f'--master_port={free_port()}']
     command = [*words, 'tools/train.py', 'configs/sample/fold0.py', '--launcher', 'pytorch']

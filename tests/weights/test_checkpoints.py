@@ -14,31 +14,19 @@ import pytest
 torch = pytest.importorskip('torch')
 pytest.importorskip('mmengine')
 from mmengine.config import Config  # noqa: E402
-from mmengine.fileio import LocalBackend, get_file_backend, register_backend  # noqa: E402
 from mmengine.hooks import Hook  # noqa: E402
 from mmengine.logging import HistoryBuffer, MessageHub  # noqa: E402
 from mmengine.model import BaseModel  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
-from mmengine.runner.checkpoint import CheckpointLoader, _load_checkpoint  # noqa: E402
+from mmengine.runner.checkpoint import _load_checkpoint  # noqa: E402
 from torch.utils.data import Dataset  # noqa: E402
 
 from cellseg_mm.core.errors import CheckpointError  # noqa: E402
 from cellseg_mm.weights.checkpoints import load_checkpoint_file  # noqa: E402
-from cellseg_mm.weights.find import last_good_checkpoint, remove_leftovers  # noqa: E402
-from cellseg_mm.weights.loaders import load_from_http, use_safe_loading  # noqa: E402
+from cellseg_mm.weights.find import last_good_checkpoint  # noqa: E402
 from tests.support.weights_files import save  # noqa: E402
 
 pytestmark = pytest.mark.mm
-
-
-@pytest.fixture
-def safe_loading():
-    """Register the loaders, and give mmengine its own back."""
-    schemes = CheckpointLoader._schemes
-    use_safe_loading()
-    yield
-    CheckpointLoader._schemes = schemes
-    register_backend('local', LocalBackend, force=True, prefixes='')
 
 
 class Payload:
@@ -146,39 +134,6 @@ def test_containers_keep_their_kind_and_sharing(tmp_path: Path) -> None:
     assert got['loop'][0] is got['loop']
 
 
-def test_every_scheme_of_mmengine_is_ours(safe_loading: None) -> None:
-    """A scheme that a later mmengine adds would unpickle: it must be looked at."""
-    foreign = {
-        prefix
-        for prefix, loader in CheckpointLoader._schemes.items()
-        if not loader.__module__.startswith('cellseg_mm.')
-    }
-    assert foreign == set()
-    with pytest.raises(CheckpointError, match='copy the file to this machine'):
-        _load_checkpoint('s3://bucket/a.pth')
-    with pytest.raises(CheckpointError, match='no model is published under this name'):
-        _load_checkpoint('open-mmlab://no/such')
-
-
-def test_unreachable_url_says_what_to_do(
-    tmp_path: Path, safe_loading: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
-    with pytest.raises(CheckpointError, match=r'cannot be fetched .* local file'):
-        _load_checkpoint('http://127.0.0.1:9/model.pth')  # the discard port: nobody listens
-    assert not [path for path in tmp_path.rglob('*') if path.is_file()]
-
-
-def test_url_is_fetched_once(tmp_path: Path, safe_loading: None, monkeypatch) -> None:
-    source = save(tmp_path / 'model.pth')
-    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'home'))
-    url = source.as_uri()
-    first = load_from_http(url)
-    source.unlink()
-    again = load_from_http(url)
-    assert torch.equal(first['state_dict']['w'], again['state_dict']['w'])
-
-
 def broken_files() -> list:
     return [
         pytest.param(lambda raw: b'', 'is empty', id='zero bytes'),
@@ -248,20 +203,6 @@ def test_random_damage_gives_only_our_error(tmp_path: Path, seed: int, is_archiv
             assert isinstance(load_checkpoint_file(broken), dict)
         except CheckpointError as error:
             assert str(broken) in str(error)  # noqa: PT017 - much damage is only another number
-
-
-def test_files_are_replaced_whole(tmp_path: Path, safe_loading: None) -> None:
-    backend = get_file_backend(str(tmp_path / 'iter_1.pth'))
-    backend.put(b'old', tmp_path / 'iter_1.pth')
-    with pytest.raises(TypeError):
-        backend.put('no bytes', tmp_path / 'iter_1.pth')
-    assert (tmp_path / 'iter_1.pth').read_bytes() == b'old'
-    backend.put_text('né', tmp_path / 'b' / 'a.txt')
-    assert (tmp_path / 'b' / 'a.txt').read_text(encoding='utf-8') == 'né'
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['b', 'iter_1.pth']
-    (tmp_path / '.tmp-abc-iter_2.pth').touch()
-    assert [path.name for path in remove_leftovers(tmp_path)] == ['.tmp-abc-iter_2.pth']
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['b', 'iter_1.pth']
 
 
 class Numbers(Dataset):
