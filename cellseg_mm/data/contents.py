@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
@@ -25,7 +25,8 @@ from cellseg_mm.data.colours import check_space, colour_channels
 # What slide scanners put beside the scan, by the names that tifffile and Bio-Formats give.
 BESIDE = ('macro', 'label', 'thumbnail', 'overview', 'map', 'other', 'probability')
 # Formats whose levels are known without a mark that they are reduced.
-_SLIDES = ('svs', 'scn', 'ndpi', 'philips', 'qpi', 'ome')
+_SCANNERS = ('svs', 'scn', 'ndpi', 'philips', 'qpi')
+_SLIDES = (*_SCANNERS, 'ome')
 MAX_LISTED = 8
 
 Page = tifffile.TiffPage | tifffile.TiffFrame
@@ -138,11 +139,11 @@ def select(path: Path, file: tifffile.TiffFile, choice: Choice, level: int) -> S
         ImageError: The file does not decide and nothing was chosen, or parts of it are missing.
         ConfigError: The choice names what is not there.
     """
-    check_neighbours(path, file)
+    elsewhere = check_neighbours(path, file)
     images = _images(path, file)
     image, number, why = _pick_image(path, images, choice)
     check_level(path, level, [level_hw(series) for series in image.levels])
-    says = []
+    says = [f'this part alone of the set that {elsewhere} describes'] if elsewhere else []
     if len(images) > 1:
         says.append(f'image {number} of {len(images)} ({_describe(image)}{why})')
     if len(image.levels) > 1:
@@ -175,20 +176,25 @@ def check_level(path: Path, level: int, level_hws: Sequence[tuple[int, int]]) ->
 # ---- files that belong together
 
 
-def check_neighbours(path: Path, file: tifffile.TiffFile) -> None:
+def check_neighbours(path: Path, file: tifffile.TiffFile) -> str:
     """Look at the files that an OME-TIFF says belong to it, before anything opens them.
+
+    Returns:
+        The file that describes the set, where this one does not; else nothing.
 
     Raises:
         ImageError: One is missing, is no regular file of the same folder, or is another one.
     """
     if not file.is_ome or file.ome_metadata is None:
-        return
+        return ''
     try:
         root = ElementTree.fromstring(file.ome_metadata)
     except ElementTree.ParseError as problem:
         raise ImageError(
             f'{path}: its OME text is damaged ({problem}); expected XML; {tiff.FIX}.'
         ) from problem
+    if (master := root.find('{*}BinaryOnly')) is not None:
+        return str(master.get('MetadataFile', 'another file'))
     own = root.get('UUID')
     named = {
         str(element.get('FileName')): str(element.text)
@@ -197,6 +203,12 @@ def check_neighbours(path: Path, file: tifffile.TiffFile) -> None:
     }
     if own is None:
         named = {name: uuid for name, uuid in named.items() if name.lower() != path.name.lower()}
+    _check_set(path, named, own)
+    return ''
+
+
+def _check_set(path: Path, named: Mapping[str, str], own: str | None) -> None:
+    """Refuse a set whose files, UUID by name, are not all there."""
     missing = []
     for name, uuid in named.items():
         if Path(name).name != name or '\\' in name:
@@ -363,11 +375,12 @@ def _pick_image(path: Path, images: Sequence[_Image], choice: Choice) -> tuple[_
             )
         return images[choice.image], choice.image, ', as chosen'
     scans = [k for k, image in enumerate(images) if not image.is_beside]
-    if len(images) == 1:
+    if len(images) == 1 and (scans or images[0].levels[0].kind not in _SCANNERS):
         return images[0], 0, ''
     if len(scans) != 1:
         raise ImageError(
-            f'{path}: holds {len(images)} images ({_listed(images)}); expected one, or a choice; '
+            f'{path}: holds {len(images)} image{"s" * (len(images) > 1)} ({_listed(images)}), '
+            f'{len(scans)} of them no label, macro or copy; expected one, or a choice; '
             f'save the right one alone, or choose it (predict.py has --image 0 to '
             f'{len(images) - 1}).'
         )

@@ -139,8 +139,8 @@ class TiffRegions(ImageReader):
         n_empty = sum(len(numbers) for numbers in self._empty)
         if n_empty:
             n_all = sum(len(page.dataoffsets) for page in self._pages)
-            colour = 'white' if self._header.photometric in (0, 2, 6) else 'black'
-            says = f'{n_empty} of {n_all} tiles are empty and were taken for {colour} background'
+            colour = 'white' if self._header.photometric in (0, 2, 6) else 'the value 0'
+            says = f'{n_empty} of {n_all} tiles are empty and were taken for {colour}'
             self.says = f'{self.says}; {says}' if self.says else says
 
     # -------------------------------------------------------------------------- geometry

@@ -110,6 +110,10 @@ def test_hamamatsu_reads_the_scan(tmp_path: Path) -> None:
             writer.write(image, extratags=tags, **PLAIN)
     assert np.array_equal(read(path)[0], SCAN)
     assert np.array_equal(read(path, level=1)[0], LEVELS[1])
+    tags = [(271, 's', 0, 'Hamamatsu', True), (65420, 'I', 1, 1, True), (65421, 'f', 1, -1.0, True)]
+    tifffile.imwrite(path, MACRO, extratags=tags, **{**PLAIN, 'contiguous': True})
+    refused(path, r"holds 1 image \(0: 'Macro', 100 x 300 px\), 0 of them no label")
+    assert np.array_equal(read(path, image=0)[0], MACRO)
 
 
 # ---------------------------------------------------------------------- several images
@@ -268,7 +272,9 @@ def test_every_file_of_a_set_is_the_set(options: dict, tmp_path: Path) -> None:
 def test_files_without_the_text_of_their_set_are_their_own_plane(tmp_path: Path) -> None:
     wanted = write_set(tmp_path, 70, by_master=True)
     assert np.array_equal(read(tmp_path / 'set_C0.ome.tif')[0], wanted)
-    assert np.array_equal(read(tmp_path / 'set_C1.ome.tif')[0], grey(wanted[..., 1]))
+    found, says = read(tmp_path / 'set_C1.ome.tif')
+    assert np.array_equal(found, grey(wanted[..., 1]))
+    assert says == 'read: this part alone of the set that set_C0.ome.tif describes'
 
 
 def test_a_set_that_is_not_whole(tmp_path: Path) -> None:

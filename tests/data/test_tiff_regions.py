@@ -44,7 +44,7 @@ def test_an_empty_tile_is_white(compression: str | None, whole_px: int, tmp_path
     with open_image(path, whole_px=whole_px) as reader:
         assert np.array_equal(reader.read(0, 0, 64, 96), wanted)
         assert np.array_equal(reader.read(30, 40, 50, 90), wanted[30:50, 40:90])
-        assert reader.says == '1 of 6 tiles are empty and were taken for white background'
+        assert reader.says == '1 of 6 tiles are empty and were taken for white'
 
 
 @pytest.mark.parametrize('photometric', ['rgb', 'minisblack', 'miniswhite'])
