@@ -11,6 +11,9 @@ import torch
 from mmdet.structures.bbox import HorizontalBoxes
 
 from cellseg_mm.core.errors import ConfigError, LabelMapError
+from cellseg_mm.data.cases import find_cases
+from cellseg_mm.data.intensity import ValueRange, save_range
+from cellseg_mm.pipeline.dataset import CellDataset, data_fingerprint
 from cellseg_mm.pipeline.loading import LoadCellImage, LoadLabelMaps
 from tests.support.moving_samples import HW, LSJ, build, label_map, sample
 
@@ -62,6 +65,34 @@ def test_image_is_bgr(tmp_path, swapped: bool) -> None:
     assert results['img'][0, 0].tolist() == [0, 0, 200]
     assert results['img'].flags.c_contiguous
     assert results['img_shape'] == results['ori_shape'] == (4, 6)
+
+
+def test_the_range_of_the_collection_decides_about_wide_values(tmp_path) -> None:
+    values = np.array([[0, 100, 200, 250, 255]] * 4, np.uint16)
+    info = write_case(tmp_path, values, {})
+    known = {**info, 'value_range': ValueRange(0, 4080)}  # 4080 / 16 = 255
+    assert LoadCellImage().transform(known)['img'][0, :, 1].tolist() == [0, 6, 12, 16, 16]
+    assert LoadCellImage().transform(info)['img'][0, :, 1].tolist() == values[0].tolist()
+
+
+@pytest.mark.parametrize('is_recorded', [False, True])
+def test_the_data_set_passes_the_recorded_range_on(tmp_path, is_recorded: bool) -> None:
+    (tmp_path / 'train' / 'a').mkdir(parents=True)
+    values = np.array([[0, 100, 200, 250, 255]] * 4, np.uint16)
+    write_case(tmp_path / 'train' / 'a', values, {})
+    if is_recorded:
+        save_range(tmp_path / 'range.json', ValueRange(0, 510))
+    dataset = CellDataset(
+        data_root=str(tmp_path),
+        split='all',
+        metainfo={'classes': ('cell',)},
+        pipeline=[{'type': 'LoadCellImage'}],
+    )
+    found = dataset[0]['img'][0, :, 0].tolist()
+    assert found == ([0, 50, 100, 125, 128] if is_recorded else values[0].tolist())
+    cases = find_cases(tmp_path, 'train', 1)
+    # without a range the fingerprint is that of earlier versions
+    assert (dataset.data_hash == data_fingerprint(cases)) == (not is_recorded)
 
 
 def test_image_as_float(tmp_path) -> None:
