@@ -2,9 +2,11 @@
 
 python tools/predict.py configs/fold0.py best slides/ --out out --format geojson csv
 python tools/predict.py configs/fold?.py data/test_release --out out     (an ensemble of all folds)
+python tools/predict.py model.cellseg slides/ --out out     (a file of tools/export.py, no torch)
 
-First the config (several make an ensemble), then perhaps checkpoints (.pth, or best), then images,
-folders or patterns. Start it again after an interruption: what is done is skipped.
+First the config (several make an ensemble), then perhaps checkpoints (.pth, or best); or a model
+file (.cellseg, .onnx) in their place; then images, folders or patterns. Start it again after an
+interruption: what is done is skipped.
 """
 
 from __future__ import annotations
@@ -12,8 +14,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cellseg_mm.cli import add_config_arguments, add_member_arguments, run_tool
+
+if TYPE_CHECKING:
+    from cellseg_mm.predict.options import MemberOptions, PredictOptions
+    from cellseg_mm.predict.predict import Summary
 
 
 def parse_args(words: list[str] | None = None) -> argparse.Namespace:
@@ -21,7 +28,9 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('words', nargs='+', metavar='CONFIG... [CHECKPOINT...|best] INPUT...')
+    parser.add_argument(
+        'words', nargs='+', metavar='CONFIG... [CHECKPOINT...|best] | MODEL, then INPUT...'
+    )
     parser.add_argument('--out', type=Path, required=True, help='folder for the results')
     parser.add_argument(
         '--format',
@@ -53,11 +62,20 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     add_config_arguments(parser, launcher=False)
     args = parser.parse_args(words)
     rest = list(args.words)
-    args.configs = _take(rest, lambda word: word.endswith('.py'))
+    args.models = _take(rest, lambda word: word.lower().endswith(('.cellseg', '.onnx')))
+    args.configs = [] if args.models else _take(rest, lambda word: word.endswith('.py'))
     args.checkpoints = _take(rest, lambda word: word == 'best' or word.endswith(('.pth', '.pkl')))
     args.inputs = rest
-    if not args.configs or not args.inputs:
-        parser.error('give a config (.py), perhaps checkpoints, and at least one image or folder')
+    if not (args.configs or args.models) or not args.inputs:
+        parser.error(
+            'give a config (.py), perhaps checkpoints, or a model file (.cellseg, .onnx); and at '
+            'least one image or folder'
+        )
+    if args.models and (args.cfg_options or args.work_root or args.checkpoints):
+        parser.error(
+            'a model file has its own weights and settings: leave out checkpoints, --cfg-options '
+            'and --work-root'
+        )
     return args
 
 
@@ -85,17 +103,9 @@ def _take(words: list[str], fits: Callable[[str], bool]) -> list[str]:
 def main() -> int:
     """Load, predict, and say where the results are."""
     args = parse_args()
-    import cellseg_mm.components  # noqa: F401 - registers what a config may name
     from cellseg_mm.data.contents import Choice
-    from cellseg_mm.detectors.from_options import predict_images
     from cellseg_mm.predict.options import MemberOptions, PredictOptions
-    from cellseg_mm.training.load_config import load_config
 
-    work_dir = args.work_dir or args.out
-    configs = {
-        path: load_config(path, cfg_options=args.cfg_options, work_dir=work_dir)
-        for path in args.configs
-    }
     members = MemberOptions(
         checkpoints=tuple(path for path in args.checkpoints if path != 'best'),
         work_root=args.work_root,
@@ -120,10 +130,30 @@ def main() -> int:
         batch_size=args.batch_size,
         red_blue_swapped={'normal': False, 'swapped': True}.get(args.red_blue),
     )
-    summary = predict_images(configs, members, options)
+    if args.models:
+        from cellseg_mm.light.from_options import predict_images
+
+        summary = predict_images(args.models, members, options)
+    else:
+        summary = _predict_with_torch(args, members, options)
     print(summary.describe())
     print(f'results: {args.out}')
     return summary.exit_code
+
+
+def _predict_with_torch(
+    args: argparse.Namespace, members: MemberOptions, options: PredictOptions
+) -> Summary:
+    import cellseg_mm.components  # noqa: F401 - registers what a config may name
+    from cellseg_mm.detectors.from_options import predict_images
+    from cellseg_mm.training.load_config import load_config
+
+    work_dir = args.work_dir or args.out
+    configs = {
+        path: load_config(path, cfg_options=args.cfg_options, work_dir=work_dir)
+        for path in args.configs
+    }
+    return predict_images(configs, members, options)
 
 
 if __name__ == '__main__':

@@ -24,6 +24,7 @@ from cellseg_mm.core import files
 from cellseg_mm.core.errors import CellSegError, ConfigError
 from cellseg_mm.core.files import JsonValue
 from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.core.proposals import notes_of_proposals
 from cellseg_mm.data.config import DataSettings, dataset_settings
 from cellseg_mm.detectors.fold_ensemble import FoldEnsembleModel
 from cellseg_mm.detectors.member_models import (
@@ -37,7 +38,7 @@ from cellseg_mm.detectors.member_models import (
 from cellseg_mm.ensemble.fuse_files import settings_origin
 from cellseg_mm.fusion import views
 from cellseg_mm.fusion.settings import InferenceSettings
-from cellseg_mm.model.caps import LIKELY_PROPOSAL, watch_proposals
+from cellseg_mm.model.caps import watch_proposals
 from cellseg_mm.model.detections import to_instance_set
 
 Picture = NDArray[np.uint8]
@@ -103,13 +104,7 @@ class ModelDetector:
     @property
     def notes(self) -> list[str]:
         """What a person should know of the image that was looked at last."""
-        if self._proposal_cut < LIKELY_PROPOSAL:
-            return []
-        return [
-            f'region proposals were cut at a score of {self._proposal_cut:.3f}, so cells in dense '
-            'parts are most likely lost: use smaller tiles, or raise '
-            'model.test_cfg.rpn.max_per_img'
-        ]
+        return notes_of_proposals(self._proposal_cut)
 
     def _use_less_memory(self, n_pictures: int, shape: tuple[int, ...], problem: Exception) -> None:
         torch.cuda.empty_cache()

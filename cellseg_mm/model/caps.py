@@ -27,8 +27,7 @@ from mmengine.structures import InstanceData
 from torch import nn
 
 from cellseg_mm.core.instances import InstanceSet
-
-LIKELY_PROPOSAL = 0.9  # a region proposal that scores so much most likely shows a cell
+from cellseg_mm.core.proposals import LIKELY_PROPOSAL
 
 
 class Cuts:

@@ -1,0 +1,244 @@
+"""Trained models become files that need no torch.
+
+In: configs and their checkpoints. Out: an ``.onnx`` file of one member, or a ``.cellseg`` file of
+one or more with settings. Invariant: before a file is written, it has found the same cells as its
+model in torch in a real picture.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mmengine.config import ConfigDict
+from numpy.typing import NDArray
+
+from cellseg_mm.core import files
+from cellseg_mm.core.errors import ConfigError
+from cellseg_mm.core.files import JsonValue
+from cellseg_mm.core.layout import scores_path, work_dir_of
+from cellseg_mm.core.provenance import code_commit, versions
+from cellseg_mm.data.config import DataSettings, dataset_settings
+from cellseg_mm.data.image_reader import open_image
+from cellseg_mm.data.images import find_images
+from cellseg_mm.detectors.detector import ModelDetector, build_detector
+from cellseg_mm.detectors.from_options import Configs, sources_of
+from cellseg_mm.detectors.member_models import MemberSource
+from cellseg_mm.exporting import onnx_file
+from cellseg_mm.exporting.carried import check_model, resize_step
+from cellseg_mm.exporting.parity import Parity, compare, share_alike
+from cellseg_mm.fusion.settings import load_settings
+from cellseg_mm.light.detector import LightDetector, OnnxModel
+from cellseg_mm.light.model_file import SUFFIXES, Member, ModelRecord, write_model_file
+from cellseg_mm.light.picture import resize
+from cellseg_mm.predict.options import MemberOptions
+
+Picture = NDArray[np.uint8]
+
+MAX_CHECK_PX = 1024  # side of the picture that a file is checked with
+TRACE_PX = 256  # side of the picture that is traced; the graph takes any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportOptions:
+    """What is written.
+
+    Attributes:
+        out: ``.onnx`` for one member, ``.cellseg`` for one or more with settings.
+        half: Keep weights in 16 bits.
+        image: Picture to check with; None takes one of the first config's own validation images.
+    """
+
+    out: Path
+    half: bool = False
+    image: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        path: The file.
+        n_bytes: Its size.
+        members: For each member its checkpoint and how the file compares with it.
+        halved: For each member how many cells 16 bits leave the same (IoU 0.9), and of how many;
+            empty with 32 bits.
+        has_settings: Whether settings ride in it.
+    """
+
+    path: Path
+    n_bytes: int
+    members: tuple[tuple[str, Parity], ...]
+    halved: tuple[tuple[int, int], ...]
+    has_settings: bool
+
+    def describe(self) -> str:
+        """Return sentences for a terminal."""
+        lines = [f'{source}: {parity.describe()}' for source, parity in self.members]
+        lines += [
+            f'with weights of 16 bits {n_same} of {n_cells} cells are the same (IoU 0.9)'
+            for n_same, n_cells in self.halved
+        ]
+        settings = ', with settings' if self.has_settings else ''
+        size = f'{self.n_bytes / 1e6:.1f} MB, {len(self.members)} members{settings}'
+        return '\n'.join([*lines, f'written: {self.path} ({size})'])
+
+
+def export(configs: Configs, members: MemberOptions, options: ExportOptions) -> Exported:
+    """Write a model file.
+
+    Args:
+        configs: One for each member, or one for all.
+        members: Checkpoints; and ``settings_path``, which rides in a ``.cellseg`` file.
+        options: See :class:`ExportOptions`.
+
+    Raises:
+        ConfigError: A part of a model cannot be carried, options do not fit, or the file does not
+            find what the model finds.
+        CheckpointError: See ``member_models``.
+    """
+    sources = sources_of(configs, members)
+    _check_options(sources, members, options)
+    first = DataSettings.from_config(sources[0].cfg, 'test_dataloader')
+    settings = None
+    if members.settings_path is not None:
+        load_settings(members.settings_path, 'instances', first.class_names)
+        settings = json.loads(Path(members.settings_path).read_text(encoding='utf-8'))
+    pictures = _pictures(options.image or _own_image(first), first)
+    written, parities, halved = [], [], []
+    for source in sources:
+        content, parity, alike = _member(source, pictures, members, half=options.half)
+        written.append(content)
+        parities.append((str(source.checkpoint), parity))
+        halved += alike
+    if options.out.suffix.lower() == '.onnx':
+        files.write_bytes(options.out, written[0])
+    else:
+        write_model_file(options.out, written, settings=settings, card=_card(written, first))
+    size = options.out.stat().st_size
+    return Exported(options.out, size, tuple(parities), tuple(halved), settings is not None)
+
+
+def _check_options(
+    sources: Sequence[MemberSource], members: MemberOptions, options: ExportOptions
+) -> None:
+    suffix = options.out.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ConfigError(
+            f'{options.out}: a file of this kind cannot be written; expected a name that ends in '
+            f'{" or ".join(SUFFIXES)}; correct --out'
+        )
+    if suffix == '.onnx' and (len(sources) > 1 or members.settings_path is not None):
+        raise ConfigError(
+            f'{options.out}: an .onnx file is one member without settings; {len(sources)} members '
+            'and settings go into a .cellseg file; correct --out'
+        )
+
+
+def _own_image(data: DataSettings) -> Path:
+    """Return an image of middle size that the first member was validated on."""
+    images = find_images(
+        data.data_root, 'val', data.class_names, folds_path=data.folds_path, fold=data.fold
+    )
+    by_size = sorted(images.cases, key=lambda case: case.image_path.stat().st_size)
+    return by_size[len(by_size) // 2].image_path
+
+
+def _pictures(path: Path, data: DataSettings) -> list[Picture]:
+    """Return what a file is checked with: a picture, and a part of it of another shape."""
+    with open_image(path, value_range=data.value_range()) as reader:
+        height, width = (min(side, MAX_CHECK_PX) for side in reader.image_hw)
+        picture = reader.read(0, 0, height, width)
+    part = picture[: max(height * 2 // 3, 1), : max(width // 2, 1)]
+    return [picture, np.ascontiguousarray(part)]
+
+
+def _member(
+    source: MemberSource, pictures: Sequence[Picture], members: MemberOptions, *, half: bool
+) -> tuple[bytes, Parity, list[tuple[int, int]]]:
+    """Return a member's file, how it compares, and with 16 bits how many cells stay the same."""
+    detector = build_detector([source], device='cpu')
+    where = f'{source.config_path} with {source.checkpoint}'
+    check_model(detector.model, where)
+    record = _record(source, detector, members, where)
+    shown = pictures[0][..., ::-1] if record.red_blue_swapped else pictures[0]
+    traced = resize(np.ascontiguousarray(shown[:TRACE_PX, :TRACE_PX]), record.resize)
+    content = onnx_file.to_onnx(detector.model, traced, where)
+    expected = _find(detector, pictures)
+    found = _find(_light(content, record), pictures)
+    parity = compare(expected, found, score_thr=record.score_thr, cap=record.max_per_img)
+    parity.check(where)
+    alike: list[tuple[int, int]] = []
+    if half:
+        content = onnx_file.with_half_weights(content)
+        alike = [share_alike(expected, _find(_light(content, record), pictures))]
+        record = replace(record, half=True, parity={**record.parity, 'half_same': list(alike[0])})
+    record = replace(record, parity={**record.parity, **parity.to_json()})
+    return onnx_file.with_record(content, record), parity, alike
+
+
+def _light(content: bytes, record: ModelRecord) -> LightDetector:
+    content = onnx_file.with_record(content, record)
+    return LightDetector([OnnxModel(Member('the exported file', content, ''), 'cpu')])
+
+
+def _find(detector: ModelDetector | LightDetector, pictures: Sequence[Picture]) -> list:
+    return [detector.detect([picture], 'check')[0] for picture in pictures]
+
+
+def _record(
+    source: MemberSource, detector: ModelDetector, members: MemberOptions, where: str
+) -> ModelRecord:
+    data = DataSettings.from_config(source.cfg, 'test_dataloader')
+    pipeline = ConfigDict({'p': dataset_settings(source.cfg, 'test_dataloader').pipeline}).to_dict()
+    rcnn = detector.model.roi_head.test_cfg
+    member: dict[str, Any] = dict(detector.provenance['members'][0])
+    value_range = data.value_range()
+    if member.get('value_range') is None and value_range is not None:
+        member['value_range'] = value_range.to_json()
+    return ModelRecord(
+        class_names=data.class_names,
+        class_colours=data.palette,
+        red_blue_swapped=data.red_blue_swapped,
+        resize=resize_step(pipeline['p'], where),
+        mask_frame=float(getattr(detector.model.roi_head, 'mask_frame', 1.0)),
+        mask_thr=float(rcnn.mask_thr_binary),
+        score_thr=float(rcnn.score_thr),
+        max_per_img=max(int(rcnn.get('max_per_img', 0)), 0),
+        member=member,
+        evidence=_evidence(source, member, members),
+        made_with={'code_commit': code_commit(), 'versions': versions()},
+    )
+
+
+def _evidence(
+    source: MemberSource, member: dict[str, Any], members: MemberOptions
+) -> dict[str, JsonValue]:
+    """Return the scores on the held-out fold, if they were measured with this checkpoint."""
+    path = scores_path(work_dir_of(source.config_path, members.work_root), 'val')
+    if not path.is_file():
+        return {}
+    scores = json.loads(path.read_text(encoding='utf-8'))
+    if not str(scores.get('provenance', {}).get('checkpoint_hash', '')).startswith(
+        str(member['source_hash'])
+    ):
+        return {}
+    kept = ('headline', 'intervals', 'interval_unit', 'n_interval_units')
+    return {'fold': member.get('fold'), **{key: scores.get(key) for key in kept}}
+
+
+def _card(written: Sequence[bytes], data: DataSettings) -> dict[str, JsonValue]:
+    """Return what the manifest says to people who open the zip; the members say it all."""
+    records = [OnnxModel(Member('member', content, ''), 'cpu').record for content in written]
+    return {
+        'class_names': list(data.class_names),
+        'red_blue_swapped': data.red_blue_swapped,
+        'members': [dict(record.member) for record in records],
+        'evidence': [dict(record.evidence) for record in records],
+        'made_with': dict(records[0].made_with),
+    }

@@ -1,0 +1,251 @@
+"""Exported files find what their models find, also where there is no torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cellseg_mm  # noqa: F401
+
+torch = pytest.importorskip('torch')
+pytest.importorskip('mmdet')
+onnx = pytest.importorskip('onnx')
+pytest.importorskip('onnxruntime')
+
+from mmengine.config import Config  # noqa: E402
+
+from cellseg_mm.core.errors import CheckpointError, ConfigError  # noqa: E402
+from cellseg_mm.core.files import write_json  # noqa: E402
+from cellseg_mm.core.instances import InstanceSet  # noqa: E402
+from cellseg_mm.detectors.from_options import make_detector  # noqa: E402
+from cellseg_mm.exporting import onnx_file  # noqa: E402
+from cellseg_mm.exporting.export import Exported, ExportOptions, export  # noqa: E402
+from cellseg_mm.exporting.parity import compare  # noqa: E402
+from cellseg_mm.fusion.settings import default_settings  # noqa: E402
+from cellseg_mm.light import from_options as light  # noqa: E402
+from cellseg_mm.light.model_file import read_model_file  # noqa: E402
+from cellseg_mm.predict.options import MemberOptions, PredictOptions  # noqa: E402
+from cellseg_mm.results.predictions import load_predictions  # noqa: E402
+from tests.support.spread_model import spread_model  # noqa: E402
+from tests.support.tiny_folds import (  # noqa: E402
+    ROOT,
+    TinyFolds,
+    environment,
+    make_tiny_folds,
+    save_checkpoint,
+)
+
+pytestmark = pytest.mark.mm
+
+CAP = 200
+
+WITHOUT_TORCH = """
+import runpy, sys
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in ('torch', 'torchvision', 'mmengine', 'mmcv', 'mmdet'):
+            raise ImportError(f'{name}: is not to be imported here')
+sys.meta_path.insert(0, Without())
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
+@pytest.fixture(scope='module')
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyFolds:
+    with pytest.MonkeyPatch.context() as patch:
+        root = tmp_path_factory.mktemp('tiny')
+        patch.setenv('CELLSEG_DATA', str(root / 'data'))
+        tiny = make_tiny_folds(root)
+        for fold, (config, checkpoint) in enumerate(
+            zip(tiny.configs, tiny.checkpoints, strict=True)
+        ):
+            path = Path(config)
+            path.write_text(path.read_text().replace('max_per_img=20', f'max_per_img={CAP}'))
+            save_checkpoint(
+                checkpoint, spread_model(path, fold), fold=fold, fold_hash=tiny.folds.hash
+            )
+        return tiny
+
+
+@pytest.fixture(autouse=True)
+def _data(tiny: TinyFolds, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('CELLSEG_DATA', str(tiny.data_root))
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+
+
+@pytest.fixture(scope='module')
+def files(tiny: TinyFolds, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
+    out = tmp_path_factory.mktemp('files')
+    classes = ('epithelial', 'lymphocyte', 'neutrophil', 'macrophage')
+    profiles = {
+        name: default_settings(name, classes).to_json() for name in ('submission', 'instances')
+    }
+    profiles['instances'] |= {'score_thr': dict.fromkeys(classes, 0.1), 'tta': 'hflip'}
+    settings = tiny.root / 'inference.json'
+    write_json(settings, {'version': 1, 'class_names': list(classes), 'profiles': profiles})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('CELLSEG_DATA', str(tiny.data_root))
+        return {
+            'one': run(tiny, out / 'one.onnx', 1),
+            'half': run(tiny, out / 'half.onnx', 1, half=True),
+            'two': run(tiny, out / 'two.cellseg', 2),
+            'with settings': run(tiny, out / 'settings.cellseg', 2, settings=str(settings)),
+        }
+
+
+def configs_of(tiny: TinyFolds, n: int) -> dict[str, Config]:
+    return {path: Config.fromfile(path) for path in tiny.configs[:n]}
+
+
+def members_of(tiny: TinyFolds, n: int, settings: str | None = None) -> MemberOptions:
+    return MemberOptions(checkpoints=tuple(map(str, tiny.checkpoints[:n])), settings_path=settings)
+
+
+def run(
+    tiny: TinyFolds, out: Path, n: int, *, half: bool = False, settings: str | None = None
+) -> Exported:
+    options = ExportOptions(out=out, half=half)
+    return export(configs_of(tiny, n), members_of(tiny, n, settings), options)
+
+
+def test_every_file_is_checked_and_says_what_it_is(files: dict[str, Exported]) -> None:
+    for exported in files.values():
+        for _, parity in exported.members:
+            assert parity.n_cells == parity.n_same > 50
+            assert parity.box_px < 1e-3
+            assert parity.score < 1e-4
+    one, half = files['one'], files['half']
+    assert half.n_bytes < 0.75 * one.n_bytes  # the smallest tensors stay
+    assert half.halved[0][1] == one.members[0][1].n_cells
+    assert str(half.halved[0][0]) in half.describe()
+    props = {p.key: p.value for p in onnx.load(one.path).metadata_props}
+    record = json.loads(props['cellseg'])
+    assert record['class_names'][0] == 'epithelial'
+    assert record['member']['fold'] == 0
+    assert record['parity']['n_only'] == 0
+
+
+def picture_of(tiny: TinyFolds, name: str = '') -> Path:
+    return sorted((tiny.data_root / 'test_release').glob(f'{name}*.tif'))[0]
+
+
+CASES = [
+    pytest.param('one', 1, None, id='one model'),
+    pytest.param('one', 1, 'flips', id='views'),
+    pytest.param('one', 1, 'd4,scales=1.25', id='turns and scales'),
+    pytest.param('two', 2, None, id='an ensemble'),
+    pytest.param('two', 2, 'hflip', id='an ensemble with views'),
+    pytest.param('with settings', 2, None, id='settings in the file'),
+]
+
+
+@pytest.mark.parametrize(('which', 'n', 'tta'), CASES)
+def test_the_detector_without_torch_finds_the_same(
+    tiny: TinyFolds, files: dict[str, Exported], tmp_path: Path, which: str, n: int, tta: str | None
+) -> None:
+    settings = str(tiny.root / 'inference.json') if which == 'with settings' else None
+    members = members_of(tiny, n, settings)
+    members = MemberOptions(
+        checkpoints=members.checkpoints, settings_path=members.settings_path, tta=tta
+    )
+    options = PredictOptions(inputs=('.',), out_dir=tmp_path, device='cpu')
+    in_torch = make_detector(configs_of(tiny, n), members, options)
+    file = read_model_file(files[which].path)
+    without = light.make_detector([file], MemberOptions(tta=tta), options)
+    assert (without.cap, without.identity['fusion']) == (in_torch.cap, in_torch.identity['fusion'])
+    rng = np.random.default_rng(5)
+    for hw in ((90, 70), (61, 140)):
+        picture = rng.integers(0, 256, (*hw, 3), dtype=np.uint8)
+        ours = in_torch.detect([picture], 'a')
+        theirs = without.detect([picture], 'a')
+        found = compare(ours, theirs, score_thr=0.01, cap=CAP)
+        assert found.n_cells == found.n_same > 30
+        assert found.n_odd_pixels <= 2
+        assert set(theirs[0].extra) == set(ours[0].extra)
+
+
+def test_predict_runs_where_torch_cannot_be_imported(
+    tiny: TinyFolds, files: dict[str, Exported], tmp_path: Path
+) -> None:
+    images = sorted((tiny.data_root / 'test_release').glob('*.tif'))
+    words = [str(files['two'].path), *map(str, images), '--out', 'out', '--tile', '64']
+    words += ['--overlap', '24', '--format', 'geojson', 'csv', 'label-map', 'overlay', 'coco']
+    command = [sys.executable, '-c', WITHOUT_TORCH, str(ROOT / 'tools/predict.py'), *words]
+    env = environment(tiny.data_root) | {'PYTHONPATH': ':'.join([str(ROOT), *sys.path[1:]])}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    options = PredictOptions(
+        inputs=tuple(map(str, images)),
+        out_dir=tmp_path / 'in_torch',
+        tile_px=64,
+        overlap_px=24,
+        device='cpu',
+    )
+    from cellseg_mm.detectors.from_options import predict_images
+
+    predict_images(configs_of(tiny, 2), members_of(tiny, 2), options)
+    for image in images:
+        ours, theirs = (
+            one_set(tmp_path / folder / f'{image.stem}.npz') for folder in ('in_torch', 'out')
+        )
+        found = compare([ours], [theirs], score_thr=0.01, cap=0)
+        # of thousands of cells without training some vote at the very threshold of fusion
+        assert found.n_same > max(found.n_cells * 0.99, 100)
+        assert found.n_odd_pixels <= 3
+    again = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert f'{len(images)} were done already' in again.stdout
+
+
+def one_set(path: Path) -> InstanceSet:
+    (found,) = load_predictions(path).sets
+    return found
+
+
+def test_a_file_that_finds_something_else_is_not_written(
+    tiny: TinyFolds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    to_onnx = onnx_file.to_onnx
+
+    def of_other_weights(model: torch.nn.Module, *rest: object) -> bytes:
+        with torch.no_grad():
+            model.roi_head.bbox_head.fc_cls.bias[0] += 0.5
+            content = to_onnx(model, *rest)
+            model.roi_head.bbox_head.fc_cls.bias[0] -= 0.5
+        return content
+
+    monkeypatch.setattr(onnx_file, 'to_onnx', of_other_weights)
+    with pytest.raises(ConfigError, match='does not find what the model in torch finds'):
+        run(tiny, tmp_path / 'model.onnx', 1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_that_do_not_fit(tiny: TinyFolds, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match='ends in'):
+        run(tiny, tmp_path / 'model.pt', 1)
+    with pytest.raises(ConfigError, match='one member without settings'):
+        run(tiny, tmp_path / 'model.onnx', 2)
+
+
+def test_members_of_other_classes_are_no_ensemble(
+    files: dict[str, Exported], tmp_path: Path
+) -> None:
+    path = tmp_path / 'other.onnx'
+    graph = onnx.load(files['one'].path)
+    record = json.loads(graph.metadata_props[0].value)
+    record['class_names'][0] = 'stroma'
+    onnx.helper.set_model_props(graph, {'cellseg': json.dumps(record)})
+    onnx.save(graph, path)
+    options = PredictOptions(inputs=('.',), out_dir=tmp_path, device='cpu')
+    both = [read_model_file(files['one'].path), read_model_file(path)]
+    with pytest.raises(CheckpointError, match='stroma'):
+        light.make_detector(both, MemberOptions(), options)

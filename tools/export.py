@@ -1,0 +1,66 @@
+"""Write trained models into one file that needs no torch.
+
+    python tools/export.py configs/fold0.py --out model.onnx
+    python tools/export.py configs/fold?.py --settings inference.json --out model.cellseg
+
+The file is checked before it is written: it must find the same cells as the model. Then:
+
+    python tools/predict.py model.cellseg images/ --out out
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from cellseg_mm.cli import add_config_arguments, run_tool
+
+
+def parse_args(words: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('configs', nargs='+', help='one config per member, or one for all')
+    parser.add_argument('--out', type=Path, required=True, help='.onnx (one member) or .cellseg')
+    parser.add_argument(
+        '--checkpoint',
+        nargs='+',
+        default=['best'],
+        help='.pth files, or best: that of each work folder',
+    )
+    parser.add_argument('--format', choices=['onnx', 'cellseg'], help="as --out's suffix says")
+    parser.add_argument('--settings', help='inference.json of tools/find_best.py, for .cellseg')
+    parser.add_argument('--half', action='store_true', help='weights in 16 bits: half the size')
+    parser.add_argument('--image', type=Path, help='picture to check with (a validation image)')
+    parser.add_argument('--work-root', help='folder of the work folders (default: work_dirs)')
+    add_config_arguments(parser, launcher=False)
+    args = parser.parse_args(words)
+    if args.format is not None and args.out.suffix.lower() != f'.{args.format}':
+        parser.error(f'--format {args.format}: expected --out to end in .{args.format}')
+    return args
+
+
+def main() -> None:
+    """Export, check, and say how well the file agrees with the model."""
+    args = parse_args()
+    import cellseg_mm.components  # noqa: F401 - registers what a config may name
+    from cellseg_mm.exporting.export import ExportOptions, export
+    from cellseg_mm.predict.options import MemberOptions
+    from cellseg_mm.training.load_config import load_config
+
+    configs = {
+        path: load_config(path, cfg_options=args.cfg_options, work_dir=args.work_dir)
+        for path in args.configs
+    }
+    members = MemberOptions(
+        checkpoints=() if args.checkpoint == ['best'] else tuple(args.checkpoint),
+        work_root=args.work_root,
+        settings_path=args.settings,
+    )
+    options = ExportOptions(out=args.out, half=args.half, image=args.image)
+    print(export(configs, members, options).describe())
+
+
+if __name__ == '__main__':
+    run_tool(main)
