@@ -71,7 +71,7 @@ class Inputs:
     data_root: Path
     folds_path: Path
     class_names: tuple[str, ...]
-    settings: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    settings: Mapping[int | None, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
