@@ -101,7 +101,7 @@ def test_pictures_that_are_refused(tmp_path: Path) -> None:
     (tmp_path / 'cut.png').write_bytes((tmp_path / 'a.png').read_bytes()[:300])
     (tmp_path / 'text.jpg').write_text('no picture')
     for name in ('cut.png', 'text.jpg', 'none.png'):
-        with pytest.raises(ImageError, match=f'{name}: cannot be read'):
+        with pytest.raises(ImageError, match=f'{name}: (this|cannot)'):
             read(tmp_path / name)
     (tmp_path / 'text.svs').write_text('no slide')
     with pytest.raises(ImageError, match=r'text\.svs: '):
@@ -268,11 +268,11 @@ def test_masks_with_white_as_zero_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ('content', 'reason'),
     [
-        (b'', 'it is empty'),
+        (b'', 'the file is empty'),
         (b'version https://git-lfs.github.com/spec/v1', 'git lfs pull'),
-        (b'\n<!doctype html>', 'it is HTML'),
-        (b'\0\5\x16\7\0\2\0\0Mac OS X', 'it is a macOS resource fork'),
-        (b'II*\0\x08\0\0\0', 'it is a TIFF: name it so'),
+        (b'\n<!doctype html>', 'a web page'),
+        (b'\0\5\x16\7\0\2\0\0Mac OS X', 'resource fork'),
+        (b'II*\0\x08\0\0\0', 'this is a TIFF file and cannot be read .*name it as what it is'),
     ],
 )
 def test_what_is_no_picture_is_called_what_it_is(
@@ -280,14 +280,14 @@ def test_what_is_no_picture_is_called_what_it_is(
 ) -> None:
     (tmp_path / 'a.png').write_bytes(content)
     for error, read_it in ((ImageError, read), (LabelMapError, lambda path: read_grid(path, HW))):
-        with pytest.raises(error, match=f'cannot be read .*{reason}'):
+        with pytest.raises(error, match=reason):
             read_it(tmp_path / 'a.png')
 
 
 def test_pipes_are_not_opened(tmp_path: Path) -> None:
     for name in ('a.png', 'a.svs'):
         os.mkfifo(tmp_path / name)
-        with pytest.raises(ImageError, match='is no regular file'):
+        with pytest.raises(ImageError, match='this is not a regular file'):
             read(tmp_path / name)
-        with pytest.raises(LabelMapError, match='is no regular file'):
+        with pytest.raises(LabelMapError, match='this is not a regular file'):
             read_grid(tmp_path / name, HW)
