@@ -33,7 +33,13 @@ def parse_args() -> argparse.Namespace:
     add('--out', type=Path, metavar='DIR', help='folder for the results (default: data folder)')
     add('--classes', nargs='+', default=CLASS_NAMES, metavar='NAME')
     add('--exclude', type=Path, metavar='FILE', help='case names to leave out, one a line')
-    add('--groups-csv', type=Path, metavar='FILE', help='table of cases and groups')
+    add(
+        '--groups-csv',
+        type=Path,
+        metavar='FILE',
+        help='table of cases and groups (default: manifest.csv of the data folder)',
+    )
+    add('--no-manifest', action='store_true', help='do not take manifest.csv of the data folder')
     add('--name-column', default='uuid', help='its column of case names')
     add('--group-column', default='patient', help='its column of groups')
     add('--groups-regex', default='', metavar='RE', help="such as '(TCGA-..-....)'")
@@ -44,6 +50,12 @@ def parse_args() -> argparse.Namespace:
     add('--new-folds', action='store_true', help='replace a folds file that differs')
     add('--workers', type=int, default=0, help='processes (default: one per core, at most 8)')
     add('--max-pixels', type=int, default=DEFAULT_MAX_PIXELS, help='largest image accepted, in px')
+    add(
+        '--range',
+        default='keep',
+        metavar='keep|auto|LOW,HIGH',
+        help='values of more than 8 bits that become 0..255 (default: as recorded, else auto)',
+    )
     add('--no-index', action='store_true', help='read every file again')
     args = parser.parse_args()
     if args.data_root is None:
@@ -66,6 +78,7 @@ def main() -> int:
             group_column=args.group_column,
             regex=args.groups_regex,
             alike=not args.split_alike,
+            manifest=not args.no_manifest,
         ),
         n_folds=args.folds,
         seed=args.seed,
@@ -74,6 +87,7 @@ def main() -> int:
         n_workers=args.workers,
         max_pixels=args.max_pixels,
         use_index=not args.no_index,
+        value_range=args.range,
     )
     report = prepare.prepare(args.data_root, params)
     print(screen_text(report))

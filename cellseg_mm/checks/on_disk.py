@@ -24,8 +24,8 @@ from cellseg_mm.data.config import DataSettings
 from cellseg_mm.data.folds import excluded_by, load_folds
 from cellseg_mm.data.images import cases_of
 from cellseg_mm.data.preparing import prepare
-from cellseg_mm.data.preparing.groups import GroupRule
-from cellseg_mm.data.preparing.records import PrepareParams
+from cellseg_mm.data.preparing.groups import rule_of_folds
+from cellseg_mm.data.preparing.records import PrepareParams, PrepareReport
 from cellseg_mm.pipeline.dataset import data_fingerprint
 from cellseg_mm.results.predictions import load_predictions
 from cellseg_mm.results.whose import why_foreign
@@ -62,12 +62,15 @@ def check_data(cfg: Config) -> Iterator[Line]:
     """Verify data as tools/prepare_data.py does, and the folds against them."""
     data = DataSettings.from_config(cfg)
     root, path = data.data_root, data.folds_path
+    found = load_folds(path) if path.is_file() else None
+    rule, said = rule_of_folds(found, root)
+    if said:
+        yield warn('folds', said)
     with tempfile.TemporaryDirectory() as folder:
         for index in (path.parent / INDEX, root / INDEX):
             if index.is_file():
                 shutil.copy(index, Path(folder) / INDEX)
                 break
-        manifest = root / 'manifest.csv'
         listed, exclude_file = excluded_by(path), None
         if listed is not None:
             exclude_file = Path(folder) / 'exclude.txt'
@@ -76,10 +79,15 @@ def check_data(cfg: Config) -> Iterator[Line]:
             class_names=data.class_names,
             out_dir=Path(folder),
             exclude_file=exclude_file,
-            groups=GroupRule(csv_path=manifest if manifest.is_file() else None),
-            n_folds=load_folds(path).n_folds if path.is_file() else PrepareParams().n_folds,
+            groups=rule,
+            with_folds=found is None,
         )
         report = prepare.prepare(root, params)
+    yield from _check_report(report)
+    yield from _check_folds(path, [facts.name for facts in report.train], report)
+
+
+def _check_report(report: PrepareReport) -> Iterator[Line]:
     for text in report.errors[:SHOWN]:
         yield error('data', text)
     if len(report.errors) > SHOWN:
@@ -91,22 +99,23 @@ def check_data(cfg: Config) -> Iterator[Line]:
         kinds[finding.kind] = kinds.get(finding.kind, 0) + 1
     if kinds:
         listed = ', '.join(f'{n} x {kind}' for kind, n in sorted(kinds.items()))
-        yield warn('data', f'{root}: {listed}; look at {DATA_REPORT} of tools/prepare_data.py')
+        yield warn(
+            'data', f'{report.data_root}: {listed}; look at {DATA_REPORT} of tools/prepare_data.py'
+        )
     n_cells = sum(sum(facts.counts) for facts in report.train)
     if not report.errors:
         yield ok(
             'data',
-            f'{root}: {len(report.train)} cases with {n_cells} cells, {len(report.test)} test '
-            'images',
+            f'{report.data_root}: {len(report.train)} cases with {n_cells} cells, '
+            f'{len(report.test)} test images',
         )
-    yield from _check_folds(path, data, [facts.name for facts in report.train], report)
 
 
-def _check_folds(path: Path, data: Mapping, names: list[str], report: object) -> Iterator[Line]:
+def _check_folds(path: Path, names: list[str], report: PrepareReport) -> Iterator[Line]:
     if not path.is_file():
         yield warn(
             'folds',
-            f'{path}: not there yet; make it with tools/prepare_data.py {data["data_root"]}',
+            f'{path}: not there yet; make it with tools/prepare_data.py {report.data_root}',
         )
         return
     found = load_folds(path, names)
@@ -118,13 +127,13 @@ def _check_folds(path: Path, data: Mapping, names: list[str], report: object) ->
         yield warn(
             'folds',
             f'{path}: {split} groups (patients, or images that look alike) are in several folds; '
-            'scores will be optimistic; make the folds again with --groups-csv',
+            'scores will be optimistic; make them again with tools/prepare_data.py --new-folds',
         )
     if all(group.startswith('alike:') for group in found.groups.values()):
         yield warn(
             'folds',
             f'{path}: made without groups; images of one patient may be in several folds; if '
-            'patients gave several images, make them again with --groups-csv or --groups-regex',
+            'patients gave several images, make them again with tools/prepare_data.py --groups-csv',
         )
     sizes = ', '.join(str(len(part)) for part in found.names_by_fold)
     yield ok('folds', f'{path}: hash {found.hash}, {sizes} images, method {found.method}')
@@ -136,10 +145,9 @@ def in_force_of(cfg: Config) -> InForce:
     hashes = set()
     for split in ('train', 'test'):
         try:
-            cases = cases_of(data, split)
+            hashes.add(data_fingerprint(cases_of(data, split), data.value_range()))
         except CellSegError:
             continue  # said by check_data
-        hashes.add(data_fingerprint(cases))
     try:
         fold_hash = load_folds(data.folds_path).hash
     except CellSegError:

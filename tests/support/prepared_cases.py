@@ -8,6 +8,7 @@ import numpy as np
 import tifffile
 
 from cellseg_mm.data.preparing.case_checks import CaseFacts
+from cellseg_mm.data.preparing.likeness import detail_of
 from cellseg_mm.data.preparing.records import PrepareParams, PrepareReport
 
 HW = (40, 61)
@@ -53,5 +54,6 @@ def kinds(report: PrepareReport) -> dict[str, int]:
 
 
 def facts_of(name: str, image: np.ndarray, pixel_hash: str) -> CaseFacts:
-    thumb = image.astype(np.uint8).tobytes().hex()
-    return CaseFacts(name, (100, 100), (1,), (1,), pixel_hash, thumb)
+    grey = image.astype(np.uint8)
+    detail = detail_of(np.repeat(grey[..., None], 3, axis=2))
+    return CaseFacts(name, (100, 100), (1,), (1,), pixel_hash, grey.tobytes().hex(), detail)

@@ -8,21 +8,17 @@ only.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from cellseg_mm.core.errors import CellSegError, ImageError, LabelMapError
 from cellseg_mm.data import tiff
 from cellseg_mm.data.cases import Case
-from cellseg_mm.data.labels import LabelLayers, read_image, read_label_layers, read_label_map
-
-THUMB_PX = 16
-DIM_SHARE = 0.1  # a wide image that uses less of its range comes out nearly black
+from cellseg_mm.data.labels import LabelLayers, read_label_layers, read_label_map, read_scaled
+from cellseg_mm.data.preparing.likeness import detail_of, thumb_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +46,9 @@ class CaseFacts:
         counts: Instances of each class.
         area_sums: Mask pixels of each class's instances in px.
         pixel_hash: 32 hex digits over the size and the 8-bit RGB pixels.
-        thumb: Grey picture of 16 x 16 px as 512 hex digits, for near-duplicates.
+        thumb: Grey picture of 16 x 16 px as 512 hex digits, see ``likeness.thumb_of``.
+        detail: What is darker and brighter than around it, see ``likeness.detail_of``.
+        value_high: What would become 255 by this file alone; 0 for values of up to 8 bits.
         errors: Sentences about what cannot be used; then the fields above are of no use.
         warnings: See :class:`Finding`.
     """
@@ -61,6 +59,8 @@ class CaseFacts:
     area_sums: tuple[int, ...]
     pixel_hash: str
     thumb: str
+    detail: str
+    value_high: float = 0.0
     errors: tuple[str, ...] = ()
     warnings: tuple[Finding, ...] = ()
 
@@ -82,11 +82,13 @@ def check_case(
     """
     errors: list[str] = []
     warnings: list[Finding] = []
-    pixel_hash = thumb = ''
+    pixel_hash = thumb = detail = ''
+    value_high = 0.0
     try:
-        image = read_image(case.image_path, max_pixels=max_pixels)
-        pixel_hash, thumb = _pixel_hash(image), _thumb(image)
-        warnings += _image_warnings(case.image_path, image, max_pixels)
+        image, found = read_scaled(case.image_path, max_pixels=max_pixels, value_range=None)
+        value_high = found.high if found is not None else 0.0
+        pixel_hash, thumb, detail = _pixel_hash(image), thumb_of(image), detail_of(image)
+        warnings += _image_warnings(case.image_path, image)
     except ImageError as problem:
         errors.append(str(problem))
     counts = area_sums = (0,) * n_classes
@@ -105,6 +107,8 @@ def check_case(
         area_sums,
         pixel_hash,
         thumb,
+        detail,
+        value_high,
         tuple(errors),
         tuple(warnings),
     )
@@ -127,22 +131,11 @@ def _pixel_hash(image: NDArray[np.uint8]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _thumb(image: NDArray[np.uint8]) -> str:
-    small = Image.fromarray(image).convert('L').resize((THUMB_PX, THUMB_PX), Image.Resampling.BOX)
-    return small.tobytes().hex()
-
-
-def _image_warnings(path: Path, image: NDArray[np.uint8], max_pixels: int) -> list[Finding]:
+def _image_warnings(path: Path, image: NDArray[np.uint8]) -> list[Finding]:
     found = []
     if image.min() == image.max():
         text = f'{path}: every pixel has the value {image.min()}; expected a picture; look at it.'
         found.append(Finding('blank image', 1, text))
-    elif image.max() < DIM_SHARE * 255 and tiff.read_header(path, max_pixels=max_pixels).bits > 8:
-        text = (
-            f'{path}: the values use {image.max() / 255:.1%} of their type, so the 8-bit image is '
-            'nearly black; rescale it before.'
-        )
-        found.append(Finding('dim image', 1, text))
     return found
 
 
@@ -204,68 +197,3 @@ def _n_in_parts(labels: LabelLayers, chosen: NDArray[np.intp]) -> int:
         mask = labels.layers[layer][boxes[layer][i]] == i + 1
         n += ndimage.label(mask, structure=np.ones((3, 3)))[1] > 1
     return n
-
-
-def near_duplicates(facts: Sequence[CaseFacts], *, least: float = 0.95) -> list[tuple[int, int]]:
-    """Find pairs of images that look alike, also when one is turned or mirrored.
-
-    Two images match when the correlation of their 16 x 16 px grey pictures reaches ``least`` and
-    their shapes agree within 3 %. Images of one shade match nothing here; exact copies of these
-    have equal ``pixel_hash``.
-
-    Args:
-        facts: n results without errors.
-        least: Correlation. Among 248 different real H&E images no pair exceeds 0.56.
-
-    Returns:
-        Pairs of indices, first < second, sorted.
-    """
-    if len(facts) < 2:
-        return []
-    thumbs = np.stack([np.frombuffer(bytes.fromhex(f.thumb), dtype=np.uint8) for f in facts])
-    centred = thumbs - thumbs.mean(axis=1, keepdims=True)
-    norm = np.linalg.norm(centred, axis=1, keepdims=True)
-    unit = np.where(norm > THUMB_PX, centred / np.maximum(norm, 1e-9), 0).astype(np.float32)
-    ratio = np.array([np.log(f.image_hw[0] / f.image_hw[1]) for f in facts])
-    first, second = _candidates(unit, least)
-    is_match = np.zeros(len(first), dtype=bool)
-    for start in range(0, len(first), 8192):  # 8192 pairs of 256 px in float32 are 8 MB
-        block = slice(start, start + 8192)
-        i, j = first[block], second[block]
-        for n_turns in range(4):
-            is_same_shape = np.abs((ratio[i] if n_turns % 2 == 0 else -ratio[i]) - ratio[j]) < 0.03
-            turned = np.rot90(unit[i].reshape(-1, THUMB_PX, THUMB_PX), n_turns, axes=(1, 2))
-            for moved in (turned, turned[:, :, ::-1]):
-                likeness = (moved.reshape(len(i), -1) * unit[j]).sum(axis=1)
-                is_match[block] |= (likeness >= least) & is_same_shape
-    return list(zip(first[is_match].tolist(), second[is_match].tolist(), strict=True))
-
-
-def _candidates(
-    unit: NDArray[np.float32], least: float
-) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Return all pairs, first < second, that may match, and few others.
-
-    Averaging a picture over the eight turns and mirrors is a projection: it brings no two pictures
-    farther apart, and does not change when one of them is turned. So pairs whose averages are
-    farther apart than matching pictures can be are out, after a product of 36 instead of 8 x 256.
-    """
-    half = THUMB_PX // 2
-    pictures = unit.reshape(-1, THUMB_PX, THUMB_PX)
-    halves = (pictures + pictures[:, ::-1])[:, :half]
-    quarters = (halves + halves[:, :, ::-1])[:, :, :half]
-    row, column = np.triu_indices(half)
-    mean = (quarters + quarters.transpose(0, 2, 1))[:, row, column] / 8
-    mean *= np.sqrt(np.where(row == column, 4, 8)).astype(np.float32)  # px with this mean
-    norm2 = (mean**2).sum(axis=1)
-    limit = 2 - 2 * least + 1e-4  # |a - b|^2 of unit vectors with this correlation, and rounding
-    found: list[NDArray[np.intp]] = [np.zeros((2, 0), dtype=np.intp)]
-    for start in range(0, len(unit), 1024):  # 1024 x 10,000 distances are 40 MB
-        rows = slice(start, start + 1024)
-        distance2 = mean[rows] @ (-2 * mean[start:].T)
-        distance2 += norm2[rows, None]
-        distance2 += norm2[None, start:]
-        pairs = np.stack(np.nonzero(distance2 <= limit)) + start
-        found.append(pairs[:, pairs[0] < pairs[1]])
-    first, second = np.concatenate(found, axis=1)
-    return first, second

@@ -11,11 +11,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cellseg_mm.core.files import regular
 from cellseg_mm.data.cases import Case
 from cellseg_mm.data.preparing.case_checks import CaseFacts, Finding
+from cellseg_mm.data.preparing.likeness import unpacked_detail
 from cellseg_mm.data.preparing.records import PrepareParams
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 
 
 @dataclass(slots=True)
@@ -29,7 +31,7 @@ class Index:
     def load(cls, path: Path, params: PrepareParams) -> Index:
         """Read an index; one that is missing, damaged or of other settings counts as empty."""
         try:
-            content = json.loads(path.read_bytes())
+            content = json.loads(regular(path).read_bytes())
             if content['settings'] != _index_settings(params):
                 return cls({})
             return cls({str(key): dict(entry) for key, entry in content['cases'].items()})
@@ -97,10 +99,13 @@ def _facts_from_json(value: dict[str, Any], case: Case) -> CaseFacts:
         area_sums=tuple(int(n) for n in value['area_sums']),
         pixel_hash=str(value['pixel_hash']),
         thumb=str(value['thumb']),
+        detail=str(value['detail']),
+        value_high=float(value['value_high']),
         warnings=tuple(
             Finding(str(w['kind']), int(w['count']), str(w['text'])) for w in value['warnings']
         ),
     )
+    unpacked_detail(facts.detail)
     if len(bytes.fromhex(facts.thumb)) != 256 or len(facts.counts) != len(facts.area_sums):
         raise ValueError('not what was written')
     return facts

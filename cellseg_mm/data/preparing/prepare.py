@@ -23,13 +23,15 @@ import numpy as np
 
 from cellseg_mm.core.errors import CellSegError, DataError, FoldError
 from cellseg_mm.core.files import write_json, write_text
-from cellseg_mm.core.layout import DATA_REPORT, FOLDS, INDEX
+from cellseg_mm.core.layout import DATA_REPORT, FOLDS, INDEX, VALUE_RANGE
 from cellseg_mm.core.progress import track
 from cellseg_mm.data import folds as fold_files
 from cellseg_mm.data.cases import Case, Scan, read_exclude, scan_cases
 from cellseg_mm.data.folds import Folds
+from cellseg_mm.data.intensity import recorded_range, save_range
+from cellseg_mm.data.preparing import value_range
 from cellseg_mm.data.preparing.case_checks import CaseFacts, Finding, check_case
-from cellseg_mm.data.preparing.groups import _alike, find_groups
+from cellseg_mm.data.preparing.groups import SPLIT_ALIKE, GroupRule, alike_pairs, find_groups
 from cellseg_mm.data.preparing.index import Index
 from cellseg_mm.data.preparing.records import PrepareParams, PrepareReport
 from cellseg_mm.data.preparing.text import full_text
@@ -69,9 +71,9 @@ def prepare(data_root: Path | str, params: PrepareParams | None = None) -> Prepa
     test = _check_all(test_scan.cases, index, params, is_labelled=False)
     errors = [*train_scan.problems, *test_scan.problems]
     errors += [text for facts in (*train, *test) for text in facts.errors]
-    alike = _alike(train)
+    alike = alike_pairs(train)
     warnings = _all_warnings(root, (train, test), (train_scan, test_scan), params)
-    warnings += _duplicates(root, train, test, alike)
+    warnings += _duplicates(root, train, test, alike, is_joined=params.groups.alike)
     report = PrepareReport(
         data_root=root,
         class_names=params.class_names,
@@ -85,9 +87,11 @@ def prepare(data_root: Path | str, params: PrepareParams | None = None) -> Prepa
         folds_path=out_dir / FOLDS,
         is_folds_kept=False,
         n_reused=index.n_reused,
+        rule=params.groups,
     )
     if not errors:
         try:
+            report = _with_range(report, params, [*train_scan.cases, *test_scan.cases])
             report = _with_folds(report, params, alike)
         except DataError as problem:
             report = replace(report, errors=tuple(problem.problems))
@@ -193,8 +197,12 @@ def _duplicates(
     train: Sequence[CaseFacts],
     test: Sequence[CaseFacts],
     alike: Sequence[tuple[int, int]],
+    *,
+    is_joined: bool,
 ) -> list[Finding]:
     found = []
+    what = f'share a group; {SPLIT_ALIKE}' if is_joined else 'need not share a fold'
+
     by_hash: dict[str, list[str]] = {}
     for split, all_facts in (('train', train), ('test', test)):
         for facts in all_facts:
@@ -208,29 +216,54 @@ def _duplicates(
             found.append(Finding(kind, len(names), text))
     for i, j in alike:
         if train[i].pixel_hash != train[j].pixel_hash:
-            text = f'{root}: train/{train[i].name} and train/{train[j].name} look alike.'
+            text = f'{root}: train/{train[i].name} and train/{train[j].name} look alike and {what}.'
             found.append(Finding('near-duplicate image', 2, text))
     return found
+
+
+def _with_range(report: PrepareReport, params: PrepareParams, cases: list[Case]) -> PrepareReport:
+    keep = params.value_range == value_range.KEEP
+    chosen = value_range.choose(
+        cases,
+        [*report.train, *report.test],
+        asked=params.value_range,
+        recorded=recorded_range(report.data_root, report.folds_path) if keep else None,
+    )
+    warnings = (
+        chosen.warnings if chosen else value_range.unused(report.folds_path, params.value_range)
+    )
+    return replace(report, chosen=chosen, warnings=(*report.warnings, *warnings))
 
 
 def _with_folds(
     report: PrepareReport, params: PrepareParams, alike: Sequence[tuple[int, int]]
 ) -> PrepareReport:
-    groups, warnings = find_groups(report.train, params.groups, alike)
-    if params.method == 'grouped' and not params.groups.is_given:
+    rule, warnings = params.groups.for_data(report.data_root)
+    others = {*report.excluded, *(facts.name for facts in report.test)}
+    groups, found = find_groups(report.train, rule, alike, others=others)
+    warnings += found
+    report = replace(report, groups=groups, rule=rule, warnings=(*report.warnings, *warnings))
+    if not params.with_folds:
+        return report
+    warnings = []
+    if params.method == 'grouped' and not rule.is_given:
         warnings.append(Finding(NO_GROUPS, len(report.train), NO_GROUPS_TEXT))
-    made = fold_files.make_folds(
-        [facts.name for facts in report.train],
-        np.array([facts.counts for facts in report.train], dtype=np.int64),
-        n_folds=params.n_folds,
-        seed=params.seed,
-        groups=groups,
-        method=params.method,
-    )
+    try:
+        made = fold_files.make_folds(
+            [facts.name for facts in report.train],
+            np.array([facts.counts for facts in report.train], dtype=np.int64),
+            n_folds=params.n_folds,
+            seed=params.seed,
+            groups=groups,
+            method=params.method,
+        )
+    except FoldError as problem:
+        raise FoldError(f'{problem}{_way_out(report, alike)}') from problem
+    made = replace(made, rule=rule.record(report.data_root))
     if params.exclude_file is not None:  # nothing but the folds file would know of it later
         listed = read_exclude(report.data_root, params.exclude_file)
         made = replace(made, excluded=tuple(sorted(listed)))
-    kept = _existing_folds(report.folds_path, made, params)
+    kept = _existing_folds(report.folds_path, made, params, rule)
     if kept is not None and kept.hash != made.hash:
         text = f'{report.folds_path}: was changed by hand and fits the data; it is kept.'
         warnings.append(Finding('folds changed by hand', 1, text))
@@ -238,12 +271,21 @@ def _with_folds(
         report,
         folds=made if kept is None else kept,
         is_folds_kept=kept is not None,
-        groups=groups,
         warnings=(*report.warnings, *warnings),
     )
 
 
-def _existing_folds(path: Path, made: Folds, params: PrepareParams) -> Folds | None:
+def _way_out(report: PrepareReport, alike: Sequence[tuple[int, int]]) -> str:
+    """Say why there may be fewer groups than folds."""
+    told = [w.text.rstrip('.') for w in report.warnings if w.kind == 'one group']
+    if report.rule.alike and alike:
+        told.append(f'{len(alike)} pair(s) of images look alike and share a group; {SPLIT_ALIKE}')
+    return ''.join(f'; {text}' for text in told)
+
+
+def _existing_folds(
+    path: Path, made: Folds, params: PrepareParams, rule: GroupRule
+) -> Folds | None:
     """Return an existing file's folds to keep; None where there is none or it may be replaced."""
     if params.new_folds or not os.path.lexists(path):
         return None
@@ -255,12 +297,15 @@ def _existing_folds(path: Path, made: Folds, params: PrepareParams) -> Folds | N
     for what in ('n_folds', 'method', 'seed', 'groups'):
         before, now = getattr(old, what), getattr(made, what)
         if before != now:
-            detail = '' if what == 'groups' else f' ({before}, now {now})'
+            detail = f' ({before}, now {now})'
+            if what == 'groups':
+                is_taken = rule.csv_path is not None and params.groups.csv_path is None
+                detail = f' (now from {rule.csv_path}, unless --no-manifest)' if is_taken else ''
             raise FoldError(
                 f'{path}: was made with another setting of {what}{detail}; expected the same, '
                 f'since models may have been trained on it; {way_out}.'
             )
-    return replace(old, excluded=made.excluded)
+    return replace(old, excluded=made.excluded, rule=made.rule)
 
 
 def _write_results(report: PrepareReport, out_dir: Path, index: dict[str, Any]) -> None:
@@ -270,10 +315,12 @@ def _write_results(report: PrepareReport, out_dir: Path, index: dict[str, Any]) 
         folds = report.folds
         if folds is not None and (
             not report.is_folds_kept
-            # test images may be left out without a change of the folds
-            or fold_files.excluded_by(report.folds_path) != folds.excluded
+            # test images may be left out without a change of the folds, and older files say no rule
+            or fold_files.load_folds(report.folds_path) != folds
         ):
             fold_files.save_folds(report.folds_path, folds)
+        if folds is not None and report.chosen is not None:
+            save_range(out_dir / VALUE_RANGE, report.chosen.value_range)
     except OSError as problem:
         raise CellSegError(
             f'{out_dir}: cannot be written ({problem.strerror}); expected a folder with space for '

@@ -12,8 +12,10 @@ from pathlib import Path
 from cellseg_mm.core.errors import ConfigError, DataError
 from cellseg_mm.data.config import CLASS_NAMES
 from cellseg_mm.data.folds import ORIGINAL_SEED, Folds, Method
+from cellseg_mm.data.intensity import ValueRange
 from cellseg_mm.data.preparing.case_checks import CaseFacts, Finding
 from cellseg_mm.data.preparing.groups import GroupRule
+from cellseg_mm.data.preparing.value_range import AUTO, KEEP, Chosen
 from cellseg_mm.data.tiff import DEFAULT_MAX_PIXELS
 
 
@@ -32,7 +34,10 @@ class PrepareParams:
         new_folds: Whether an existing folds file that differs may be replaced.
         n_workers: Processes; 0 means one per core, at most 8.
         max_pixels: Most pixels of an image that are accepted.
+        value_range: ``keep`` what is recorded, ``auto`` for a new look at all images, or
+            ``LOW,HIGH``; see ``value_range.choose``.
         use_index: Whether facts of unchanged files are taken from ``index.json``.
+        with_folds: Whether folds are made; else groups are found and nothing more.
     """
 
     class_names: tuple[str, ...] = CLASS_NAMES
@@ -45,9 +50,13 @@ class PrepareParams:
     new_folds: bool = False
     n_workers: int = 0
     max_pixels: int = DEFAULT_MAX_PIXELS
+    value_range: str = KEEP
     use_index: bool = True
+    with_folds: bool = True
 
     def __post_init__(self) -> None:
+        if self.value_range not in (KEEP, AUTO):
+            ValueRange.from_text(self.value_range)
         if not self.class_names or len(set(self.class_names)) < len(self.class_names):
             raise ConfigError(f'classes: {self.class_names}; expected at least one, all different.')
         for key, low in (('n_workers', 0), ('max_pixels', 1)):
@@ -72,6 +81,8 @@ class PrepareReport:
         folds_path: The folds file.
         is_folds_kept: Whether ``folds`` were there before and their file was left alone.
         n_reused: Cases whose facts came from ``index.json``.
+        chosen: The range of values; None where all images have up to 8 bits.
+        rule: Where ``groups`` come from, the data folder's manifest included.
     """
 
     data_root: Path
@@ -86,6 +97,8 @@ class PrepareReport:
     folds_path: Path
     is_folds_kept: bool
     n_reused: int
+    rule: GroupRule
+    chosen: Chosen | None = None
 
     def raise_for_errors(self) -> None:
         """Raise all errors together.

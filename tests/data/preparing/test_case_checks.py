@@ -11,7 +11,8 @@ import tifffile
 
 from cellseg_mm.data.labels import find_cases
 from cellseg_mm.data.preparing import prepare
-from cellseg_mm.data.preparing.case_checks import check_case, near_duplicates
+from cellseg_mm.data.preparing.case_checks import check_case
+from cellseg_mm.data.preparing.likeness import near_duplicates
 from cellseg_mm.data.preparing.text import (
     full_text,
 )
@@ -66,7 +67,10 @@ def test_every_warning(data: Path) -> None:
     folder = write_case(data, 'w blank')
     tifffile.imwrite(folder / 'image.tif', np.full((*HW, 3), 9, np.uint8), photometric='rgb')
     folder = write_case(data, 'w dim')
-    tifffile.imwrite(folder / 'image.tif', picture(900).astype(np.uint16) * 16, photometric='rgb')
+    tifffile.imwrite(folder / 'image.tif', picture(900).astype(np.uint16), photometric='rgb')
+    folder = write_case(data, 'w wide')
+    wide = picture(901).astype(np.uint16) * 16  # 12 bits; w dim uses a sixteenth of them
+    tifffile.imwrite(folder / 'image.tif', wide, photometric='rgb')
     write_case(data, 'w twin', seed=3)
     write_case(data, 'w leak', seed=100)
     folder = write_case(data, 'w mirrored')

@@ -40,9 +40,10 @@ def test_index_is_used_only_for_unchanged_files(data: Path) -> None:
         pytest.param(lambda text: text[: len(text) // 2], id='cut'),
         pytest.param(lambda text: '[]', id='list'),
         pytest.param(lambda text: '{"settings": 3}', id='other keys'),
-        pytest.param(lambda text: text.replace('"version": 1', '"version": 0'), id='version'),
+        pytest.param(lambda text: text.replace('"version": 2', '"version": 1'), id='version'),
         pytest.param(lambda text: text.replace('"n_classes": 2', '"n_classes": 3'), id='classes'),
         pytest.param(lambda text: text.replace('"thumb": "', '"thumb": "zz'), id='thumb'),
+        pytest.param(lambda text: text.replace('"detail": "', '"detail": "00'), id='detail'),
         pytest.param(lambda text: re.sub(r'"counts": \[.', '"counts": [[]', text), id='counts'),
         pytest.param(
             lambda text: re.sub(r'"counts": \[., .\]', '"counts": [1]', text), id='length'
