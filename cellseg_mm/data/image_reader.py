@@ -70,16 +70,17 @@ def open_image(
         check_level(path, level, [])
         yield _bitmap(path, head, choice, value_range)
         return
-    file, selection = _open_tiff(path, choice, level)
-    with file:
-        if choice.is_first and _is_plain(file, selection, whole_px):
-            reader: ImageReader = WholeImage(
-                path,
-                *labels.read_scaled(path, max_pixels=whole_px, value_range=value_range),
-                says=selection.says,
-            )
-        else:
-            reader = TiffRegions(path, selection, level, value_range)
+    with _opened(path) as file:
+        with _in_a_sentence(path):
+            selection = select(path, file, choice, level)
+            if choice.is_first and _is_plain(file, selection, whole_px):
+                reader: ImageReader = WholeImage(
+                    path,
+                    *labels.read_scaled(path, max_pixels=whole_px, value_range=value_range),
+                    says=selection.says,
+                )
+            else:
+                reader = TiffRegions(path, selection, level, value_range)
         yield reader
 
 
@@ -110,19 +111,20 @@ def _bitmap(path: Path, head: bytes, choice: Choice, value_range: ValueRange | N
     return WholeImage(path, np.ascontiguousarray(picture), value_range, '; '.join(says))
 
 
-def _open_tiff(path: Path, choice: Choice, level: int) -> tuple[tifffile.TiffFile, Selection]:
-    """Open a TIFF and select what is read; the file is closed if that is not possible."""
+def _opened(path: Path) -> tifffile.TiffFile:
     tiff.check_file(path, ImageError)
-    file = None
+    with _in_a_sentence(path):
+        return tifffile.TiffFile(path)
+
+
+@contextmanager
+def _in_a_sentence(path: Path) -> Iterator[None]:
+    """Say what is wrong where tifffile meets damaged bytes with whatever it trips over."""
     try:
-        file = tifffile.TiffFile(path)
-        return file, select(path, file, choice, level)
+        yield
+    except (ImageError, ConfigError):
+        raise
     except Exception as problem:
-        if file is not None:
-            file.close()
-        if isinstance(problem, (ImageError, ConfigError)):
-            raise
-        # tifffile meets damaged bytes with whatever it trips over
         reason = ' '.join(str(problem).split())[:120] or type(problem).__name__
         raise ImageError(
             f'{path}: the file is damaged or of an unknown kind ({reason}); expected a readable '

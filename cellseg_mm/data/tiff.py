@@ -148,8 +148,11 @@ def rgb_of_aperio(values: NDArray[Any], data: bytes, page: tifffile.TiffPage) ->
     at = data.find(b'\xff\x4f\xff\x51')  # start of codestream, then the SIZ segment
     n_components = int.from_bytes(data[at + 40 : at + 42], 'big')
     steps = data[at + 42 : at + 42 + 3 * n_components]
-    if at >= 0 and any(step != 1 for k in (1, 2) for step in steps[k::3]):
+    chroma = {tuple(steps[k + 1 : k + 3]) for k in (3, 6)}
+    if at >= 0 and steps[1:3] == b'\1\1' and chroma in ({(2, 1)}, {(2, 2)}):
         return values
+    if at < 0 or chroma != {(1, 1)}:
+        raise ValueError(f'YCbCr in JPEG 2000, sampled by {sorted(chroma)}')
     return ycbcr_to_rgb(values)
 
 

@@ -64,6 +64,11 @@ class TiffRegions(ImageReader):
                 f'{path}: values of type {key.dtype}, {key.imagedepth} planes in depth; expected '
                 'flat RGB or grey; convert the image.'
             )
+        if min(self.image_hw) < 1 or (self._header.photometric == 3 and key.colormap is None):
+            raise ImageError(
+                f'{path}: the image is {tiff.size_text(self.image_hw)}, or lacks its palette; '
+                f'expected at least one px, and its colours; {tiff.FIX}.'
+            )
         for k, page in enumerate(self._pages):
             self._check_alike(_key_of(page))
             self._empty[k] = self._empty_of(page)
