@@ -25,7 +25,8 @@ CLIPPED = 1000  # one pixel in so many may be brighter than the range; QuPath's 
 NOMINAL = (255, 1023, 4095, 16383, 65535)  # full ranges of 8, 10, 12, 14 and 16 bits
 FILLED = 0.9  # a full range that is filled so far is meant
 DIM_SHARE = 0.1  # an image that uses less of its range comes out nearly black
-OF_ANOTHER_SCALE = 4.0  # a file so many times brighter than the median does not decide for the rest
+OF_ANOTHER_SCALE = 4.0  # few files so many times brighter than the others do not decide for them
+FEW = 10  # at most one file in so many, or one, is of another scale
 CHANGED = 1.25  # data whose brightness is by so much another than what is recorded: a warning
 FIX = 'export it again with values from 0 on'
 
@@ -230,14 +231,17 @@ def nominal_range(brightest: float, *, is_float: bool) -> ValueRange:
 def collection_range(highs: Sequence[float]) -> ValueRange:
     """Return one range for all files of a collection.
 
-    The brightest file decides, of those that are not of another scale than most.
+    The brightest file decides, unless few files stand far above all others.
 
     Args:
         highs: What would become 255 of each file of more than 8 bits alone; at least one.
     """
     ordered = sorted(highs)
-    median = ordered[len(ordered) // 2]
-    return ValueRange(0.0, max(high for high in ordered if high <= OF_ANOTHER_SCALE * median))
+    most = max(len(ordered) // FEW, 1) if len(ordered) > 2 else 0  # of two, neither is the odd one
+    for n_odd in range(most, 0, -1):
+        if ordered[-n_odd] > OF_ANOTHER_SCALE * ordered[-n_odd - 1]:
+            return ValueRange(0.0, ordered[-n_odd - 1])
+    return ValueRange(0.0, ordered[-1])
 
 
 def recorded_range(data_root: Path | str, folds_path: Path | str) -> ValueRange | None:

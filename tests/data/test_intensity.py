@@ -161,6 +161,9 @@ def test_a_range_that_begins_below_0_lets_negative_values_in(tmp_path: Path) -> 
         ([900, 1000, 2000], 2000),
         ([1, 1, 255], 1),  # one file was saved in 0..255
         ([1000, 9000], 9000),
+        ([255, 255, 300, 4095, 4095], 4095),  # two of five belong to it
+        ([500] * 18 + [9000] * 2, 500),
+        ([500] * 17 + [9000] * 3, 9000),
     ],
 )
 def test_one_range_for_all_files(highs: list[float], high: float) -> None:
