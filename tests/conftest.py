@@ -16,11 +16,13 @@ def sample_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A generated data set of six training and two test images with two folds."""
     from cellseg_mm.data.drawing.sample import make_sample
     from cellseg_mm.data.preparing import prepare
+    from cellseg_mm.data.preparing.groups import GroupRule
     from cellseg_mm.data.preparing.records import PrepareParams
 
     root = tmp_path_factory.mktemp('sample') / 'data'
     make_sample(root, n_train=6, n_test=2, seed=3)
-    report = prepare.prepare(root, PrepareParams(n_folds=2, n_workers=1))
+    rule = GroupRule(manifest=False)  # three images in each fold
+    report = prepare.prepare(root, PrepareParams(n_folds=2, n_workers=1, groups=rule))
     report.raise_for_errors()
     return root
 

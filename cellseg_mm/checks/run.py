@@ -49,7 +49,19 @@ def run_checks(config_paths: Sequence[str], *, work_root: str | None = None) -> 
             yield error('config', f'{path}: cannot be read ({problem}); correct it')
             continue
         with DefaultScope.overwrite_default_scope('mmdet'):  # where types are looked up
+            yield from guarded('settings', functools.partial(check_settings_of, cfg, path))
             yield from check_config(cfg, work_dir_of(path, work_root), truths)
+
+
+def check_settings_of(cfg: Config, path: str) -> Iterator[Line]:
+    """Tell which settings do nothing or contradict each other, as every tool does."""
+    from cellseg_mm.training.config_faults import config_faults
+
+    found = list(config_faults(cfg, path))
+    for fault in found:
+        yield (error if fault.is_error else warn)('settings', fault.text)
+    if not found:
+        yield ok('settings', 'every option is known, classes and schedules fit')
 
 
 def check_config(cfg: Config, work_dir: Path, truths: dict[tuple, object]) -> Iterator[Line]:
@@ -155,8 +167,8 @@ def check_disk(folder: Path) -> Iterator[Line]:
     if not os.access(nearest, os.W_OK | os.X_OK):
         yield error(
             'disk',
-            f'{nearest}: cannot be written; expected a folder for results; name another with '
-            '--work-dir',
+            f'{nearest}: cannot be written; expected a folder for results; name another, '
+            'as tools/train.py does with --work-dir',
         )
     if free < MIN_FREE_GB:
         yield warn(

@@ -127,16 +127,8 @@ def _check_eta_min(cfg: Config, groups: Sequence[dict]) -> Iterator[Line]:
             )
         else:
             n_fine += 1
-    last = max((int(s.get('end') or 0) for s in schedulers), default=0)
-    max_iters = int(cfg.train_cfg.get('max_iters') or 0)
-    if max_iters and last and last != max_iters:
-        yield warn(
-            'schedule',
-            f'the schedulers end at {last}, training at max_iters {max_iters}; expected the same; '
-            'change param_scheduler (end, T_max) together with train_cfg.max_iters',
-        )
-    elif n_fine:
-        yield ok('schedule', f'{n_fine} schedulers to iteration {last}, no absolute floor')
+    if n_fine:
+        yield ok('schedule', f'{n_fine} schedulers, no absolute floor')
 
 
 # ---- norms

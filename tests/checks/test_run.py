@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import cellseg_mm.components
 from cellseg_mm.checks import settings as check_settings
 from cellseg_mm.checks.lines import Line, guarded, summary
 from cellseg_mm.checks.on_disk import check_data, check_work_dir, in_force_of
+from cellseg_mm.checks.run import check_settings_of
 from cellseg_mm.checks.settings import Truth
 from cellseg_mm.core import files, provenance
 from cellseg_mm.core.instances import InstanceSet
@@ -24,6 +26,9 @@ from cellseg_mm.core.trainings import MARK_VERSION
 from cellseg_mm.data.config import CLASS_NAMES
 from cellseg_mm.data.folds import Folds, load_folds, save_folds
 from cellseg_mm.data.labels import find_cases, read_gt
+from cellseg_mm.data.preparing import prepare
+from cellseg_mm.data.preparing.groups import GroupRule
+from cellseg_mm.data.preparing.records import PrepareParams
 from cellseg_mm.pipeline.dataset import data_fingerprint
 from cellseg_mm.results.predictions import Predictions, save_predictions
 from cellseg_mm.training.marks import recipe_parts, recipe_record
@@ -102,10 +107,6 @@ FAULTS = {
     'floor above a rate': (
         {KEYS: RATES, 'param_scheduler': [{**COS, 'eta_min': 2e-4}]},
         *('check_learning_rates', 'error', 'not below the rate 0.0001 of one group'),
-    ),
-    'schedule ends early': (
-        {'train_cfg.max_iters': 900},
-        *('check_learning_rates', 'warn', 'end at 200, training at max_iters 900'),
     ),
     'MMSyncBN': (
         {'model.roi_head.mask_head.norm_cfg': {'type': 'MMSyncBN'}},
@@ -303,10 +304,51 @@ def test_folds_that_split_a_group(config: Config, sample_data: Path, tmp_path: P
     first = [names[0] for names in folds.names_by_fold]  # one of each fold is of patient p
     rows = [f'{name},{"p" if name in first else "q"}' for name in folds.names]
     (data / 'manifest.csv').write_text('\n'.join(['uuid,patient', *rows]))
+    save_folds(data / 'folds.json', replace(folds, rule=None))  # an older file: the table tells
     config.train_dataloader.dataset.dataset.data_root = str(data)
     config.train_dataloader.dataset.dataset.folds_file = str(data / 'folds.json')
     assert '2 groups (patients' in found(list(check_data(config)), 'warn')
     assert load_folds(data / 'folds.json').hash == folds.hash  # nothing was written
+
+
+def test_folds_are_judged_by_the_rule_that_made_them(
+    config: Config, sample_data: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / 'data'
+    shutil.copytree(sample_data, data)
+    names = load_folds(data / 'folds.json').names
+    table = data / 'manifest.csv'
+    table.write_text('case,slide\n' + ''.join(f'{n},s{i // 2}\n' for i, n in enumerate(names)))
+    rule = GroupRule(table, 'case', 'slide', alike=False)
+    params = PrepareParams(groups=rule, n_folds=2, n_workers=1, new_folds=True)
+    prepare.prepare(data, params).raise_for_errors()
+    config.train_dataloader.dataset.dataset.data_root = str(data)
+    config.train_dataloader.dataset.dataset.folds_file = str(data / 'folds.json')
+    lines = list(check_data(config))  # the columns are not the usual ones
+    assert found(lines, 'error') == ''
+    assert 'are in several folds' not in found(lines, 'warn')
+    table.write_text('case,slide\n' + ''.join(f'{n},s{i % 2}\n' for i, n in enumerate(names)))
+    warnings = found(list(check_data(config)), 'warn')
+    assert 'manifest.csv: changed since the folds were made' in warnings
+    assert 'are in several folds' in warnings
+    table.unlink()
+    warnings = found(list(check_data(config)), 'warn')
+    assert 'gone since the folds were made; their own groups hold' in warnings
+    assert 'are in several folds' not in warnings
+
+
+def test_settings_that_do_nothing_are_lines(sample_data: Path, tmp_path: Path) -> None:
+    path = tmp_path / 'fold0.py'
+    path.write_text(
+        f'_base_ = {os.path.relpath(ROOT / "configs/sample/fold0.py", tmp_path)!r}\n'
+        'red_blue_swapped = False\ntrain_cfg = dict(max_iters=900)\n'
+    )
+    lines = list(check_settings_of(Config.fromfile(path), str(path)))
+    assert 'red_blue_swapped is set here, but' in found(lines, 'error')
+    assert 'training at train_cfg.max_iters 900' in found(lines, 'warn')
+    path.write_text(path.read_text().split('red_blue')[0])
+    (line,) = check_settings_of(Config.fromfile(path), str(path))
+    assert line.level == 'ok'
 
 
 def test_folds_made_without_groups(config: Config, sample_data: Path, tmp_path: Path) -> None:

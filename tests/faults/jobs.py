@@ -185,13 +185,15 @@ def prepare_data(bench: Path) -> None:
     """Make the sample data, unless they are there."""
     from cellseg_mm.data.drawing.sample import make_sample
     from cellseg_mm.data.preparing import prepare
+    from cellseg_mm.data.preparing.groups import GroupRule
     from cellseg_mm.data.preparing.records import PrepareParams
 
     if (bench / 'data/folds.json').is_file():
         return
     make_sample(bench / 'many', n_train=16, n_test=4, seed=4)
     make_sample(bench / 'data', n_train=6, n_test=2, seed=3)
-    report = prepare.prepare(bench / 'data', PrepareParams(n_folds=2, n_workers=1))
+    params = PrepareParams(n_folds=2, n_workers=1, groups=GroupRule(manifest=False))
+    report = prepare.prepare(bench / 'data', params)
     report.raise_for_errors()
 
 

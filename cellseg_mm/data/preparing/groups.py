@@ -74,13 +74,15 @@ class GroupRule:
         if self.is_given or not self.manifest or not path.is_file():
             return self, []
         try:
-            columns, _ = _read_csv(path)
+            columns, rows = _read_csv(path)
         except DataError as problem:
             hint = '; mend it, or pass --no-manifest if it is none of groups'
             raise DataError([problem.problems[0].rstrip('.') + hint]) from problem
         lacking = [c for c in (self.name_column, self.group_column) if c not in columns]
-        if not lacking:
+        if not lacking and any((row[self.group_column] or '').strip() for row in rows):
             return replace(self, csv_path=path), []
+        if not lacking:  # an importer that knew no patients wrote it
+            return self, []
         text = f'{_no_column(path, lacking, columns)}; it was not taken for groups.'
         return self, [Finding('manifest not taken', 1, text)]
 

@@ -203,6 +203,13 @@ def test_the_manifest_of_the_data_folder_is_taken_and_said(data: Path) -> None:
     assert 'unless --no-manifest' in sentence
 
 
+def test_a_manifest_that_knows_no_group_is_as_none(data: Path) -> None:
+    (data / 'manifest.csv').write_text('uuid,patient\np0-0,\np0-1, \n')
+    report = prepare.prepare(data, PARAMS)
+    assert report.folds.groups == {}
+    assert kinds(report)[prepare.NO_GROUPS] == 10
+
+
 def test_a_manifest_without_the_columns_is_said(data: Path) -> None:
     (data / 'manifest.csv').write_text('name;who\np0-0;A\n')
     report = prepare.prepare(data, PARAMS)
