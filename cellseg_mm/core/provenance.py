@@ -25,6 +25,7 @@ PACKAGES = (
     'tifffile',
     'imagecodecs',
     'opencv-python',
+    'onnxruntime',
 )
 
 
