@@ -57,6 +57,13 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
         default='config',
         help='whether the files have red and blue swapped, as the training images of the config',
     )
+    parser.add_argument(
+        '--range',
+        default='config',
+        metavar='auto|LOW,HIGH|config',
+        help='values of more than 8 bits that become 0..255: by each file, as said, or as recorded '
+        'with the model or its data (default)',
+    )
     parser.add_argument('--again', action='store_true', help='predict what is done, too')
     add_member_arguments(parser)
     add_config_arguments(parser, launcher=False)
@@ -128,6 +135,7 @@ def main() -> int:
         again=args.again,
         device=args.device,
         batch_size=args.batch_size,
+        value_range=args.range,
         red_blue_swapped={'normal': False, 'swapped': True}.get(args.red_blue),
     )
     if args.models:

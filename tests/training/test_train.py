@@ -284,11 +284,6 @@ def test_heads_of_another_number_of_classes_are_refused(
     settings = cfg.val_dataloader.dataset
     data = CellDataset(data_root=settings.data_root, split='val', metainfo=settings.metainfo)
     loop = SimpleNamespace(dataloader=SimpleNamespace(dataset=data))
-    for norm in ('backbone', 'neck'):
-        cfg.model[norm].norm_cfg.type = 'BN'
-    for part in (cfg.model.roi_head.bbox_head, cfg.model.roi_head.mask_head):
-        if 'norm_cfg' in part:
-            part.norm_cfg.type = 'BN'
     with DefaultScope.overwrite_default_scope('mmdet'):
         right = MODELS.build(cfg.model)
         cfg.model.roi_head[head].num_classes = n_classes
