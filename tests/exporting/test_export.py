@@ -43,6 +43,7 @@ from tests.support.tiny_folds import (  # noqa: E402
 pytestmark = pytest.mark.mm
 
 CAP = 200
+FRAME = "type='CellRoIHead', mask_frame=1.25"  # masks reach beyond their boxes
 
 WITHOUT_TORCH = """
 import runpy, sys
@@ -66,7 +67,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyFolds:
             zip(tiny.configs, tiny.checkpoints, strict=True)
         ):
             path = Path(config)
-            path.write_text(path.read_text().replace('max_per_img=20', f'max_per_img={CAP}'))
+            text = path.read_text().replace('max_per_img=20', f'max_per_img={CAP}')
+            path.write_text(text.replace('roi_head=dict(', f'roi_head=dict({FRAME}, '))
             save_checkpoint(
                 checkpoint, spread_model(path, fold), fold=fold, fold_hash=tiny.folds.hash
             )
@@ -129,6 +131,7 @@ def test_every_file_is_checked_and_says_what_it_is(files: dict[str, Exported]) -
     assert record['class_names'][0] == 'epithelial'
     assert record['member']['fold'] == 0
     assert record['parity']['n_only'] == 0
+    assert record['mask_frame'] == 1.25
 
 
 def picture_of(tiny: TinyFolds, name: str = '') -> Path:
