@@ -23,8 +23,8 @@ class CellMaskRCNN(MaskRCNN):
     """``MaskRCNN`` with a memory format; weights and their names are those of ``MaskRCNN``.
 
     Args:
-        memory_format: 'contiguous' or 'channels_last'. On a CPU depthwise convolutions are three
-            to six times as fast channels-last; plain ones may be slower, see docs/recipes.md.
+        memory_format: 'contiguous' or 'channels_last'. On a CPU depthwise convolutions are
+            faster channels-last and plain ones may be slower, see docs/recipes.md.
 
     Raises:
         ConfigError: There is no such format.

