@@ -7,8 +7,9 @@ Invariant: nothing is trained or written; each check stands alone.
 from __future__ import annotations
 
 import copy
+import inspect
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -155,21 +156,31 @@ def check_norms(cfg: Config, *, n_devices: int = 1, has_cuda: bool = True) -> It
         (backbone.get('init_cfg') or {}).get('checkpoint')
     )
     is_bn = kind in ('BN', 'SyncBN', 'MMSyncBN')
-    if is_bn and backbone.get('norm_eval', True) and not is_pretrained:
+    is_frozen = _keeps_statistics(backbone)
+    if is_bn and is_frozen and not is_pretrained:
         yield error(
             'norm',
             f'model.backbone: {kind} with norm_eval=True and no pretrained weights would keep '
             'statistics of nothing; set load_from, or norm_eval=False, or norm_cfg type=GN',
         )
-    elif has_bn and batch * n_devices <= 2 and not backbone.get('norm_eval', True):
+    elif has_bn and batch * n_devices <= 2 and not is_frozen:
         yield warn(
             'norm',
             f'batches of {batch * n_devices} images are small for {kind} statistics; expected 4 or '
             'more; raise train_dataloader.batch_size, or set norm_cfg type=GN',
         )
     else:
-        how = 'frozen statistics' if is_bn and backbone.get('norm_eval', True) else f'batch {batch}'
+        how = 'frozen statistics' if is_bn and is_frozen else f'batch {batch}'
         yield ok('norm', f'backbone {kind}, {how}')
+
+
+def _keeps_statistics(backbone: Mapping) -> bool:
+    """Return ``norm_eval`` as the backbone will have it: backbones differ in its default."""
+    if 'norm_eval' in backbone:
+        return bool(backbone['norm_eval'])
+    made = MODELS.get(backbone.get('type', ''))
+    setting = inspect.signature(made).parameters.get('norm_eval') if made else None
+    return setting is not None and bool(setting.default)
 
 
 # ---- sizes

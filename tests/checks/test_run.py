@@ -113,7 +113,7 @@ FAULTS = {
         *('check_norms', 'error', 'mask_head.norm_cfg'),
     ),
     'frozen statistics of nothing': (
-        {'model.backbone.norm_eval': True},
+        {'model.backbone.norm_eval': True, 'model.backbone.init_cfg': None},
         *('check_norms', 'error', 'statistics of nothing'),
     ),
     'batch of two': ({'train_dataloader.batch_size': 2}, *('check_norms', 'warn', 'batches of 2')),
