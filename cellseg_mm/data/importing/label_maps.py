@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from cellseg_mm.core.errors import CellSegError, LabelMapError
 from cellseg_mm.data.importing.classes import UNNAMED, Classes, build_classes, nearest
@@ -189,6 +188,8 @@ def _cells(
 
 def cells_of(ids: NDArray[np.int64], class_number: int) -> list[Cell]:
     """Return the instances of a label map by rising id."""
+    from scipy import ndimage
+
     values, compact = np.unique(ids, return_inverse=True)
     compact = compact.reshape(ids.shape) + (0 if values[0] == 0 else 1)
     boxes = ndimage.find_objects(compact)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import ndimage
 
 from cellseg_mm.core.errors import LabelMapError
 from cellseg_mm.data.importing.sources import Binary, Cell, Tally
@@ -19,11 +18,15 @@ WAYS_OUT = '--binary components makes every connected part a cell'
 
 def count_parts(cell: Cell) -> int:
     """Return in how many parts that do not touch a cell lies."""
+    from scipy import ndimage
+
     return int(ndimage.label(cell.mask, EIGHT)[1])
 
 
 def split(cell: Cell) -> list[Cell]:
     """Return one cell per connected part, in reading order of their first pixels."""
+    from scipy import ndimage
+
     labels, _ = ndimage.label(cell.mask, EIGHT)
     return [
         Cell(cell.class_number, cell.top + rows.start, cell.left + columns.start, crop == number)

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy import ndimage
 
 THUMB_PX = 16
 DETAIL_PX = 64
@@ -56,6 +55,8 @@ def detail_of(image: NDArray[np.uint8]) -> str:
     Two planes of bits as hex digits, brighter and darker. An illumination that changes slowly is
     in neither.
     """
+    from scipy import ndimage
+
     small = _small(image, DETAIL_PX).astype(np.float32)
     step = small - ndimage.uniform_filter(small, WINDOW_PX, mode='reflect')
     planes = np.stack([step >= LEAST_STEP, step <= -LEAST_STEP])
@@ -140,6 +141,8 @@ def _own_detail(facts: Sequence[Pictured]) -> tuple[NDArray[np.int8], NDArray[np
 
     An image with hardly any detail of its own keeps all, as in a collection of copies.
     """
+    from scipy import ndimage
+
     signs = np.stack([unpacked_detail(one.detail) for one in facts])
     is_own = np.ones(signs.shape, dtype=bool)
     if len(facts) >= LEAST_IMAGES:
