@@ -65,8 +65,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             'torch was built for CUDA, or unset the variable'
         )
     config.stash[LEFT_OUT] = len(gpu)
+    if hasattr(config, 'workeroutput'):  # a process of pytest-xdist tells the one that prints
+        config.workeroutput['n_gpu_left_out'] = len(gpu)
     config.hook.pytest_deselected(items=gpu)
     items[:] = [item for item in items if not item.get_closest_marker('gpu')]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: object) -> None:
+    """Take over how many tests a process of pytest-xdist left out."""
+    node.config.stash[LEFT_OUT] = getattr(node, 'workeroutput', {}).get('n_gpu_left_out', 0)
 
 
 def pytest_terminal_summary(

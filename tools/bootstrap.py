@@ -139,7 +139,8 @@ def main() -> int:
     commands = {
         'demo': [['tools/demo.py', *args.rest]],
         'check': CHECKS,
-        'test': [*CHECKS, ['-m', 'pytest', *args.rest]],
+        # a file's tests stay together: several share what takes long to make
+        'test': [*CHECKS, ['-m', 'pytest', '-n', 'auto', '--dist', 'loadfile', *args.rest]],
     }[args.what]
     for words in commands:
         say(' '.join(words))

@@ -358,7 +358,8 @@ def test_fine_tuning_never_begins_with_weights_that_saw_what_is_held_out(
     )
     loop = IterBasedTrainLoop.__new__(IterBasedTrainLoop)
     loop.dataloader = SimpleNamespace(dataset=dataset)
-    runner = SimpleNamespace(_train_loop=loop, _test_loop=None, _val_loop=None, _resume=False)
+    loops = {'_train_loop': loop, '_test_loop': None, '_val_loop': None}
+    runner = SimpleNamespace(**loops, _resume=False, _load_from='weights.pth')
     known = {'fold_hash': tiny.folds.hash, 'data_hash': dataset.data_hash, **trained}
     checkpoint = {'meta': {'cellseg': known}}
     ProvenanceHook(allow_other_folds=True).after_load_checkpoint(runner, checkpoint)
