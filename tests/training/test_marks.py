@@ -230,7 +230,7 @@ def test_an_error_frees_the_folder_and_a_damaged_lock_is_no_lock(tmp_path: Path)
         ({'process': os.getpid(), 'host': platform.node()}, True),
         ({}, True),
     ],
-    ids=str,
+    ids=['alive', 'another machine', 'this process', 'unknown'],
 )
 def test_where_files_cannot_be_locked_the_owner_s_life_decides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: dict, is_free: bool
