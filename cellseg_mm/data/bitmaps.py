@@ -10,7 +10,6 @@ import io
 from pathlib import Path
 from typing import Any
 
-import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
 from PIL import BmpImagePlugin, JpegImagePlugin, PngImagePlugin
@@ -100,6 +99,8 @@ def _check(path: Path, picture: Image, max_pixels: int) -> list[str]:
 
 def _values(path: Path, head: bytes, picture: Image) -> NDArray[Any]:
     if head.startswith(b'\x89PNG') and head[24] == 16:  # Pillow cuts 16-bit colours to 8
+        import imagecodecs  # large, and only these files need it
+
         decoded: NDArray[Any] = imagecodecs.png_decode(path.read_bytes())
         return decoded
     if picture.mode == 'P':

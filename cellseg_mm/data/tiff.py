@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import imagecodecs
 import numpy as np
 import tifffile
 from numpy.typing import NDArray
@@ -121,6 +120,8 @@ def read_raster(
 def _decode(path: Path, page: tifffile.TiffPage) -> NDArray[Any]:
     """Return a page's values, (planes, 1, H, W, S)."""
     if page.compression in BY_LIBTIFF:
+        import imagecodecs  # large, and only these files need it
+
         # Given an array, imagecodecs refuses a file of which libtiff reads another size or type.
         stored = np.empty(page.shape, dtype=page.dtype)
         imagecodecs.tiff_decode(path.read_bytes(), index=0, out=stored)

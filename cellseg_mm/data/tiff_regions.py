@@ -13,7 +13,6 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-import imagecodecs
 import numpy as np
 import tifffile
 from numpy.typing import NDArray
@@ -221,6 +220,8 @@ class TiffRegions(ImageReader):
         row = index % self._n_segments_per_plane() // self._n_columns()
         if not key.is_tiled:
             rows = min(rows, self.image_hw[0] - row * rows)
+        import imagecodecs  # large, and only these files need it
+
         content = _single_strip_file(key, data, (rows, columns), self._samples_per_segment())
         unpacked: Values = imagecodecs.tiff_decode(content, index=0)
         return unpacked.reshape(rows, columns, -1)
