@@ -110,7 +110,10 @@ def root_error(error: BaseException) -> CellSegError | None:
 
 
 # What a machine, not the code, is to blame for.
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
+DISK_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG),
+    errno.ENOTDIR,  # a file where a folder was named
+)
 
 OUT_OF_MEMORY = (
     'the device ran out of memory ({reason}); expected the model and a batch to fit; when training '
