@@ -15,7 +15,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
 import shutil
 import tempfile
 from collections import Counter
@@ -44,6 +43,7 @@ from cellseg_mm.data.importing.sources import (
     composed,
     first_of,
 )
+from cellseg_mm.data.names import safe_name
 
 MAX_NAME_LENGTH = 150
 CLASSES_FILE = 'import.json'  # what class 1, 2, ... of a folder mean
@@ -177,22 +177,17 @@ def _case_names(jobs: Sequence[Job], notes: list[str]) -> list[str]:
 
     Notes say which names changed, because tables of patients may know the old ones.
     """
-    names = [_safe_name(job.name) for job in jobs]
+    names = [safe_name(composed(job.name)) for job in jobs]
     counts = Counter(name.casefold() for name in names)
     changed = []
     for i, job in enumerate(jobs):
         if counts[names[i].casefold()] > 1 and job.folder:
-            names[i] = _safe_name(f'{job.folder}/{job.name}')
+            names[i] = safe_name(composed(f'{job.folder}/{job.name}'))
         if names[i] != job.name:
             changed.append(f'{job.name[:80]} is {names[i][:80]}')
     if changed:
         notes.append(f'names of {len(changed)} cases were changed: {first_of(changed)}')
     return names
-
-
-def _safe_name(name: str) -> str:
-    safe = re.sub(r'[\x00-\x1f\x7f<>:"/\\|?*\s]+', '_', composed(name))
-    return safe.lstrip('.').rstrip('. ')
 
 
 # ---- cases ----
