@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 # One thread per process: the suite runs several processes on two cores.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
+
+
+@pytest.fixture(autouse=True)
+def registry_scope() -> Iterator[None]:
+    """Give each test the registry scope that it found: a Runner leaves its own behind."""
+    registry = sys.modules.get('mmengine.registry')
+    before = registry.DefaultScope._instance_dict.copy() if registry else {}
+    yield
+    registry = sys.modules.get('mmengine.registry')
+    if registry:
+        registry.DefaultScope._instance_dict.clear()
+        registry.DefaultScope._instance_dict.update(before)
 
 
 @pytest.fixture(scope='session')

@@ -215,7 +215,7 @@ def test_an_unknown_arch_is_refused() -> None:
 
 
 def test_frozen_stages_keep_weights_and_statistics() -> None:
-    net = MODELS.build({'type': 'EfficientNetLite', 'frozen_stages': 3}).train()
+    net = MODELS.build({'type': 'mmdet.EfficientNetLite', 'frozen_stages': 3}).train()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     outputs = net(torch.from_numpy(picture(64, 64)).float()[None])
     sum(output.mean() for output in outputs).backward()

@@ -209,7 +209,7 @@ def heads(**options: object) -> tuple[FCNMaskHead, CellMaskHead]:
     common = {'num_convs': 0, 'in_channels': 3, 'conv_out_channels': 3, 'num_classes': 4}
     agnostic = {'class_agnostic': options.pop('class_agnostic', False)}
     stock = FCNMaskHead(**common, **agnostic)
-    ours = MODELS.build({'type': 'CellMaskHead', **common, **agnostic, **options})
+    ours = MODELS.build({'type': 'mmdet.CellMaskHead', **common, **agnostic, **options})
     return stock, ours
 
 

@@ -178,7 +178,7 @@ def test_shares_of_float64_boxes_are_float64() -> None:
 
 
 def test_mask_head_targets_equal_the_stock_ones() -> None:
-    head = MODELS.build({'type': 'FCNMaskHead', 'num_classes': 3, 'num_convs': 0})
+    head = MODELS.build({'type': 'mmdet.FCNMaskHead', 'num_classes': 3, 'num_convs': 0})
     cfg = Config({'mask_size': 14})
     rng = np.random.default_rng(0)
     targets = []
