@@ -28,6 +28,8 @@ class ImageReader:
             and where a large image was not looked at yet.
         says: Which of several images, levels, planes and channels these are, and what else a
             person should know of them; empty where there is nothing to say.
+        full_um_per_px: Height and width of a pixel of the largest level in micrometres; None
+            where the file does not say, or says what no microscope does.
     """
 
     def __init__(
@@ -37,11 +39,25 @@ class ImageReader:
         level: int,
         value_range: ValueRange | None = None,
         says: str = '',
+        um_per_px: tuple[float, float] | None = None,
     ) -> None:
         self.path, self.level_hws, self.level = path, level_hws, level
         self.image_hw = level_hws[level]
         self.value_range = value_range
         self.says = says
+        self.full_um_per_px = um_per_px
+
+    @property
+    def um_per_px(self) -> tuple[float, float] | None:
+        """Height and width in micrometres of a pixel of the level that is read."""
+        return self.level_um_per_px(self.level)
+
+    def level_um_per_px(self, level: int) -> tuple[float, float] | None:
+        """Height and width in micrometres of a pixel of any level."""
+        if self.full_um_per_px is None:
+            return None
+        (full_h, full_w), (height, width) = self.level_hws[0], self.level_hws[level]
+        return self.full_um_per_px[0] * full_h / height, self.full_um_per_px[1] * full_w / width
 
     @property
     def downsample(self) -> float:
@@ -67,10 +83,15 @@ class WholeImage(ImageReader):
     """An image that is in memory."""
 
     def __init__(
-        self, path: Path, pixels: Picture, value_range: ValueRange | None, says: str = ''
+        self,
+        path: Path,
+        pixels: Picture,
+        value_range: ValueRange | None,
+        says: str = '',
+        um_per_px: tuple[float, float] | None = None,
     ) -> None:
         height, width = pixels.shape[:2]
-        super().__init__(path, [(height, width)], 0, value_range, says)
+        super().__init__(path, [(height, width)], 0, value_range, says, um_per_px)
         self._pixels = pixels
 
     def _read(self, y0: int, x0: int, y1: int, x1: int) -> Picture:
