@@ -30,19 +30,28 @@ def main() -> None:
     parser.add_argument(
         '--deterministic', action='store_true', help='same weights twice; see docs for its cost'
     )
+    parser.add_argument(
+        '--all-folds',
+        action='store_true',
+        help='train one more member on all images, for as long as the finished folds chose; it is '
+        'never scored on them',
+    )
     add_config_arguments(parser)
     args = parser.parse_args()
 
+    from cellseg_mm.training.all_folds import train_on_all_folds
     from cellseg_mm.training.load_config import load_config
     from cellseg_mm.training.train import train
 
     cfg = load_config(
         args.config,
         cfg_options=args.cfg_options,
-        work_dir=args.work_dir,
+        work_dir=None if args.all_folds else args.work_dir,
         launcher=args.launcher,
         local_rank=args.local_rank,
     )
+    if args.all_folds:
+        print(train_on_all_folds(cfg, work_dir=args.work_dir))
     checkpoint = train(
         cfg,
         resume=args.resume,
@@ -50,6 +59,10 @@ def main() -> None:
         auto_scale_lr=args.auto_scale_lr,
         deterministic=args.deterministic,
     )
+    if args.all_folds:
+        print(f'trained on all images: {checkpoint}')
+        print(f'next: python tools/predict.py {args.config} {checkpoint} IMAGES --out OUT')
+        return
     print(f'best checkpoint: {checkpoint}')
     print(f'next: python tools/test.py {args.config}{same_run(sys.argv)}')
 

@@ -27,7 +27,8 @@ from cellseg_mm.core.errors import ConfigError, PredictionError
 from cellseg_mm.core.layout import (
     FINISHED,
     INFERENCE,
-    REPOSITORY,
+    TOOLS,
+    as_typed,
     ensemble_dir,
     mark_of_test,
     predictions_path,
@@ -44,7 +45,6 @@ from cellseg_mm.training.load_config import refuse_unknown_keys
 from cellseg_mm.training.marks import finished_state, fold_hash_of
 from cellseg_mm.training.step_runner import StepRunner, locked
 
-TOOLS = REPOSITORY / 'tools'
 # What decides a fold's predictions, given its checkpoint.
 TEST_KEYS = ('model', 'test_dataloader', 'test_cfg')
 
@@ -333,7 +333,7 @@ def slurm_script(
         '# when all tasks are done:',
         f'#   {shlex.join(after)}',
     ]
-    return '\n'.join(lines) + '\n'
+    return as_typed('\n'.join(lines)) + '\n'
 
 
 def visible_devices() -> list[str]:

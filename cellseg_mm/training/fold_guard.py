@@ -201,6 +201,11 @@ def refuse_other_class_count(model: nn.Module, class_names: Sequence[str]) -> No
 
 def refuse_other_folds(trained: dict, dataset: CellDataset) -> None:
     """Raise FoldError unless ``trained`` (``meta['cellseg']``) belongs to the data set's fold."""
+    if trained.get('split') == 'all':
+        raise FoldError(
+            'checkpoint: was trained on all images of its data (--all-folds), so that none is left '
+            'to score it on; score the folds of its recipe, and use it for new images'
+        )
     if trained['fold_hash'] != dataset.fold_hash:
         raise FoldError(
             f'checkpoint: trained with folds {trained["fold_hash"]}, {dataset.folds_file} now has '
