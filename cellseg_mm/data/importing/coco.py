@@ -6,7 +6,6 @@ by its reason and costs no other; a path never leaves the folder of images.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,10 @@ from urllib.parse import unquote
 from cellseg_mm.core.errors import CellSegError, ImageError
 from cellseg_mm.data.importing.classes import UNNAMED, Classes, build_classes, clean
 from cellseg_mm.data.importing.coco_shapes import UnusableError, coco_cell
+from cellseg_mm.data.importing.pairs import read_json
 from cellseg_mm.data.importing.parts import tell_apart
 from cellseg_mm.data.importing.pictures import read_picture
 from cellseg_mm.data.importing.sources import (
-    MAX_TEXT_BYTES,
     Annotated,
     Cell,
     ImportParams,
@@ -93,22 +92,7 @@ def _file_notes(source: Path, tally: Tally, params: ImportParams) -> list[str]:
 
 
 def _read_coco(source: Path) -> _Content:
-    if source.exists() and not source.is_file():
-        raise CellSegError(
-            f'{source}: is no regular file; expected the JSON file of COCO; name the file itself'
-        )
-    try:
-        if source.stat().st_size > MAX_TEXT_BYTES:
-            raise CellSegError(f'{source}: is larger than 2 GiB; expected a COCO file; split it')
-        content = json.loads(source.read_bytes())
-    except OSError as problem:
-        raise CellSegError(
-            f'{source}: cannot be read ({problem.strerror}); expected a COCO file; check the path'
-        ) from problem
-    except (ValueError, RecursionError) as problem:
-        raise CellSegError(
-            f'{source}: not valid JSON ({str(problem)[:80]}); expected a COCO file; export it again'
-        ) from problem
+    content = read_json(source, 'a COCO file')
     tally = Tally()
     rows = {key: _rows(source, content, key, tally) for key in KEYS}
     _require_different(source, 'images', rows['images'])

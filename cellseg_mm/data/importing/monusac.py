@@ -14,12 +14,12 @@ from pathlib import Path
 from xml.parsers import expat
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cellseg_mm.core.errors import CellSegError, LabelMapError
 from cellseg_mm.data.config import CLASS_NAMES
 from cellseg_mm.data.importing.classes import Classes, build_classes, clean
 from cellseg_mm.data.importing.pictures import read_picture
+from cellseg_mm.data.importing.shapes import fill_polygon
 from cellseg_mm.data.importing.sources import (
     IMAGE_SUFFIXES,
     MAX_TEXT_BYTES,
@@ -27,7 +27,6 @@ from cellseg_mm.data.importing.sources import (
     Cell,
     ImportParams,
     Job,
-    Mask,
     Tally,
     composed,
     listed,
@@ -39,46 +38,6 @@ SUFFIXES = ('.svs', *IMAGE_SUFFIXES, '.xml')
 # Attributes that ImageScope and others offer for any text: the class is their value, if any
 GENERIC = ('description', 'class', 'classification', 'type', 'label', 'name', 'category')
 OUTLINES = ('', '0', '1')  # ImageScope: drawn by hand, rectangle; then ellipse, arrow, ruler
-
-
-def fill_polygon(
-    vertices_xy: NDArray[np.float64], image_hw: Sequence[int]
-) -> tuple[int, int, Mask]:
-    """Rasterise one polygon.
-
-    A pixel belongs to the polygon if the point (column, row) is inside by the even-odd rule, on its
-    outline, or a vertex; a line that is drawn forth and back encloses nothing. This is the rule of
-    MoNuSAC's own scripts, which call ``skimage.draw.polygon``; compared on random polygons.
-
-    Args:
-        vertices_xy: (V, 2) float64, px; closed implicitly.
-        image_hw: Height and width; what is outside is cut off.
-
-    Returns:
-        Row and column of the crop, and its (h, w) bool mask; (0, 0) if no pixel is inside.
-    """
-    low = np.maximum(np.ceil(vertices_xy.min(axis=0)), 0).astype(int)
-    high = np.minimum(np.floor(vertices_xy.max(axis=0)), np.array(image_hw[::-1]) - 1).astype(int)
-    if (high < low).any():
-        return 0, 0, np.zeros((0, 0), dtype=bool)
-    xs = np.arange(low[0], high[0] + 1, dtype=np.float64)
-    # Parity of the edges to the right and to the left of each point. The two differ for points on
-    # the outline only: an edge through the point counts for neither side.
-    right = np.zeros((high[1] - low[1] + 1, len(xs)), dtype=bool)
-    left = np.zeros_like(right)
-    for (x0, y0), (x1, y1) in zip(vertices_xy, np.roll(vertices_xy, -1, axis=0), strict=True):
-        first, last = max(math.ceil(min(y0, y1)), low[1]), min(math.floor(max(y0, y1)), high[1])
-        if first <= last and y0 != y1:
-            ys = np.arange(first, last + 1, dtype=np.float64)[:, None]
-            rows = slice(first - low[1], last - low[1] + 1)
-            side = ((xs - x0) * (y1 - y0) - (ys - y0) * (x1 - x0)) * np.sign(y1 - y0)
-            right[rows] ^= ((y0 > ys) != (y1 > ys)) & (side < 0)
-            left[rows] ^= ((y0 < ys) != (y1 < ys)) & (side > 0)
-    inside = right | left
-    corners = vertices_xy[(vertices_xy % 1 == 0).all(axis=1)].astype(int) - low
-    corners = corners[((corners >= 0) & (corners <= high - low)).all(axis=1)]
-    inside[corners[:, 1], corners[:, 0]] = True
-    return int(low[1]), int(low[0]), inside
 
 
 @dataclass(slots=True)

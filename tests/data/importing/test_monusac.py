@@ -11,7 +11,8 @@ import tifffile
 
 from cellseg_mm.core.errors import CellSegError, LabelMapError
 from cellseg_mm.data.importing.import_data import import_data
-from cellseg_mm.data.importing.monusac import fill_polygon, read_aperio_xml
+from cellseg_mm.data.importing.monusac import read_aperio_xml
+from cellseg_mm.data.importing.shapes import fill_polygon
 from cellseg_mm.data.importing.sources import ImportParams
 from cellseg_mm.data.labels import read_image
 from tests.support.import_sources import (
