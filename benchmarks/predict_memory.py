@@ -24,6 +24,7 @@ from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.core.provenance import code_commit, machine
 from cellseg_mm.predict import predict
 from cellseg_mm.predict.items import find_items
+from cellseg_mm.predict.params import PredictParams
 from cellseg_mm.results.formats import FORMATS
 from cellseg_mm.results.predictions import load_predictions
 
@@ -41,7 +42,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'slide.tif'
         n_cells, area = write_slide(path, args.side)
-        params = predict.PredictParams(
+        params = PredictParams(
             out_dir=Path(folder) / 'out',
             class_names=('cell',),
             class_colours=((213, 94, 0),),

@@ -20,7 +20,7 @@ from cellseg_mm.cli import add_config_arguments, add_member_arguments, run_tool
 
 if TYPE_CHECKING:
     from cellseg_mm.predict.options import MemberOptions, PredictOptions
-    from cellseg_mm.predict.predict import Summary
+    from cellseg_mm.predict.summary import Summary
 
 
 def parse_args(words: list[str] | None = None) -> argparse.Namespace:

@@ -25,7 +25,7 @@ from cellseg_mm.ensemble.outcome import Exports, Outcome, finish
 from cellseg_mm.fusion.settings import Profile, settings_for_people
 from cellseg_mm.predict.items import look_for
 from cellseg_mm.predict.options import MemberOptions, PredictOptions, predict_items
-from cellseg_mm.predict.predict import Summary
+from cellseg_mm.predict.summary import Summary
 from cellseg_mm.results.formats import Look
 from cellseg_mm.weights.find import find_checkpoints
 

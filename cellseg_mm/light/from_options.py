@@ -16,7 +16,7 @@ from cellseg_mm.light.detector import LightDetector, OnnxModel
 from cellseg_mm.light.model_file import ModelFile, read_model_file
 from cellseg_mm.predict.items import look_for
 from cellseg_mm.predict.options import MemberOptions, PredictOptions, predict_items
-from cellseg_mm.predict.predict import Summary
+from cellseg_mm.predict.summary import Summary
 from cellseg_mm.results.formats import Look
 
 

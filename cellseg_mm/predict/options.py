@@ -16,7 +16,9 @@ from cellseg_mm.data.contents import NO_CHOICE, Choice
 from cellseg_mm.data.intensity import ValueRange
 from cellseg_mm.fusion.settings import InferenceSettings, Profile, choose_settings
 from cellseg_mm.predict.items import Found
-from cellseg_mm.predict.predict import Detector, PredictParams, Summary, predict
+from cellseg_mm.predict.params import Detector, PredictParams
+from cellseg_mm.predict.predict import predict
+from cellseg_mm.predict.summary import Summary
 from cellseg_mm.results.formats import Look
 
 

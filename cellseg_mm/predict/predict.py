@@ -10,222 +10,36 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from cellseg_mm.core.errors import CellSegError, ConfigError, ImageError
+from cellseg_mm.core.errors import CellSegError, ImageError
 from cellseg_mm.core.files import JsonValue
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.core.progress import track
 from cellseg_mm.core.provenance import code_commit, versions
-from cellseg_mm.data.contents import NO_CHOICE, Choice
 from cellseg_mm.data.image_reader import SUFFIXES, WHOLE_PX, ImageReader, open_image
-from cellseg_mm.data.intensity import ValueRange, is_nearly_black, n_lit
-from cellseg_mm.fusion.settings import InferenceSettings, apply_settings, settings_for_people
+from cellseg_mm.data.intensity import is_nearly_black, n_lit
+from cellseg_mm.fusion.settings import apply_settings
 from cellseg_mm.predict.items import Item
+from cellseg_mm.predict.params import Detector, Picture, PredictParams, tiles_of
 from cellseg_mm.predict.state import Journal, State
-from cellseg_mm.predict.tiling import StitchParams, StitchReport, Tile, plan_tiles, stitch
+from cellseg_mm.predict.summary import Summary, range_texts
+from cellseg_mm.predict.tiling import StitchParams, StitchReport, Tile, stitch
 from cellseg_mm.results import export
-from cellseg_mm.results.formats import Look, check_words, path_of, write_formats
+from cellseg_mm.results.formats import path_of, write_formats
 from cellseg_mm.results.predictions import Predictions, save_predictions
 
 logger = logging.getLogger(__name__)
-
-Picture = NDArray[np.uint8]
-
-# Raise them when the same settings give other instances, or other formats.
-VERSION = 1
-FORMATS_VERSION = 2  # 2: formats show disjoint cells
 
 MAX_NAME_BYTES = 255
 NEARLY_BLACK = (
     'the image is nearly black: all but a thousandth of its pixels are below a tenth of 0..255; '
     'look at it'
 )
-
-
-class Detector(Protocol):
-    """What finds cells in pictures: the port that models, and whatever else finds cells, fill.
-
-    Attributes:
-        identity: JSON values that change whenever the same picture could give other instances.
-        provenance: Further JSON values for the result files.
-        batch_size: Pictures that it takes at once; may change while it works.
-        cap: Most instances that it returns for a picture; 0 if it has no limit.
-        notes: Sentences that a person should know of the image that ``detect`` was last given,
-            about all of its pictures so far; another ``name`` begins anew.
-    """
-
-    identity: Mapping[str, JsonValue]
-    provenance: Mapping[str, JsonValue]
-    batch_size: int
-    cap: int
-    notes: Sequence[str]
-
-    def detect(self, pictures: Sequence[Picture], name: str) -> list[InstanceSet]:
-        """Return the instances of each picture.
-
-        Args:
-            pictures: At most ``batch_size``, (h, w, 3) uint8 in the channel order of the files.
-            name: Of the image that they are parts of.
-        """
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PredictParams:
-    """How images are cut, and what is written.
-
-    Attributes:
-        out_dir: Gets all results.
-        class_names: Name of each class.
-        class_colours: RGB of each class.
-        formats: Words of ``FORMATS``.
-        score_thr: Cells below it are left out of every format, and so is what better cells cover:
-            formats show each pixel as one cell's. ``<name>.npz`` has all.
-        tile_px: Side of the tiles that larger images are cut into.
-        overlap_px: Least overlap of neighbouring tiles.
-        whole_px: Images with no side above this are not cut.
-        level: Level of image pyramids, 0 the largest.
-        choice: Which image, plane and channels of files that hold several.
-        red_blue_swapped: The files hold blue where red belongs.
-        value_range: Of values of more than 8 bits; None decides by each file alone.
-        range_from: Where ``value_range`` comes from, for people.
-        n_workers: Threads that read ahead; 0 reads between predictions.
-        again: Predict images that are done, too.
-    """
-
-    out_dir: Path
-    class_names: tuple[str, ...]
-    class_colours: tuple[tuple[int, int, int], ...]
-    formats: tuple[str, ...] = ('overlay',)
-    score_thr: float = 0.5
-    tile_px: int = 1024
-    overlap_px: int = 128
-    whole_px: int = 2048
-    level: int = 0
-    choice: Choice = NO_CHOICE
-    red_blue_swapped: bool = False
-    value_range: ValueRange | None = None
-    range_from: str = ''
-    n_workers: int = 1
-    again: bool = False
-
-    def __post_init__(self) -> None:
-        check_words(self.formats)
-        if not 0 <= self.score_thr <= 1 or self.n_workers < 0:
-            raise ConfigError(
-                f'predict: score_thr {self.score_thr}, workers {self.n_workers}; expected a '
-                'threshold in 0..1 and 0 or more workers'
-            )
-        plan_tiles((1, 1), self.tile_px, self.overlap_px)
-
-    @property
-    def look(self) -> Look:
-        """How cells look in the formats."""
-        return Look(
-            class_names=self.class_names,
-            class_colours=self.class_colours,
-            red_blue_swapped=self.red_blue_swapped,
-        )
-
-    @property
-    def how_cut(self) -> dict[str, JsonValue]:
-        """What decides about the instances."""
-        keys = ('tile_px', 'overlap_px', 'whole_px', 'level', 'red_blue_swapped')
-        cut: dict[str, JsonValue] = {'version': VERSION}
-        cut.update({key: getattr(self, key) for key in keys})
-        if not self.choice.is_default:
-            cut['choice'] = self.choice.to_json()
-        if self.value_range is not None:  # 8-bit collections have none, and keep their results
-            cut['value_range'] = self.value_range.to_json()
-        return cut
-
-    @property
-    def for_people(self) -> InferenceSettings:
-        """Which cells the formats show: disjoint ones from ``score_thr`` on."""
-        return settings_for_people(self.class_names, score_thr=self.score_thr)
-
-    @property
-    def how_written(self) -> dict[str, JsonValue]:
-        """What decides about the formats."""
-        keys = ('score_thr', 'class_names', 'class_colours', 'red_blue_swapped')
-        return {'version': FORMATS_VERSION, **{key: getattr(self, key) for key in keys}}
-
-
-@dataclass(slots=True)
-class Summary:
-    """What happened; grows while the images are predicted.
-
-    Attributes:
-        predicted: Names of images that the detector looked at.
-        rewritten: Names of images whose instances were there, and only formats were written.
-        skipped: Names of images that were done.
-        failed: Message by name.
-        notes: Things that a person should know, by name.
-        asides: Things that a person should know of the whole run.
-        ranges: What became 0 and 255 of images with more than 8 bits, by name.
-        n_empty: Cells without a pixel, which were dropped, by name.
-        n_cells: Instances of the predicted and rewritten images, of any score.
-        n_below: Those of them below the formats' least score.
-        n_shown: Those of them in the formats; the rest is covered by better ones.
-        score_thr: The formats' least score.
-    """
-
-    predicted: list[str] = field(default_factory=list)
-    rewritten: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)
-    notes: dict[str, str] = field(default_factory=dict)
-    asides: list[str] = field(default_factory=list)
-    ranges: dict[str, ValueRange] = field(default_factory=dict)
-    n_empty: dict[str, int] = field(default_factory=dict)
-    n_cells: int = 0
-    n_below: int = 0
-    n_shown: int = 0
-    score_thr: float = 0.0
-
-    @property
-    def exit_code(self) -> int:
-        """1 when an image failed, else 0."""
-        return int(bool(self.failed))
-
-    def _cells(self) -> str:
-        n_covered = self.n_cells - self.n_below - self.n_shown
-        rest = [
-            f'{n} {why}'
-            for n, why in (
-                (self.n_below, f'below the score {self.score_thr:g}'),
-                (n_covered, 'that better ones cover'),
-            )
-            if n
-        ]
-        note = f' (and {", ".join(rest)}, in the npz only)' if rest else ''
-        return f'{self.n_shown} cells{note}'
-
-    def describe(self) -> str:
-        """Return sentences for a terminal."""
-        parts = [f'{len(self.predicted)} images predicted, {self._cells()}']
-        if self.rewritten:
-            parts.append(f'{len(self.rewritten)} had their formats written anew')
-        if self.skipped:
-            parts.append(f'{len(self.skipped)} were done already')
-        lines = ['; '.join(parts) + '.', *self.asides]
-        if self.n_empty:
-            n = sum(self.n_empty.values())
-            lines.append(f'{n} cells without a pixel were dropped, in {len(self.n_empty)} images')
-        lines += [f'  {name}: {note}' for name, note in self.notes.items()]
-        if self.failed:
-            lines.append(f'{len(self.failed)} failed:')
-            lines += [f'  {message}' for message in self.failed.values()]
-        return '\n'.join(lines)
 
 
 def predict(items: Sequence[Item], detector: Detector, params: PredictParams) -> Summary:
@@ -244,42 +58,8 @@ def predict(items: Sequence[Item], detector: Detector, params: PredictParams) ->
     steps = run.steps(items, n_tiles)
     for _ in track(steps, description='predict (tiles)', total=sum(n_tiles)):
         pass
-    run.summary.asides += _range_texts(run.summary, params)
+    run.summary.asides += range_texts(run.summary, params.value_range, params.range_from)
     return run.summary
-
-
-def _range_texts(summary: Summary, params: PredictParams) -> list[str]:
-    """Say how values of more than 8 bits became 8."""
-    ranges = list(summary.ranges.values())
-    wide = f'{len(ranges)} images have more than 8 bits: '
-    if params.value_range is not None:
-        if ranges:
-            return [f'{wide}their values {params.value_range} became 0..255 ({params.range_from})']
-        if summary.predicted:
-            return [
-                f'the range {params.value_range} ({params.range_from}) was not needed: no image '
-                'that was predicted has more than 8 bits'
-            ]
-    if ranges:
-        highs = sorted(found.high for found in ranges)
-        each = f'0..{highs[0]:.6g}' + (f' to 0..{highs[-1]:.6g}' if highs[0] < highs[-1] else '')
-        return [
-            f'{wide}the values of each became 0..255 by its own range ({each}, what all but a '
-            'thousandth of the pixels stay within); --range LOW,HIGH takes one for all'
-        ]
-    return []
-
-
-def is_cut(image_hw: tuple[int, int], params: PredictParams) -> bool:
-    """Tell whether an image is predicted in tiles."""
-    return max(image_hw) > params.whole_px
-
-
-def tiles_of(image_hw: tuple[int, int], params: PredictParams) -> list[Tile]:
-    """Return the tiles of an image; one if it is predicted whole."""
-    if is_cut(image_hw, params):
-        return plan_tiles(image_hw, params.tile_px, params.overlap_px)
-    return plan_tiles(image_hw, max(*image_hw, 1), 0)
 
 
 class _Run:

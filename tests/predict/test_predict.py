@@ -20,7 +20,8 @@ from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.data.intensity import ValueRange
 from cellseg_mm.predict import predict
 from cellseg_mm.predict.items import Item, find_items
-from cellseg_mm.predict.predict import PredictParams
+from cellseg_mm.predict.params import VERSION, PredictParams
+from cellseg_mm.predict.summary import Summary
 from cellseg_mm.results.formats import FORMATS
 from cellseg_mm.results.predictions import load_predictions
 from tests.predict.test_tiling import content, paint_cells
@@ -79,7 +80,7 @@ def params_for(tmp_path: Path, **more) -> PredictParams:
     return PredictParams(**{**settings, 'formats': ('csv',), 'n_workers': 0, **more})
 
 
-def run(images: Path, params: PredictParams, tag: str = 'a') -> tuple[predict.Summary, list[str]]:
+def run(images: Path, params: PredictParams, tag: str = 'a') -> tuple[Summary, list[str]]:
     detector = PaintedCells(tag)
     summary = predict.predict(find_items([str(images)]), detector, params)
     return summary, detector.calls
@@ -257,7 +258,7 @@ def test_another_range_predicts_anew_and_8_bit_results_stay(images: Path, tmp_pa
     assert state == files.text_hash(
         json.dumps(
             {
-                'version': predict.VERSION,
+                'version': VERSION,
                 'tile_px': 1024,
                 'overlap_px': 128,
                 'whole_px': 2048,

@@ -1,0 +1,101 @@
+"""What happened while images were predicted, in sentences.
+
+In: counts and messages, image by image. Out: text for a terminal, and an exit status.
+Invariant: an image is in one of predicted, rewritten, skipped and failed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cellseg_mm.data.intensity import ValueRange
+
+
+@dataclass(slots=True)
+class Summary:
+    """What happened; grows while the images are predicted.
+
+    Attributes:
+        predicted: Names of images that the detector looked at.
+        rewritten: Names of images whose instances were there, and only formats were written.
+        skipped: Names of images that were done.
+        failed: Message by name.
+        notes: Things that a person should know, by name.
+        asides: Things that a person should know of the whole run.
+        ranges: What became 0 and 255 of images with more than 8 bits, by name.
+        n_empty: Cells without a pixel, which were dropped, by name.
+        n_cells: Instances of the predicted and rewritten images, of any score.
+        n_below: Those of them below the formats' least score.
+        n_shown: Those of them in the formats; the rest is covered by better ones.
+        score_thr: The formats' least score.
+    """
+
+    predicted: list[str] = field(default_factory=list)
+    rewritten: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+    asides: list[str] = field(default_factory=list)
+    ranges: dict[str, ValueRange] = field(default_factory=dict)
+    n_empty: dict[str, int] = field(default_factory=dict)
+    n_cells: int = 0
+    n_below: int = 0
+    n_shown: int = 0
+    score_thr: float = 0.0
+
+    @property
+    def exit_code(self) -> int:
+        """1 when an image failed, else 0."""
+        return int(bool(self.failed))
+
+    def _cells(self) -> str:
+        n_covered = self.n_cells - self.n_below - self.n_shown
+        rest = [
+            f'{n} {why}'
+            for n, why in (
+                (self.n_below, f'below the score {self.score_thr:g}'),
+                (n_covered, 'that better ones cover'),
+            )
+            if n
+        ]
+        note = f' (and {", ".join(rest)}, in the npz only)' if rest else ''
+        return f'{self.n_shown} cells{note}'
+
+    def describe(self) -> str:
+        """Return sentences for a terminal."""
+        parts = [f'{len(self.predicted)} images predicted, {self._cells()}']
+        if self.rewritten:
+            parts.append(f'{len(self.rewritten)} had their formats written anew')
+        if self.skipped:
+            parts.append(f'{len(self.skipped)} were done already')
+        lines = ['; '.join(parts) + '.', *self.asides]
+        if self.n_empty:
+            n = sum(self.n_empty.values())
+            lines.append(f'{n} cells without a pixel were dropped, in {len(self.n_empty)} images')
+        lines += [f'  {name}: {note}' for name, note in self.notes.items()]
+        if self.failed:
+            lines.append(f'{len(self.failed)} failed:')
+            lines += [f'  {message}' for message in self.failed.values()]
+        return '\n'.join(lines)
+
+
+def range_texts(summary: Summary, value_range: ValueRange | None, range_from: str) -> list[str]:
+    """Say how values of more than 8 bits became 8."""
+    ranges = list(summary.ranges.values())
+    wide = f'{len(ranges)} images have more than 8 bits: '
+    if value_range is not None:
+        if ranges:
+            return [f'{wide}their values {value_range} became 0..255 ({range_from})']
+        if summary.predicted:
+            return [
+                f'the range {value_range} ({range_from}) was not needed: no image '
+                'that was predicted has more than 8 bits'
+            ]
+    if ranges:
+        highs = sorted(found.high for found in ranges)
+        each = f'0..{highs[0]:.6g}' + (f' to 0..{highs[-1]:.6g}' if highs[0] < highs[-1] else '')
+        return [
+            f'{wide}the values of each became 0..255 by its own range ({each}, what all but a '
+            'thousandth of the pixels stay within); --range LOW,HIGH takes one for all'
+        ]
+    return []
