@@ -1,20 +1,22 @@
 """Model files: one member as ONNX, or one or more members with their settings as a .cellseg zip.
 
-In: a path. Out: the members' ONNX content, what each says of itself, and settings. Invariant:
-loading runs no code; a file that is damaged, foreign or newer than this code is one sentence.
+In: a path, or the name of a model that comes with the package. Out: the members' ONNX content, what
+each says of itself, settings, and the card. Invariant: loading runs no code; a file that is
+damaged, foreign or newer than this code is one sentence.
 
 ``.onnx``: the graph, and a JSON object in its metadata under ``cellseg``, see :class:`ModelRecord`.
-``.cellseg``: a zip of plain parts: ``manifest.json`` (format, version, hash and size of each part),
-``member0.onnx`` ..., and perhaps ``inference.json``, as tools/find_best.py writes it.
+``.cellseg``: a zip of plain parts: ``manifest.json`` (format, version, card, hash and size of each
+part), ``member0.onnx`` ..., and perhaps ``inference.json``, as tools/find_best.py writes it.
 """
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from cellseg_mm.core.files import JsonValue, atomic_path
 from cellseg_mm.light.picture import check_step
 
 SUFFIXES = ('.onnx', '.cellseg')
+MODELS = Path(__file__).parent / 'models'  # those that come with the package
 METADATA_KEY = 'cellseg'
 VERSION = 1
 MANIFEST = 'manifest.json'
@@ -41,13 +44,15 @@ class ModelRecord:
     Attributes:
         class_names: K names in order of ``class_id``.
         class_colours: RGB of each class.
-        red_blue_swapped: The files that it was trained on hold blue where red belongs.
+        red_blue_swapped: Pictures are taken to hold blue where red belongs, unless an option says
+            otherwise. The files that it was trained on may differ: see the card.
         resize: The resizing step of the test pipeline, or None.
         mask_frame: The masks' grid covers the box made larger by this about its centre.
         mask_thr: Least probability of a mask's pixel.
         score_thr: Nothing below is in the outputs.
         max_per_img: Most cells of a picture; 0 without a limit.
         half: Weights are kept in 16 bits.
+        um_per_px: Side of a pixel of the training images in micrometres; None if nobody said.
         member: Who was trained on what, as result files record members.
         evidence: Scores on held-out images; {} where there are none.
         parity: What differed from the model in torch when the file was written.
@@ -63,6 +68,7 @@ class ModelRecord:
     score_thr: float
     max_per_img: int
     half: bool = False
+    um_per_px: float | None = None
     member: Mapping[str, Any] = field(default_factory=dict)
     evidence: Mapping[str, Any] = field(default_factory=dict)
     parity: Mapping[str, Any] = field(default_factory=dict)
@@ -82,7 +88,7 @@ class ModelRecord:
         content = _json_object(text, where)
         _check_version(content, where)
         try:
-            values = {one.name: content[one.name] for one in fields(cls)}
+            values = {one.name: content[one.name] for one in fields(cls) if _is_told(one, content)}
             values['class_names'] = tuple(map(str, values['class_names']))
             values['class_colours'] = tuple(
                 (int(r), int(g), int(b)) for r, g, b in values['class_colours']
@@ -91,6 +97,7 @@ class ModelRecord:
             if record.resize is not None:
                 check_step(record.resize, str(where))
             ok = record.class_names and record.mask_frame >= 1 and 0 < record.mask_thr <= 1
+            ok = ok and (record.um_per_px is None or record.um_per_px > 0)
             if not ok or len(record.class_names) != len(record.class_colours):
                 raise ValueError('classes, colours or masks make no sense')
         except (KeyError, TypeError, ValueError, AttributeError) as problem:
@@ -98,6 +105,12 @@ class ModelRecord:
                 raise
             raise _damaged(where, f'its description: {problem!r}') from problem
         return record
+
+
+def _is_told(one: Field[Any], content: Mapping[str, Any]) -> bool:
+    """Tell whether a value is in a record; files of older code lack what has a default."""
+    has_default = one.default is not MISSING or one.default_factory is not MISSING
+    return one.name in content or not has_default
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,20 +136,48 @@ class ModelFile:
         path: The file.
         members: At least one.
         settings: Content of ``inference.json``, or None.
+        card: What people should know, as ``exporting.card`` writes it; {} of an ``.onnx`` file.
     """
 
     path: Path
     members: tuple[Member, ...]
     settings: Mapping[str, Any] | None = None
+    card: Mapping[str, Any] = field(default_factory=dict)
+
+
+def names_of_models() -> list[str]:
+    """Return the names of the models that come with the package."""
+    return sorted(path.stem for path in MODELS.glob('*.cellseg'))
+
+
+def is_name(word: str) -> bool:
+    """Tell whether a word is meant as a model's name: it is one, or it is no path of anything."""
+    is_bare = Path(word).name == word and not Path(word).suffix
+    return is_bare and (word in names_of_models() or not Path(word).exists())
+
+
+def _of_name(name: str) -> Path:
+    names = names_of_models()
+    if name in names:
+        return MODELS / f'{name}.cellseg'
+    near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.4)
+    hint = f'the nearest is {near[0]}; ' if near else ''
+    raise CheckpointError(
+        f'{name}: no model has this name; {hint}expected one of {", ".join(names) or "none"}, a '
+        'model file (.cellseg, .onnx) or a config (.py); correct the name'
+    )
 
 
 def read_model_file(path: Path | str) -> ModelFile:
     """Read a ``.onnx`` or ``.cellseg`` file.
 
+    Args:
+        path: The file, or the name of a model that comes with the package.
+
     Raises:
         CheckpointError: The file is missing, damaged, foreign, or of a newer version.
     """
-    path = Path(path)
+    path = _of_name(str(path)) if is_name(str(path)) else Path(path)
     if not path.is_file():
         raise CheckpointError(
             f'{path}: there is no such model file; expected a .cellseg or .onnx file of '
@@ -145,7 +186,7 @@ def read_model_file(path: Path | str) -> ModelFile:
     if path.suffix.lower() == '.onnx':
         content = path.read_bytes()
         return ModelFile(path, (Member(str(path), content, _sha256(content)),))
-    parts = _read_parts(path)
+    card, parts = _read_parts(path)
     settings = None
     if SETTINGS in parts:
         settings = _json_object(parts.pop(SETTINGS).decode('utf-8', 'replace'), path)
@@ -156,7 +197,7 @@ def read_model_file(path: Path | str) -> ModelFile:
     )
     if not members:
         raise _damaged(path, 'it holds no member')
-    return ModelFile(path, members, settings)
+    return ModelFile(path, members, settings, card)
 
 
 def write_model_file(
@@ -188,8 +229,8 @@ def write_model_file(
             archive.writestr(entry, content)
 
 
-def _read_parts(path: Path) -> dict[str, bytes]:
-    """Return the parts that the manifest names, each with the hash that it names."""
+def _read_parts(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Return the card, and the parts that the manifest names, each with the hash it names."""
     try:
         with zipfile.ZipFile(path) as archive:
             manifest = _json_object(_part(archive, MANIFEST).decode('utf-8', 'replace'), path)
@@ -206,7 +247,10 @@ def _read_parts(path: Path) -> dict[str, bytes]:
         about = listed[name]
         if not isinstance(about, dict) or about.get('sha256') != _sha256(content):
             raise _damaged(path, f'{name} is not what {MANIFEST} says')
-    return parts
+    card = manifest.get('card', {})
+    if not isinstance(card, dict):
+        raise _damaged(path, f'{MANIFEST} has no card')
+    return card, parts
 
 
 def _part(archive: zipfile.ZipFile, name: str) -> bytes:

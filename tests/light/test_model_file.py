@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from cellseg_mm.core.errors import CellSegError, CheckpointError
+from cellseg_mm.light import model_file
 from cellseg_mm.light.model_file import (
     MANIFEST,
     VERSION,
     ModelRecord,
+    is_name,
     read_model_file,
     write_model_file,
 )
@@ -42,7 +44,7 @@ def test_parts_come_back(path: Path) -> None:
     found = read_model_file(path)
     assert [member.content for member in found.members] == [b'first', b'second']
     assert found.settings == {'version': 1}
-    assert json.loads(zipfile.ZipFile(path).read(MANIFEST))['card'] == {'name': 'he'}
+    assert found.card == {'name': 'he'}
 
 
 def test_the_same_parts_make_the_same_file(path: Path, tmp_path: Path) -> None:
@@ -96,8 +98,40 @@ def test_newer_and_foreign_files(path: Path, tmp_path: Path) -> None:
         read_model_file(tmp_path / 'none.onnx')
 
 
+def test_models_of_the_package_are_found_by_name(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box = tmp_path / 'box'
+    box.mkdir()
+    path.rename(box / 'he4.cellseg')
+    monkeypatch.setattr(model_file, 'MODELS', box)
+    monkeypatch.chdir(tmp_path)
+    assert read_model_file('he4').card == {'name': 'he'}
+    with pytest.raises(
+        CheckpointError, match='He5: no model has this name; the nearest is he4; .*he4'
+    ):
+        read_model_file('He5')
+    with pytest.raises(CheckpointError, match='name; expected one of he4, a model file'):
+        read_model_file('fluorescence')
+    (tmp_path / 'slides').mkdir()
+    assert not is_name('slides')
+    assert not is_name('none.onnx')
+    assert not is_name('other/he4')
+    (tmp_path / 'he4').mkdir()  # a folder of pictures may be called so
+    assert is_name('he4')
+
+
+def test_a_card_that_is_none(path: Path) -> None:
+    rewrite(path, card=['he'])
+    with pytest.raises(CheckpointError, match='has no card'):
+        read_model_file(path)
+
+
 def test_records_come_back() -> None:
     assert asdict(ModelRecord.from_json(RECORD.to_json(), 'x')) == asdict(RECORD)
+    older = json.loads(RECORD.to_json())
+    del older['um_per_px']
+    assert ModelRecord.from_json(json.dumps(older), 'x') == RECORD
 
 
 @pytest.mark.parametrize(
@@ -108,6 +142,7 @@ def test_records_come_back() -> None:
         ({'class_names': []}, 'make no sense'),
         ({'class_colours': 3}, 'damaged'),
         ({'mask_frame': 'wide'}, 'damaged'),
+        ({'um_per_px': 0}, 'make no sense'),
         ({'resize': {'type': 'Warp'}}, 'Warp'),
     ],
 )
