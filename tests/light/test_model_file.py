@@ -108,7 +108,7 @@ def test_models_of_the_package_are_found_by_name(
     monkeypatch.chdir(tmp_path)
     assert read_model_file('he4').card == {'name': 'he'}
     with pytest.raises(
-        CheckpointError, match='He5: no model has this name; the nearest is he4; .*he4'
+        CheckpointError, match=r'He5: no model has this name; the nearest is he4; .*he4'
     ):
         read_model_file('He5')
     with pytest.raises(CheckpointError, match='name; expected one of he4, a model file'):
