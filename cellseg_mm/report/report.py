@@ -161,7 +161,7 @@ def page(
         'top': top,
         'sections': ''.join(section.html() for section in sections),
         'data': script_json(data),
-        'js': _asset('report.js'),
+        'js': _asset('viewer.js') + _asset('report.js'),
     }
     # One pass, so that text which came from files is never searched for placeholders.
     return re.sub(r'\{\{(\w+)\}\}', lambda found: parts[found[1]], _asset('report.html'))

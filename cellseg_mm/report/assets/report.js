@@ -3,24 +3,7 @@
   const byId = (id) => document.getElementById(id);
   const data = JSON.parse(byId('data').textContent);
 
-  // ---- light and dark ----
-  const root = document.documentElement;
-  const themeButton = byId('theme');
-  const systemDark = window.matchMedia('(prefers-color-scheme: dark)');
-  function isDark() {
-    return root.dataset.theme ? root.dataset.theme === 'dark' : systemDark.matches;
-  }
-  function showTheme() {
-    themeButton.setAttribute('aria-pressed', String(isDark()));
-    themeButton.textContent = isDark() ? 'light' : 'dark';
-    themeButton.setAttribute('aria-label', 'switch to ' + themeButton.textContent + ' colours');
-  }
-  themeButton.addEventListener('click', () => {
-    root.dataset.theme = isDark() ? 'light' : 'dark';
-    showTheme();
-  });
-  systemDark.addEventListener('change', showTheme);
-  showTheme();
+  startTheme(byId('theme'));
 
   // ---- tables that sort ----
   function cellValue(row, column) {
@@ -56,7 +39,6 @@
 
   // ---- viewer ----
   if (!byId('viewer')) return;
-  const SVG = 'http://www.w3.org/2000/svg';
   const panes = {
     gt: byId('pane-gt').querySelector('svg'),
     pred: byId('pane-pred').querySelector('svg'),
@@ -67,13 +49,7 @@
   const switches = [...document.querySelectorAll('.class-switch')];
   let entry = null;
   let drawn = { gt: [], pred: [] };
-  let view = null;
-
-  function element(name, attributes) {
-    const node = document.createElementNS(SVG, name);
-    for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-    return node;
-  }
+  const viewer = zoomable(Object.values(panes), () => ({ w: entry.w, h: entry.h }));
 
   function draw(kind) {
     const svg = panes[kind];
@@ -135,7 +111,7 @@
     byId('pane-gt').hidden = entry.gt === null;
     const facts = [entry.name, entry.facts, entry.w + ' × ' + entry.h + ' px'];
     byId('facts').textContent = facts.join(' · ');
-    setView(0, 0, entry.w, entry.h);
+    viewer.reset();
     update();
   }
 
@@ -144,85 +120,13 @@
     slider.value = slider.min;
   }
 
-  function setView(x, y, w, h) {
-    w = Math.min(entry.w, Math.max(w, entry.w / 16));
-    h = w * entry.h / entry.w;
-    x = Math.min(Math.max(0, x), entry.w - w);
-    y = Math.min(Math.max(0, y), entry.h - h);
-    view = { x, y, w, h };
-    for (const svg of Object.values(panes)) {
-      svg.setAttribute('viewBox', [x, y, w, h].map((v) => v.toFixed(2)).join(' '));
-      svg.classList.toggle('zoomed', w < entry.w);
-    }
-  }
-
-  function zoom(factor, cx, cy) {
-    cx = cx === undefined ? view.x + view.w / 2 : cx;
-    cy = cy === undefined ? view.y + view.h / 2 : cy;
-    const w = Math.min(entry.w, Math.max(view.w / factor, entry.w / 16));
-    const ratio = w / view.w;
-    setView(cx - (cx - view.x) * ratio, cy - (cy - view.y) * ratio, w, 0);
-  }
-
-  function pointAt(svg, event) {
-    const box = svg.getBoundingClientRect();
-    const scale = Math.max(view.w / box.width, view.h / box.height);
-    return {
-      x: view.x + view.w / 2 + (event.clientX - box.left - box.width / 2) * scale,
-      y: view.y + view.h / 2 + (event.clientY - box.top - box.height / 2) * scale,
-      scale,
-    };
-  }
-
-  const STEPS = {
-    ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1],
-  };
-  for (const svg of Object.values(panes)) {
-    let last = null;
-    svg.addEventListener('wheel', (event) => {
-      // Plain scrolling stays the page's, until the picture was clicked or tabbed to.
-      if (!event.ctrlKey && !event.metaKey && document.activeElement !== svg) return;
-      event.preventDefault();
-      const at = pointAt(svg, event);
-      zoom(event.deltaY < 0 ? 1.25 : 0.8, at.x, at.y);
-    }, { passive: false });
-    svg.addEventListener('pointerdown', (event) => {
-      last = event;
-      svg.setPointerCapture(event.pointerId);
-    });
-    svg.addEventListener('pointermove', (event) => {
-      if (!last) return;
-      const scale = pointAt(svg, event).scale;
-      setView(view.x - (event.clientX - last.clientX) * scale,
-        view.y - (event.clientY - last.clientY) * scale, view.w, view.h);
-      last = event;
-    });
-    for (const end of ['pointerup', 'pointercancel']) {
-      svg.addEventListener(end, () => { last = null; });
-    }
-    svg.addEventListener('dblclick', (event) => {
-      const at = pointAt(svg, event);
-      zoom(2, at.x, at.y);
-    });
-    svg.addEventListener('keydown', (event) => {
-      if (event.key === '+' || event.key === '=') zoom(1.5);
-      else if (event.key === '-') zoom(1 / 1.5);
-      else if (event.key === '0') setView(0, 0, entry.w, entry.h);
-      else if (STEPS[event.key]) {
-        const [dx, dy] = STEPS[event.key];
-        setView(view.x + dx * view.w / 8, view.y + dy * view.h / 8, view.w, view.h);
-      } else return;
-      event.preventDefault();
-    });
-  }
-
   const n = data.images.length;
   chooser.addEventListener('change', () => show(Number(chooser.value)));
   byId('previous').addEventListener('click', () => show((Number(chooser.value) + n - 1) % n));
   byId('next').addEventListener('click', () => show((Number(chooser.value) + 1) % n));
-  byId('zoom-in').addEventListener('click', () => zoom(1.5));
-  byId('zoom-out').addEventListener('click', () => zoom(1 / 1.5));
-  byId('zoom-reset').addEventListener('click', () => setView(0, 0, entry.w, entry.h));
+  byId('zoom-in').addEventListener('click', () => viewer.zoom(1.5));
+  byId('zoom-out').addEventListener('click', () => viewer.zoom(1 / 1.5));
+  byId('zoom-reset').addEventListener('click', viewer.reset);
   slider.addEventListener('input', update);
   predictions.addEventListener('change', () => {
     choosePredictions();
