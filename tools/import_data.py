@@ -34,13 +34,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         'folder each (MoNuSeg: name its class with --class); coco: a JSON file; '
         'label-map: images with <name>_masks, <name>_cp_masks or masks/<name> (Cellpose, '
         'StarDist); '
-        'mask-folders: <name>/images/* and <name>/masks/* (DSB2018). What cannot be used is left '
+        'mask-folders: <name>/images/* and <name>/masks/* (DSB2018); '
+        'geojson: <name>.geojson beside the image (QuPath); imagej: <name>.rois.zip or .zip (ROI '
+        'Manager). What cannot be used is left '
         'out, counted and listed. Exit status: 0 done, 1 some cases were not imported, 2 wrong '
         'options or source.',
     )
     add = parser.add_argument
     add('source_format', choices=sorted(FINDERS))
-    add('source', type=Path, help='folder, or the JSON file of COCO')
+    add('source', type=Path, help='folder, or one file of annotations')
     add('out_dir', type=Path, help='data folder to write into')
     add('--classes', nargs='+', default=[], metavar='NAME', help='names of class 1, 2, ...')
     add('--map', nargs='+', default=[], type=_pair, metavar='SOURCE=CLASS', help='rename classes')
@@ -52,7 +54,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar='NAME',
         help='class of all cells that have no class name in the source',
     )
-    add('--images', type=Path, metavar='DIR', help='folder of the images of a COCO file')
+    add('--images', type=Path, metavar='DIR', help='folder of the images, if they lie elsewhere')
+    add('--nuclei', action='store_true', help="QuPath's cells: take their nuclei")
     add(
         '--binary',
         choices=['components', 'ids'],
@@ -85,6 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         skipped=frozenset(args.skip),
         single_class=args.single_class,
         image_dir=args.images,
+        nuclei=args.nuclei,
         binary=args.binary,
         strict=args.strict,
         swap_red_blue=args.swap_red_blue,

@@ -51,6 +51,11 @@ def safe_name(name: str) -> str:
     return safe.lstrip('.').rstrip('. ')
 
 
+def roi_label(class_name: str) -> str:
+    """Return a class's name as it stands in the names of ImageJ's ROIs, which are file names."""
+    return ''.join(c if c.isalnum() or c in ' -+.' else '-' for c in class_name)
+
+
 def _last_part(name: str) -> str:
     return safe_name(plain_name(re.split(r'[/\\]', name)[-1]))
 

@@ -26,6 +26,7 @@ from cellseg_mm.core import files, rle
 from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.core.windows import boxes_and_areas
+from cellseg_mm.data.names import roi_label
 from cellseg_mm.results.coco_results import to_coco_results
 from cellseg_mm.results.measure import CellFeatures, RegionReader, measure
 from cellseg_mm.results.polygons import Polygon, trace_polygons
@@ -283,7 +284,7 @@ def write_imagej_rois(
     with files.atomic_path(path) as temporary, zipfile.ZipFile(temporary, 'w') as archive:
         for k, polygons in _outlines(ranked):
             class_id = int(ranked.class_ids[k])
-            label = ''.join(c if c.isalnum() or c in ' -+.' else '-' for c in class_names[class_id])
+            label = roi_label(class_names[class_id])
             name = f'{k + 1:0{n_digits}d}_{label}_{ranked.scores[k]:.3f}'
             colour = class_colours[class_id] if class_colours else ()
             info = zipfile.ZipInfo(f'{name}.roi')  # dated 1980: the bytes do not tell the time

@@ -12,8 +12,9 @@ import tifffile
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from cellseg_mm.data.importing.import_data import ImportReport, import_data
-from cellseg_mm.data.importing.sources import ImportParams
+from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.data.importing.import_data import Finder, ImportReport, import_data
+from cellseg_mm.data.importing.sources import ImportParams, Tally
 
 HW = (17, 23)  # odd and not square, so that a transposition cannot pass
 IMAGE = np.random.default_rng(0).integers(0, 256, (*HW, 3)).astype(np.uint8)
@@ -137,3 +138,33 @@ def unpacked(mask: np.ndarray) -> dict:
 
 def numbered(masks: list[np.ndarray], ids: list[int]) -> np.ndarray:
     return sum(m * np.uint16(i) for m, i in zip(masks, ids, strict=True)).astype(np.uint16)
+
+
+def write_image(path: Path, hw: tuple[int, int] = HW) -> Path:
+    """A picture of noise, in folders that are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(1)
+    Image.fromarray(rng.integers(0, 256, (*hw, 3)).astype(np.uint8)).save(path)
+    return path
+
+
+def read_cells(
+    finder: Finder, source: Path, **options: object
+) -> tuple[list[tuple[int, bytes]], Tally]:
+    """Class number and full mask (packed) of each cell of a source of one case, before painting."""
+    (job,), _, _ = finder(source, ImportParams(**options))
+    found = job.read()
+    cells = []
+    for cell in found.cells:
+        mask = np.zeros(found.image.shape[:2], bool)
+        height, width = cell.mask.shape
+        mask[cell.top : cell.top + height, cell.left : cell.left + width] = cell.mask
+        cells.append((cell.class_number, np.packbits(mask).tobytes()))
+    return cells, found.tally
+
+
+def cells_of_set(instances: InstanceSet) -> list[tuple[int, bytes]]:
+    """The same of a set, by falling score; cells without a pixel are left out."""
+    ranked = instances.by_score()
+    pairs = zip(ranked.class_ids.tolist(), ranked.masks(), strict=True)
+    return [(k + 1, np.packbits(mask).tobytes()) for k, mask in pairs if mask.any()]

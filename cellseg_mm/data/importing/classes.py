@@ -8,9 +8,10 @@ where only capitals differ the nearest is taken and said; a name that means noth
 from __future__ import annotations
 
 import difflib
+import math
 import shlex
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -144,6 +145,35 @@ def build_classes(
         number_of |= _unnamed(params, names, found, remarks)
     quiet = frozenset(clean(name).casefold() for name in (*own, *left_out)) if is_fixed else ()
     return Classes(tuple(names), number_of, frozenset(quiet), remarks)
+
+
+def classes_found(
+    params: ImportParams, names: Iterable[str], left_out: Sequence[str] = ()
+) -> Classes:
+    """Return the classes of a source without a list of them: the names that its cells have.
+
+    Args:
+        params: The options; cells without a name are of ``single_class``.
+        names: Of all cells, '' for none; repeated as they are. Without any name the class is
+            ``cell``.
+        left_out: Names that the format itself leaves out.
+
+    Returns:
+        Classes by rising number where names are numbers, else by name.
+
+    Raises:
+        CellSegError: An option names what is not there.
+    """
+    found = sorted(set(map(clean, names)), key=lambda name: (_number(name), name))
+    own = [name for name in found if name != UNNAMED and name not in left_out]
+    single = clean(params.single_class) or ('' if own else 'cell')
+    if single and UNNAMED in (found or [UNNAMED]) and single not in own:
+        own.append(single)
+    return build_classes(params, own, found=found, left_out=left_out, is_fixed=False)
+
+
+def _number(name: str) -> float:
+    return int(name) if name.isascii() and name.isdecimal() else math.inf
 
 
 def _unnamed(

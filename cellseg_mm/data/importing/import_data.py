@@ -31,6 +31,8 @@ from cellseg_mm.core.progress import track
 from cellseg_mm.data.case_writer import Pixels, write_case
 from cellseg_mm.data.importing.classes import Classes
 from cellseg_mm.data.importing.coco import find_coco
+from cellseg_mm.data.importing.geojson import find_geojson
+from cellseg_mm.data.importing.imagej import find_imagej
 from cellseg_mm.data.importing.label_maps import find_label_maps
 from cellseg_mm.data.importing.mask_folders import find_mask_folders
 from cellseg_mm.data.importing.monusac import find_monusac
@@ -46,6 +48,8 @@ from cellseg_mm.data.importing.sources import (
 from cellseg_mm.data.names import safe_name
 
 MAX_NAME_LENGTH = 150
+WITH_IMAGE_DIR = ('coco', 'geojson', 'imagej', 'cellpose', 'labelme', 'cvat')
+WITH_MASKS = ('coco', 'label-map', 'mask-folders', 'geojson', 'cellpose')  # one may hold many cells
 CLASSES_FILE = 'import.json'  # what class 1, 2, ... of a folder mean
 
 
@@ -157,16 +161,17 @@ def _require_same_classes(path: Path, names: Sequence[str]) -> None:
 
 
 def _refuse_useless_options(source_format: Format, params: ImportParams) -> None:
-    if params.image_dir is not None and source_format != 'coco':
-        raise CellSegError(
-            f'--images {params.image_dir}: {source_format} finds images itself; expected it with '
-            f'coco only; remove it'
-        )
-    if params.binary and source_format == 'monusac':
-        raise CellSegError(
-            f'--binary {params.binary}: monusac has outlines, no masks; expected it with formats '
-            f'of masks; remove it'
-        )
+    given = [
+        (f'--images {params.image_dir}', params.image_dir is not None, WITH_IMAGE_DIR),
+        (f'--binary {params.binary}', bool(params.binary), WITH_MASKS),
+        ('--nuclei', params.nuclei, ('geojson',)),
+    ]
+    for option, is_given, formats in given:
+        if is_given and source_format not in formats:
+            raise CellSegError(
+                f'{option}: means nothing to {source_format}; expected it with '
+                f'{", ".join(formats)} only; remove it'
+            )
 
 
 # ---- names ----
@@ -409,4 +414,6 @@ FINDERS: Mapping[str, Finder] = {
     'coco': find_coco,
     'label-map': find_label_maps,
     'mask-folders': find_mask_folders,
+    'geojson': find_geojson,
+    'imagej': find_imagej,
 }

@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from cellseg_mm.data.importing.classes import Classes
+from cellseg_mm.data.importing.classes import UNNAMED, Classes
 from cellseg_mm.data.importing.sources import Cell, Mask, Tally
 
 Ring: TypeAlias = NDArray[np.float64]  # (V, 2) x, y px
@@ -88,6 +88,9 @@ def cells_of_shapes(
     crossing: list[str] = []
     n_cut = 0
     for shape in shapes:
+        if shape.class_name == UNNAMED and UNNAMED not in classes.number_of:
+            tally.leave_out('outlines without a class (--class names one for them)', shape.which)
+            continue
         number = classes.number(shape.class_name, source)
         fault = _fault(shape)
         if not number:
@@ -175,6 +178,42 @@ def fill_polygon(vertices_xy: Ring, image_hw: Sequence[int]) -> tuple[int, int, 
     """
     top, left, mask, _ = _fill_part(Part(vertices_xy), image_hw)
     return (top, left, mask) if mask.size else (0, 0, np.zeros((0, 0), dtype=bool))
+
+
+def ring_of(points: object) -> Ring:
+    """Return a ring of what a file has: a list of x, y (and more); closed implicitly.
+
+    What is no such list becomes points that are no numbers, which are refused when it is filled.
+    """
+    try:
+        ring = np.array(points, dtype=np.float64)
+    except (ValueError, TypeError, OverflowError):
+        return np.full((3, 2), np.nan)
+    if ring.size == 0:
+        return np.zeros((0, 2))
+    if ring.ndim != 2 or ring.shape[1] < 2:
+        return np.full((3, 2), np.nan)
+    ring = ring[:, :2]
+    return ring[:-1] if len(ring) > 1 and (ring[0] == ring[-1]).all() else ring
+
+
+def bridged(rings: Sequence[Ring]) -> Ring:
+    """Join rings to one by lines forth and back: filled by even-odd, it encloses the same."""
+    start = rings[0][:1]
+    joined = [rings[0], start]
+    for ring in rings[1:]:
+        joined += [ring, ring[:1], start]
+    return rings[0] if len(rings) == 1 else np.concatenate(joined)
+
+
+def points_inside(ring: Ring, points_xy: Ring) -> NDArray[np.bool_]:
+    """Tell which points, (P, 2) px, a ring goes around, by the even-odd rule."""
+    x, y = points_xy.T
+    inside = np.zeros(len(points_xy), dtype=bool)
+    for (x0, y0), (x1, y1) in zip(ring, np.roll(ring, -1, axis=0), strict=True):
+        if y0 != y1:
+            inside ^= ((y0 > y) != (y1 > y)) & (x < x0 + (y - y0) * (x1 - x0) / (y1 - y0))
+    return inside
 
 
 def ellipse(centre_xy: Sequence[float], radii_xy: Sequence[float], turn: float = 0) -> Ring:

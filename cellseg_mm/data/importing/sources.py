@@ -21,7 +21,18 @@ from numpy.typing import NDArray
 from cellseg_mm.core.errors import CellSegError
 from cellseg_mm.data.tiff import DEFAULT_MAX_PIXELS
 
-Format = Literal['monusac', 'coco', 'label-map', 'mask-folders']
+Format = Literal[
+    'monusac',
+    'coco',
+    'label-map',
+    'mask-folders',
+    'geojson',
+    'imagej',
+    'cellpose',
+    'labelme',
+    'yolo',
+    'cvat',
+]
 Binary = Literal['', 'components', 'ids']
 Mask: TypeAlias = NDArray[np.bool_]
 Picture: TypeAlias = NDArray[np.uint8] | NDArray[np.uint16]
@@ -42,7 +53,9 @@ class ImportParams:
         skipped: Names in the source to leave out; they are counted in the report.
         single_class: Class of the cells that have no class name in the source. Where it is empty,
             a single name in ``class_names`` is taken.
-        image_dir: Folder of the images of a COCO file; by default the file's folder.
+        image_dir: Folder of the images, where annotations lie apart from them (COCO, GeoJSON, ROIs,
+            Cellpose, Labelme, CVAT); by default the annotations' folder.
+        nuclei: Take the nuclei of QuPath's cells, not the cells around them.
         binary: What to do with a mask that does not tell cells apart: '' refuses it, 'components'
             makes each connected part a cell, 'ids' takes each value as one cell, as it stands.
         strict: Do not write a case of which something cannot be used.
@@ -56,6 +69,7 @@ class ImportParams:
     skipped: frozenset[str] = frozenset()
     single_class: str = ''
     image_dir: Path | None = None
+    nuclei: bool = False
     binary: Binary = ''
     strict: bool = False
     swap_red_blue: bool = False

@@ -224,8 +224,8 @@ def test_tool_takes_cells_without_a_name() -> None:
 @pytest.mark.parametrize(
     ('source_format', 'options', 'message'),
     [
-        ('label-map', {'image_dir': Path()}, '--images .* with coco only'),
-        ('monusac', {'binary': 'components'}, '--binary components: monusac has outlines'),
+        ('label-map', {'image_dir': Path()}, '--images .* means nothing to label-map'),
+        ('monusac', {'binary': 'components'}, '--binary components: means nothing to monusac'),
     ],
 )
 def test_options_of_other_formats_are_refused(
