@@ -5,18 +5,28 @@ In: configs' paths and work folders. Out: paths. Invariant: a name is spelt here
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from cellseg_mm.core.errors import ConfigError
+
+PACKAGE = Path(__file__).resolve().parents[1]
+REPOSITORY = PACKAGE.parent
+# In an installed package, what stands at the top of a checkout lies where MMDetection's own lies.
+HOME = PACKAGE / '.mim' if (PACKAGE / '.mim').is_dir() else REPOSITORY
+CONFIGS = HOME / 'configs'
+TOOLS = HOME / 'tools'
+CONFIG_SCHEME = 'cellseg_mm::'
 WORK_ROOT = Path('work_dirs')
 
 # In a data folder.
 FOLDS = 'folds.json'
 INDEX = 'index.json'
 VALUE_RANGE = 'range.json'
+PIXEL_SIZE = 'pixel_size.json'
 DATA_REPORT = 'data_report.txt'
 ID_MAP = 'test_image_name_to_ids.json'
 
@@ -35,6 +45,8 @@ STATE_SUFFIX = '.state.json'
 ROIS_SUFFIX = '.rois.zip'
 TABLE_SUFFIX = '.cells.csv'
 COCO_SUFFIX = '.coco.json'
+TISSUE_SUFFIX = '.tissue.png'
+TILES_SUFFIX = '.tiles'  # a folder: tiles of a slide that is not whole yet
 RESULT_SUFFIXES = (
     LABELS_SUFFIX,
     OVERLAY_SUFFIX,
@@ -42,11 +54,43 @@ RESULT_SUFFIXES = (
     ROIS_SUFFIX,
     TABLE_SUFFIX,
     COCO_SUFFIX,
+    TISSUE_SUFFIX,
     PREDICTIONS_SUFFIX,
     SCORES_SUFFIX,
 )
 VAL_PICTURES = 'val_pictures'
 PICTURE_FOLDERS = (VAL_PICTURES, 'vis_image')  # mmengine's visualiser writes the second
+
+
+def packaged_configs(name: str) -> list[Path]:
+    """Return the configs that a name such as ``cellseg_mm::laptop/fold0.py`` stands for.
+
+    Args:
+        name: Begins with ``cellseg_mm::``; the rest is below ``configs`` and may be a pattern.
+
+    Raises:
+        ConfigError: There is none; the nearest names are said.
+    """
+    wanted = name.removeprefix(CONFIG_SCHEME)
+    found = sorted(CONFIGS.glob(wanted)) if wanted and not wanted.startswith('/') else []
+    if not found:
+        known = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob('*.py'))
+        near = difflib.get_close_matches(wanted, known, n=2) or known[:2]
+        raise ConfigError(
+            f'{name}: no such config in {CONFIGS}; expected for example '
+            f'{" or ".join(CONFIG_SCHEME + one for one in near)}; correct the name'
+        )
+    return found
+
+
+def as_typed(text: str) -> str:
+    """Return a text for people with tools named as they are started here.
+
+    A checkout has ``python tools/train.py``, an installed package ``cellseg train``.
+    """
+    if HOME == REPOSITORY:
+        return text
+    return re.sub(r'(?<![\w/.])(?:python )?tools/(\w+)\.py', r'cellseg \1', text)
 
 
 def is_result(path: str | Path) -> bool:
@@ -83,6 +127,11 @@ def folds_file(data_root: str | Path, named: str | Path | None = None) -> Path:
 def range_files(data_root: str | Path, folds_path: str | Path) -> tuple[Path, Path]:
     """Return where the range of values may be recorded: beside the folds, then with the data."""
     return Path(folds_path).parent / VALUE_RANGE, Path(data_root) / VALUE_RANGE
+
+
+def size_files(data_root: str | Path, folds_path: str | Path) -> tuple[Path, Path]:
+    """Return where the size of pixels may be recorded: beside the folds, then with the data."""
+    return Path(folds_path).parent / PIXEL_SIZE, Path(data_root) / PIXEL_SIZE
 
 
 def augmented_name(tta: str) -> str:

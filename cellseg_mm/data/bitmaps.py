@@ -17,6 +17,7 @@ from PIL.Image import Image
 
 from cellseg_mm.core.errors import ImageError
 from cellseg_mm.data.file_kind import found_text
+from cellseg_mm.data.pixel_size import PixelSize, of_dpi
 from cellseg_mm.data.tiff import size_text
 
 _ORIENTATION = 0x0112
@@ -25,7 +26,7 @@ _MODES = ('1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'I', 'I;16', 'I;16B')
 
 def read_bitmap(
     path: Path, head: bytes, *, max_pixels: int
-) -> tuple[NDArray[np.generic], list[str]]:
+) -> tuple[NDArray[np.generic], PixelSize, list[str]]:
     """Read the picture of a PNG, JPEG or BMP; alpha is dropped, palettes are applied.
 
     Args:
@@ -34,7 +35,8 @@ def read_bitmap(
         max_pixels: Most pixels that are accepted, judged on the header.
 
     Returns:
-        (H, W, 1 or 3) bool, uint8 or uint16; and what a person should know.
+        (H, W, 1 or 3) bool, uint8 or uint16; how large a pixel is, as shown; and what a person
+        should know.
 
     Raises:
         ImageError: The file is of another kind, too large, cut off or damaged, holds several
@@ -45,6 +47,7 @@ def read_bitmap(
             says = _check(path, picture, max_pixels)
             values = _values(path, head, picture)
             orientation = picture.getexif().get(_ORIENTATION, 1)
+            dpi = picture.info.get('dpi')
     except ImageError:
         raise
     except Exception as problem:  # damaged files raise anything, codec errors too
@@ -58,7 +61,8 @@ def read_bitmap(
     if orientation in range(2, 9):
         says.append(f'turned as its EXIF says (orientation {orientation})')
         values = turn(values, orientation)
-    return np.ascontiguousarray(values), says
+        dpi = dpi[::-1] if isinstance(dpi, tuple) and orientation >= 5 else dpi
+    return np.ascontiguousarray(values), of_dpi(dpi), says
 
 
 def _open(path: Path, head: bytes, stream: io.BufferedReader) -> Image:

@@ -16,7 +16,7 @@ import numpy as np
 import tifffile
 
 from cellseg_mm.core.errors import ConfigError, ImageError
-from cellseg_mm.data import bitmaps, intensity, labels, tiff
+from cellseg_mm.data import bitmaps, intensity, labels, pixel_size, tiff
 from cellseg_mm.data.contents import NO_CHOICE, Choice, Selection, check_level, level_hw, select
 from cellseg_mm.data.file_kind import is_tiff, read_head
 from cellseg_mm.data.intensity import ValueRange
@@ -73,6 +73,7 @@ def open_image(
     with _opened(path) as file:
         with _in_a_sentence(path):
             selection = select(path, file, choice, level)
+            size = pixel_size.of_tiff(file, selection.levels[0])
             if choice.is_first and _is_plain(file, selection, whole_px):
                 reader: ImageReader = WholeImage(
                     path,
@@ -81,6 +82,7 @@ def open_image(
                 )
             else:
                 reader = TiffRegions(path, selection, level, value_range)
+            reader.set_pixel_size(size)
         yield reader
 
 
@@ -93,7 +95,7 @@ def _is_plain(file: tifffile.TiffFile, selection: Selection, whole_px: int) -> b
 
 
 def _bitmap(path: Path, head: bytes, choice: Choice, value_range: ValueRange | None) -> WholeImage:
-    values, says = bitmaps.read_bitmap(path, head, max_pixels=tiff.DEFAULT_MAX_PIXELS)
+    values, size, says = bitmaps.read_bitmap(path, head, max_pixels=tiff.DEFAULT_MAX_PIXELS)
     n_channels = values.shape[2]
     if any((choice.image, choice.z, choice.t)) or max(choice.channels, default=0) >= n_channels:
         raise ConfigError(
@@ -108,7 +110,9 @@ def _bitmap(path: Path, head: bytes, choice: Choice, value_range: ValueRange | N
     picture = intensity.to_uint8(path, values, bits, value_range)
     if picture.shape[2] == 1:
         picture = np.repeat(picture, 3, axis=2)
-    return WholeImage(path, np.ascontiguousarray(picture), value_range, '; '.join(says))
+    reader = WholeImage(path, np.ascontiguousarray(picture), value_range, '; '.join(says))
+    reader.set_pixel_size(size)
+    return reader
 
 
 def _opened(path: Path) -> tifffile.TiffFile:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_mm.data.intensity import ValueRange
+from cellseg_mm.data.pixel_size import PixelSize, Um
 
 Picture = NDArray[np.uint8]
 
@@ -39,20 +40,24 @@ class ImageReader:
         level: int,
         value_range: ValueRange | None = None,
         says: str = '',
-        um_per_px: tuple[float, float] | None = None,
     ) -> None:
         self.path, self.level_hws, self.level = path, level_hws, level
         self.image_hw = level_hws[level]
         self.value_range = value_range
         self.says = says
-        self.full_um_per_px = um_per_px
+        self.full_um_per_px: Um | None = None
+
+    def set_pixel_size(self, size: PixelSize) -> None:
+        """Note what the file says of the size of its pixels."""
+        self.full_um_per_px = size.um_per_px
+        self.says = '; '.join(filter(None, (self.says, size.says)))
 
     @property
-    def um_per_px(self) -> tuple[float, float] | None:
+    def um_per_px(self) -> Um | None:
         """Height and width in micrometres of a pixel of the level that is read."""
         return self.level_um_per_px(self.level)
 
-    def level_um_per_px(self, level: int) -> tuple[float, float] | None:
+    def level_um_per_px(self, level: int) -> Um | None:
         """Height and width in micrometres of a pixel of any level."""
         if self.full_um_per_px is None:
             return None
@@ -83,15 +88,10 @@ class WholeImage(ImageReader):
     """An image that is in memory."""
 
     def __init__(
-        self,
-        path: Path,
-        pixels: Picture,
-        value_range: ValueRange | None,
-        says: str = '',
-        um_per_px: tuple[float, float] | None = None,
+        self, path: Path, pixels: Picture, value_range: ValueRange | None, says: str = ''
     ) -> None:
         height, width = pixels.shape[:2]
-        super().__init__(path, [(height, width)], 0, value_range, says, um_per_px)
+        super().__init__(path, [(height, width)], 0, value_range, says)
         self._pixels = pixels
 
     def _read(self, y0: int, x0: int, y1: int, x1: int) -> Picture:
