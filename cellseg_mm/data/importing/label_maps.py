@@ -7,7 +7,8 @@ the two values of a mask; what may be one of these is refused with the option th
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -16,15 +17,23 @@ from numpy.typing import NDArray
 
 from cellseg_mm.core.errors import CellSegError, LabelMapError
 from cellseg_mm.data.importing.classes import UNNAMED, Classes, build_classes, nearest
-from cellseg_mm.data.importing.parts import WAYS_OUT, count_parts, is_scattered, split
+from cellseg_mm.data.importing.parts import (
+    WAYS_OUT,
+    count_parts,
+    is_scattered,
+    note_joined,
+    split,
+)
 from cellseg_mm.data.importing.pictures import IDS, read_grid, read_picture
 from cellseg_mm.data.importing.sources import (
     IMAGE_SUFFIXES,
     Annotated,
     Binary,
     Cell,
+    Format,
     ImportParams,
     Job,
+    Picture,
     Tally,
     composed,
     entries,
@@ -47,20 +56,74 @@ LABEL_FOLDERS = ('masks', 'labels', 'mask', 'label', 'gt')
 Paths = dict[str, list[Path]]
 
 
+@dataclass(frozen=True, slots=True)
+class MaskPair:
+    """An image and its mask: one file each, if all is well.
+
+    Attributes:
+        name: The image's, without suffix.
+        images: Its files.
+        masks: Label maps or masks of it.
+        others: Names that have what this one lacks, for advice.
+    """
+
+    name: str
+    images: Sequence[Path]
+    masks: Sequence[Path]
+    others: Sequence[str]
+
+    @property
+    def first(self) -> Path:
+        """A file for messages."""
+        return [*self.images, *self.masks][0]
+
+    def read_image(self, tally: Tally, params: ImportParams) -> Picture:
+        """Read the image.
+
+        Raises:
+            CellSegError: It or its mask is missing or there twice, or it cannot be read.
+        """
+        for what, paths in (('image', self.images), ('label map', self.masks)):
+            if len(paths) != 1:
+                found = ' and '.join(str(path) for path in paths) or 'none'
+                near = '' if paths else nearest(self.name, self.others)
+                hint = f' (nearest: {near})' if near else ''
+                raise CellSegError(
+                    f'{self.first}: {self.name} has {len(paths)} {what}s ({found}){hint}; expected '
+                    f'one; name the label map <image>_masks or masks/<image>, or move the file away'
+                )
+        return read_picture(self.images[0], tally, max_pixels=params.max_pixels)
+
+
 def find_label_maps(source: Path, params: ImportParams) -> tuple[list[Job], Classes, list[str]]:
     """Find pairs of an image and its label map; see ``import_data``."""
     number, classes = one_class(source, params)
+    pairs, notes = find_mask_pairs(source, 'label-map')
+    jobs = [Job(p.name, p.first, '', partial(_read_pair, p, number, params)) for p in pairs]
+    return jobs, classes, notes
+
+
+def find_mask_pairs(source: Path, source_format: Format) -> tuple[list[MaskPair], list[str]]:
+    """Find images and their masks by name.
+
+    Args:
+        source: Folder of images with ``<name>_masks`` or the like, or of ``images`` and ``masks``.
+        source_format: For messages.
+
+    Returns:
+        Pairs by name, with what is missing of each; and sentences about files of other kinds.
+
+    Raises:
+        CellSegError: There is no image and no mask.
+    """
     images, masks, notes = _find_files(source)
     if not images and not masks:
-        raise CellSegError(_where_instead(source))
-    jobs = []
-    for stem in sorted(images.keys() | masks.keys()):
-        pair = images.get(stem, []), masks.get(stem, [])
-        first = (pair[0] or pair[1])[0]
-        others = sorted((masks if pair[0] else images).keys() - {stem})
-        read = partial(_read_pair, stem, *pair, others, number, params)
-        jobs.append(Job(stem, first, '', read))
-    return jobs, classes, notes
+        raise CellSegError(_where_instead(source, source_format))
+    pairs = []
+    for name in sorted(images.keys() | masks.keys()):
+        own = images.get(name, []), masks.get(name, [])
+        pairs.append(MaskPair(name, *own, sorted((masks if own[0] else images).keys() - {name})))
+    return pairs, notes
 
 
 def one_class(source: Path, params: ImportParams) -> tuple[int, Classes]:
@@ -115,7 +178,7 @@ def _label_name(stem: str, images: Mapping[str, list[Path]]) -> str:
     return _image_name(mask_of[1] if mask_of else stem)
 
 
-def _where_instead(source: Path) -> str:
+def _where_instead(source: Path, source_format: str) -> str:
     inner = [
         str(folder)
         for folder in entries(source)
@@ -123,33 +186,16 @@ def _where_instead(source: Path) -> str:
     ]
     advice = f'name one of its folders: {first_of(inner)}' if inner else 'check the path'
     return (
-        f'{source}: nothing to import as label-map; expected images with <name>_masks or '
+        f'{source}: nothing to import as {source_format}; expected images with <name>_masks or '
         f'masks/<name>; {advice}'
     )
 
 
-def _read_pair(
-    stem: str,
-    images: list[Path],
-    masks: list[Path],
-    others: list[str],
-    number: int,
-    params: ImportParams,
-) -> Annotated:
-    for what, paths in (('image', images), ('label map', masks)):
-        if len(paths) != 1:
-            beside = (images + masks)[0]
-            found = ' and '.join(str(path) for path in paths) or 'none'
-            near = '' if paths else nearest(stem, others)
-            hint = f' (nearest: {near})' if near else ''
-            raise CellSegError(
-                f'{beside}: {stem} has {len(paths)} {what}s ({found}){hint}; expected one; name '
-                f'the label map <image>_masks or masks/<image>, or move the file away'
-            )
+def _read_pair(pair: MaskPair, number: int, params: ImportParams) -> Annotated:
     tally = Tally()
-    image = read_picture(images[0], tally, max_pixels=params.max_pixels)
-    ids = read_grid(masks[0], image.shape[:2])
-    return Annotated(image, _cells(masks[0], ids, number, params.binary, tally), tally)
+    image = pair.read_image(tally, params)
+    ids = read_grid(pair.masks[0], image.shape[:2])
+    return Annotated(image, _cells(pair.masks[0], ids, number, params.binary, tally), tally)
 
 
 def _cells(
@@ -166,6 +212,7 @@ def _cells(
         if binary == 'components':
             found = split(cells[0])
             tally.remarks.append(f'{path.name}: a mask of one value became {len(found)} cells')
+            note_joined(found, tally)
             return found
         raise LabelMapError(
             f'{path}: has one value ({values[0]}) in {n_parts[0]} parts, as a mask that does not '

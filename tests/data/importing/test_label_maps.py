@@ -195,3 +195,15 @@ def test_the_nearest_name_is_said(tmp_path: Path) -> None:
     Image.fromarray(numbered(PARTS, [1, 2, 3])).save(tmp_path / 'masks' / 'slide1.png')
     problems = run('label-map', tmp_path, tmp_path / 'out').problems
     assert 'slide 1 has 0 label maps (none) (nearest: slide1)' in problems[0]
+
+
+def test_parts_of_a_mask_that_look_like_several_cells_are_counted(tmp_path: Path) -> None:
+    mask = np.zeros((40, 60), np.uint8)
+    for x in (10, 22, 45):  # two discs of radius 8 that touch in a neck, and one alone
+        mask[np.hypot(*(np.mgrid[:40, :60] - np.array([20, x])[:, None, None])) <= 8] = 255
+    (tmp_path / 'in').mkdir()
+    Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(tmp_path / 'in' / 'a.png')
+    Image.fromarray(mask).save(tmp_path / 'in' / 'a_mask.png')
+    report = run('label-map', tmp_path / 'in', tmp_path / 'out', binary='components')
+    assert len(stored(tmp_path / 'out', 'a')[1]) == 2
+    assert '1 of 2 connected parts look like several cells that touch' in report.text()
