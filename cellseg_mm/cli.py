@@ -13,7 +13,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-from cellseg_mm.core import worker_watch
+from cellseg_mm.core import layout, worker_watch
 from cellseg_mm.core.errors import CellSegError
 
 
@@ -175,6 +175,8 @@ def run_tool(
 ) -> None:
     """Run a tool's ``main`` and exit; every tool ends here.
 
+    Words such as ``cellseg_mm::laptop/fold*.py`` become the paths of those configs first.
+
     Exit codes: 0 done; 1 ``main`` returned it, there are problems in what it was asked to look at;
     2 a user's error, in one sentence; 130 Ctrl-C; 143 ended by SIGTERM.
 
@@ -183,6 +185,7 @@ def run_tool(
         go_on: What to type after Ctrl-C.
     """
     try:
+        sys.argv[1:] = [path for word in sys.argv[1:] for path in _paths_of(word)]
         code = main()
     except KeyboardInterrupt:
         print(f'interrupted; {go_on}', file=sys.stderr)
@@ -191,6 +194,12 @@ def run_tool(
         sentence = explain(error)
         if sentence is None:
             raise
-        print(f'error: {sentence}', file=sys.stderr)
+        print(f'error: {layout.as_typed(sentence)}', file=sys.stderr)
         sys.exit(2)
     sys.exit(code or 0)
+
+
+def _paths_of(word: str) -> list[str]:
+    if not word.startswith(layout.CONFIG_SCHEME):
+        return [word]
+    return [str(path) for path in layout.packaged_configs(word)]

@@ -22,6 +22,7 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
+from cellseg_mm.core import layout
 from cellseg_mm.core.errors import ConfigError
 
 EXTENSION = 'mmcv._ext'
@@ -56,6 +57,7 @@ def provide_mmcv_ops() -> None:
         )
     sys.meta_path.insert(0, _TorchvisionGuard())
     sys.meta_path.insert(0, _OneDLSilencer())
+    sys.meta_path.insert(0, _PackagedConfigs())
     if forced in ('torchvision', 'torch'):
         sys.meta_path.insert(0, _OpsFinder())
     else:
@@ -253,3 +255,36 @@ class _TorchvisionGuard(_WatchedImport):
             raise
         except Exception as error:
             raise ImportError(f'torchvision does not fit this torch: {error}') from error
+
+
+class _PackagedConfigs(_WatchedImport):
+    """Lets mmengine read ``cellseg_mm::laptop/fold0.py``, also as a base, wherever it is installed.
+
+    mmengine 0.10 knows the names of OpenMMLab's packages only, wants a ``/`` in the name, and would
+    give what it inherits a scope of its own, in which MMDetection's classes are not found.
+    """
+
+    module_name = 'mmengine.config.config'
+
+    def execute(self, original: Callable[[ModuleType], None], module: ModuleType) -> None:
+        original(module)
+        read, find = module.Config.fromfile, module.Config._get_cfg_path
+
+        @functools.wraps(read)
+        def fromfile(filename: object, *args: object, **kwargs: object) -> object:
+            return read(_path_of(str(filename)) or filename, *args, **kwargs)
+
+        @functools.wraps(find)
+        def get_cfg_path(cfg_path: str, filename: str) -> tuple[str, str | None]:
+            path = _path_of(cfg_path)
+            return (path, None) if path else find(cfg_path, filename)
+
+        module.Config.fromfile = staticmethod(fromfile)
+        module.Config._get_cfg_path = staticmethod(get_cfg_path)
+
+
+def _path_of(name: str) -> str:
+    """Return where the config lies that ``cellseg_mm::...`` names; '' for any other name."""
+    if not name.startswith(layout.CONFIG_SCHEME):
+        return ''
+    return str(layout.packaged_configs(name)[0])

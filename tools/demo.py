@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from cellseg_mm.cli import run_tool
-from cellseg_mm.core.layout import REPOSITORY, ensemble_dir, scores_path, work_dir_of
+from cellseg_mm.core.layout import CONFIGS, ensemble_dir, scores_path, work_dir_of
 
 LEARNED_AP50 = 0.75
 
@@ -45,7 +45,7 @@ def main() -> int:
     print(screen_text(report), flush=True)
     # The configs read where the data are from here, in this process and in the steps' processes.
     os.environ['CELLSEG_DATA'] = str(data)
-    configs = sorted((REPOSITORY / 'configs/sample').glob('fold*.py'))
+    configs = sorted((CONFIGS / 'sample').glob('fold*.py'))
     devices = cross_validation.visible_devices()
     if devices == ['']:
         # Without a GPU the folds train side by side: a small model gains next to nothing from a

@@ -21,13 +21,13 @@ from cellseg_mm import runtime
 from cellseg_mm.checks.lines import Line, error, guarded, ok, warn
 from cellseg_mm.checks.on_disk import check_data, check_work_dir, in_force_of
 from cellseg_mm.core.errors import CellSegError
-from cellseg_mm.core.layout import REPOSITORY, WORK_ROOT, work_dir_of
+from cellseg_mm.core.layout import HOME, WORK_ROOT, work_dir_of
 from cellseg_mm.core.progress import track
 from cellseg_mm.data.config import DataSettings
 from cellseg_mm.data.images import cases_of
 from cellseg_mm.data.labels import read_gt
 
-CONSTRAINTS = REPOSITORY / 'constraints.txt'
+CONSTRAINTS = HOME / 'constraints.txt'
 MIN_FREE_GB = 5.0
 
 

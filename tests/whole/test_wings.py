@@ -39,7 +39,7 @@ WINGS, TORCH_FREE = table_of_wings()
 MAY_IMPORT = WINGS | {
     'cli.py': 'core',
     'runtime.py': 'core model',
-    '__main__.py': 'runtime.py cli.py',
+    '__main__.py': 'core runtime.py cli.py',
     '__init__.py': 'runtime.py',
 }
 LATE_MMENGINE = {'report'}  # reads configs with it, inside functions
