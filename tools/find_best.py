@@ -22,6 +22,11 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('configs', nargs='+', help='one config per fold, all tested')
     parser.add_argument('--work-root', help='folder of the work folders (default: work_dirs)')
     parser.add_argument('--out', help='folder for the result (default: ensemble beside the folds)')
+    parser.add_argument(
+        '--cap',
+        type=int,
+        help='detections per class and image that the board counts, as COCO 100 (default: all)',
+    )
     return parser.parse_args(words)
 
 
@@ -47,7 +52,7 @@ def main() -> None:
     )
     out_dir = Path(args.out or ensemble_dir(work_dirs))
     commands = next_commands(args.configs, args.work_root, out_dir / INFERENCE)
-    found = find_best(inputs, out_dir, commands=commands)
+    found = find_best(inputs, out_dir, commands=commands, cap=args.cap)
     print(f'{describe(found)}\nwritten: {found.path}\nnext:')
     print('\n'.join(f'  {command}' for command in commands))
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from cellseg_mm.core import files
+from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.core.files import JsonValue
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.core.layout import INFERENCE, augmentations_of, on_fold_dir, predictions_path
@@ -47,10 +48,7 @@ from cellseg_mm.selection.search import (
 
 Views = dict[tuple[str | None, str], tuple[InstanceSet, ...]]
 N_PARTS = 5  # of a held-out fold on which fusion rules are compared
-OBJECTIVES: dict[Profile, tuple[type[Ap50] | type[Mpq], dict[str, Options]]] = {
-    'submission': (Ap50, AP_STEPS),
-    'instances': (Mpq, PQ_STEPS),
-}
+STEPS: dict[Profile, dict[str, Options]] = {'submission': AP_STEPS, 'instances': PQ_STEPS}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,29 +91,44 @@ class BestSettings:
     notes: Mapping[str, str]
 
 
-def find_best(inputs: Inputs, out_dir: Path | str, *, commands: Sequence[str] = ()) -> BestSettings:
+def objective(profile: Profile, samples: Samples, cap: int | None) -> Ap50 | Mpq:
+    """Return what a profile makes as large as possible."""
+    return Ap50(samples, cap) if profile == 'submission' else Mpq(samples)
+
+
+def find_best(
+    inputs: Inputs,
+    out_dir: Path | str,
+    *,
+    commands: Sequence[str] = (),
+    cap: int | None = None,
+) -> BestSettings:
     """Choose both profiles' settings and write ``inference.json`` into ``out_dir``.
 
     Args:
         inputs: Where everything is.
         out_dir: Folder for the file.
         commands: What uses the file, for its reader.
+        cap: Detections per class and image that the board counts; None for all.
 
     Raises:
+        ConfigError: The cap is not positive.
         PredictionError: A fold was not tested, or a file cannot be read.
         FoldError: A file belongs to other folds.
     """
+    if cap is not None and cap < 1:
+        raise ConfigError(f'--cap: {cap}; expected 1 or more detections per class and image')
     folds = load_folds(inputs.folds_path)
     samples, notes = read_samples(inputs, folds)
     choices = {
-        profile: Search(objective(samples), steps).choose(
+        profile: Search(objective(profile, samples, cap), steps).choose(
             default_settings(profile, inputs.class_names)
         )
-        for profile, (objective, steps) in OBJECTIVES.items()
+        for profile, steps in STEPS.items()
     }
     settings = {profile: choice.settings for profile, choice in choices.items()}
     held_out, notes['fusion'] = read_fusion_samples(inputs, folds)
-    fusions = choose_fusion(held_out, settings) if held_out is not None else {}
+    fusions = choose_fusion(held_out, settings, cap) if held_out is not None else {}
     for profile, choice in fusions.items():
         fusion, score_thr = choice.settings.fusion, choice.settings.score_thr
         settings[profile] = replace(settings[profile], fusion=fusion, score_thr=score_thr)
@@ -135,17 +148,17 @@ def find_best(inputs: Inputs, out_dir: Path | str, *, commands: Sequence[str] = 
 
 
 def choose_fusion(
-    held_out: Samples, settings: Mapping[Profile, InferenceSettings]
+    held_out: Samples, settings: Mapping[Profile, InferenceSettings], cap: int | None = None
 ) -> dict[Profile, SettingsChoice]:
     """Choose the fusion rule on top of other settings.
 
     Rules are compared as members predict without augmentation, with masks cut as predicted.
     """
     return {
-        profile: Search(objective(held_out), FUSION_STEPS).choose(
+        profile: Search(objective(profile, held_out, cap), FUSION_STEPS).choose(
             replace(settings[profile], tta=None, mask_thr=DEFAULT_MASK_THR)
         )
-        for profile, (objective, _) in OBJECTIVES.items()
+        for profile in STEPS
     }
 
 

@@ -137,12 +137,17 @@ class ApContributions:
 
 
 class Ap50:
-    """Mask AP50 with all detections; masks are compared once per view and mask threshold."""
+    """Mask AP50; masks are compared once per view and mask threshold.
 
-    name = 'segm_AP50'
+    Args:
+        samples: What is scored.
+        cap: Detections per class and image that count, highest scores first; None for all.
+    """
 
-    def __init__(self, samples: Samples) -> None:
+    def __init__(self, samples: Samples, cap: int | None = None) -> None:
         self.samples = samples
+        self.cap = EVERYTHING if cap is None else cap
+        self.name = 'segm_AP50' if cap is None else f'segm_AP50 at cap {cap}'
         self._known: dict[tuple[str | None, str, float], dict[int, ApContributions]] = {}
 
     def measure(self, settings: InferenceSettings) -> ApContributions:
@@ -163,8 +168,7 @@ class Ap50:
         thr = np.array([0.5])
         return ApContributions(
             tuple(
-                rank_class(kept, k, thr, cap=EVERYTHING)
-                for k in range(len(self.samples.class_names))
+                rank_class(kept, k, thr, cap=self.cap) for k in range(len(self.samples.class_names))
             )
         )
 

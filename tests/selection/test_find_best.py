@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cellseg_mm.core.errors import PredictionError
+from cellseg_mm.core.errors import ConfigError, PredictionError
 from cellseg_mm.core.instances import InstanceSet, concatenate
 from cellseg_mm.data.config import CLASS_NAMES
 from cellseg_mm.data.drawing.sample import make_sample
@@ -155,3 +155,12 @@ def test_fusion_is_chosen_where_members_share_a_fold(tested_folds: Inputs, tmp_p
     # The default counts votes already: nothing is gained over it, and ties go to it.
     assert record['fusion_evidence']['submission']['nested_gain'] == 0.0
     assert 'no member saw' in record['notes']['fusion']
+
+
+def test_a_cap_is_recorded_and_one_below_1_is_refused(tested_folds: Inputs, tmp_path: Path) -> None:
+    found = find_best(tested_folds, tmp_path, cap=2)
+    evidence = json.loads(found.path.read_text())['evidence']
+    assert evidence['submission']['objective'] == 'segm_AP50 at cap 2'
+    assert evidence['instances']['objective'] == 'mPQ'
+    with pytest.raises(ConfigError, match='--cap: 0'):
+        find_best(tested_folds, tmp_path, cap=0)

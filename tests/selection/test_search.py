@@ -72,6 +72,18 @@ def test_values_are_those_of_apply_settings_and_score(seed: int) -> None:
             assert got == pytest.approx(wanted, rel=1e-9, nan_ok=True)
 
 
+@pytest.mark.parametrize('cap', [1, 3])
+def test_a_board_with_a_small_cap_is_counted_as_score_counts_it(cap: int) -> None:
+    samples = random_samples(2)
+    start = fusion_settings.default_settings('submission', CLASSES)
+    wanted = score(
+        samples.gt_sets, samples.sets(start), CLASSES, replace(QUICK, cap=cap)
+    ).headline()['segm_AP50']
+    got = Ap50(samples, cap).measure(start).values(np.ones((1, 6), dtype=np.int64))[0]
+    assert got == pytest.approx(wanted, rel=1e-9)
+    assert got < Ap50(samples).measure(start).values(np.ones((1, 6), dtype=np.int64))[0]
+
+
 @pytest.mark.parametrize('seed', range(5))
 def test_images_with_different_settings_pool_like_their_predictions(seed: int) -> None:
     samples = random_samples(seed)
