@@ -1,6 +1,6 @@
 """Packs real images for a machine that takes 64 MiB a call, and unpacks them there.
 
-    python benchmarks/gpu/pack_data.py pack [--max-mib 41] [--checkpoint best.pth]  # .gpu_pack1, 2
+    python benchmarks/gpu/pack_data.py pack [--max-mib 40] [--checkpoint best.pth]  # .gpu_pack1, 2, 3
     python benchmarks/gpu/pack_data.py unpack /tmp/cellseg_gpu/data .gpu_pack*     # there
 
 Images become lossless WebP, which Pillow reads everywhere, each decoded again and compared; label
@@ -113,7 +113,7 @@ def main() -> None:
     packing = commands.add_parser('pack')
     packing.add_argument('--shared', type=Path, default=ROOT.parent / 'shared' / 'data')
     packing.add_argument('--out', type=Path, default=ROOT)
-    packing.add_argument('--max-mib', type=float, default=41)
+    packing.add_argument('--max-mib', type=float, default=40)
     packing.add_argument('--checkpoint', type=Path, help='trained weights to take along')
     unpacking = commands.add_parser('unpack')
     unpacking.add_argument('data_root', type=Path)
