@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import ModuleType
@@ -29,7 +30,13 @@ from cellseg_mm.light.model_file import METADATA_KEY, Member, ModelRecord
 from cellseg_mm.light.picture import Picture, resize
 
 INPUT = 'image'
+N_CHANNELS = 3
 OUTPUTS = ('boxes', 'classes', 'scores', 'masks', 'proposal_cut')
+# What onnxruntime says of files that are newer than it: what the file has, what it reads.
+TOO_NEW = {
+    r'Unsupported model IR version: (\d+), max supported IR version: (\d+)': "ONNX's IR version",
+    r'(?s)Opset (\d+) is under development.* is till opset (\d+)': "ONNX's opset",
+}
 DEVICES = {'cpu': 'CPUExecutionProvider', 'cuda': 'CUDAExecutionProvider'}
 
 
@@ -62,19 +69,28 @@ class OnnxModel:
             )
         except Exception as problem:  # onnxruntime's own kinds have no common base
             raise CheckpointError(
-                f'{member.where}: onnxruntime {onnxruntime.__version__} cannot load it '
-                f'({str(problem)[:200]}); expected a model of tools/export.py; copy it again, or '
-                'install a newer onnxruntime'
+                f'{member.where}: onnxruntime {onnxruntime.__version__} {_why_not(str(problem))}'
             ) from problem
         metadata = self.session.get_modelmeta().custom_metadata_map
         self.record = ModelRecord.from_json(metadata.get(METADATA_KEY, '{}'), member.where)
-        names = tuple(one.name for one in self.session.get_outputs())
-        if names != OUTPUTS or [one.name for one in self.session.get_inputs()] != [INPUT]:
-            raise CheckpointError(
-                f'{member.where}: its outputs are {", ".join(names)}; expected '
-                f'{", ".join(OUTPUTS)}; export the model again'
-            )
+        self._check_ports(member.where)
         self.sha256 = member.sha256
+
+    def _check_ports(self, where: str) -> None:
+        names = tuple(one.name for one in self.session.get_outputs())
+        inputs = self.session.get_inputs()
+        if names != OUTPUTS or [one.name for one in inputs] != [INPUT]:
+            raise CheckpointError(
+                f'{where}: its outputs are {", ".join(names)}; expected {", ".join(OUTPUTS)}; '
+                'export the model again'
+            )
+        shape, kind = inputs[0].shape, inputs[0].type
+        if len(shape) != 3 or shape[2] != N_CHANNELS or kind != 'tensor(uint8)':
+            raise CheckpointError(
+                f'{where}: is a model for {kind} of shape {shape}; expected one for pictures (H, '
+                f'W, {N_CHANNELS}) of 8 bits, red, green and blue; pictures of other channels need '
+                'a model in torch'
+            )
 
     def find(
         self, picture: Picture, name: str, *, step: Mapping[str, Any] | None, mask_thr: float
@@ -123,6 +139,21 @@ def _onnxruntime() -> ModuleType:
             f'onnxruntime: cannot be imported ({problem}); expected it for models in files; '
             'install it: pip install -r requirements/predict.txt'
         ) from problem
+
+
+def _why_not(said: str) -> str:
+    """Return why a file could not be loaded, from what onnxruntime said."""
+    for pattern, what in TOO_NEW.items():
+        found = re.search(pattern, said)
+        if found is not None:
+            return (
+                f'reads {what} up to {found[2]}, the file has {found[1]}; expected a newer '
+                'onnxruntime; install it: pip install -U onnxruntime'
+            )
+    return (
+        f'cannot load it ({said[:200].strip()}); expected a model of tools/export.py; copy it '
+        'again, or install a newer onnxruntime'
+    )
 
 
 def _provider(onnxruntime: ModuleType, device: str) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cellseg_mm.core.errors import CellSegError, CheckpointError
-from cellseg_mm.core.files import JsonValue, atomic_path
+from cellseg_mm.core.files import JsonValue, atomic_path, regular
 from cellseg_mm.light.picture import check_step
 
 SUFFIXES = ('.onnx', '.cellseg')
@@ -177,14 +177,12 @@ def read_model_file(path: Path | str) -> ModelFile:
     Raises:
         CheckpointError: The file is missing, damaged, foreign, or of a newer version.
     """
-    path = _of_name(str(path)) if is_name(str(path)) else Path(path)
-    if not path.is_file():
-        raise CheckpointError(
-            f'{path}: there is no such model file; expected a .cellseg or .onnx file of '
-            'tools/export.py; correct the path'
-        )
+    path = _existing(_of_name(str(path)) if is_name(str(path)) else Path(path))
     if path.suffix.lower() == '.onnx':
-        content = path.read_bytes()
+        try:
+            content = path.read_bytes()
+        except OSError as problem:
+            raise _damaged(path, str(problem.strerror or problem)) from problem
         return ModelFile(path, (Member(str(path), content, _sha256(content)),))
     card, parts = _read_parts(path)
     settings = None
@@ -227,6 +225,23 @@ def write_model_file(
             # one date, so that the same parts make the same file
             entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
             archive.writestr(entry, content)
+
+
+def _existing(path: Path) -> Path:
+    """Return the path of a file that can be opened.
+
+    Raises:
+        CheckpointError: It is missing, a folder, or a pipe, which one would wait for for ever.
+    """
+    try:
+        return regular(path)
+    except OSError as problem:
+        is_missing = isinstance(problem, FileNotFoundError)
+        found = 'there is no such model file' if is_missing else f'is no file ({problem.strerror})'
+        raise CheckpointError(
+            f'{path}: {found}; expected a .cellseg or .onnx file of tools/export.py; correct the '
+            'path'
+        ) from problem
 
 
 def _read_parts(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:

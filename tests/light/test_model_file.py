@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -161,3 +162,14 @@ def test_what_onnxruntime_cannot_load(tmp_path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r'cannot load it|no model of this project'):
         OnnxModel(read_model_file(path).members[0])
+
+
+@pytest.mark.parametrize('name', ['m.onnx', 'm.cellseg'])
+def test_pipes_and_folders_are_no_model_files(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(CheckpointError, match=r'is no file \(Is a directory\); expected'):
+        read_model_file(tmp_path / name)
+    (tmp_path / name).rmdir()
+    os.mkfifo(tmp_path / name)  # opening it would wait for ever
+    with pytest.raises(CheckpointError, match=r'is no file \(it is not a regular'):
+        read_model_file(tmp_path / name)
