@@ -103,12 +103,15 @@ def find_label_maps(source: Path, params: ImportParams) -> tuple[list[Job], Clas
     return jobs, classes, notes
 
 
-def find_mask_pairs(source: Path, source_format: Format) -> tuple[list[MaskPair], list[str]]:
+def find_mask_pairs(
+    source: Path, source_format: Format, *, tables: Sequence[str] = ()
+) -> tuple[list[MaskPair], list[str]]:
     """Find images and their masks by name.
 
     Args:
         source: Folder of images with ``<name>_masks`` or the like, or of ``images`` and ``masks``.
         source_format: For messages.
+        tables: Suffixes of files that the format reads besides.
 
     Returns:
         Pairs by name, with what is missing of each; and sentences about files of other kinds.
@@ -116,7 +119,7 @@ def find_mask_pairs(source: Path, source_format: Format) -> tuple[list[MaskPair]
     Raises:
         CellSegError: There is no image and no mask.
     """
-    images, masks, notes = _find_files(source)
+    images, masks, notes = _find_files(source, (*IMAGE_SUFFIXES, *tables))
     if not images and not masks:
         raise CellSegError(_where_instead(source, source_format))
     pairs = []
@@ -137,10 +140,10 @@ def one_class(source: Path, params: ImportParams) -> tuple[int, Classes]:
     return classes.number(UNNAMED, source), classes
 
 
-def _find_files(source: Path) -> tuple[Paths, Paths, list[str]]:
+def _find_files(source: Path, used: Sequence[str]) -> tuple[Paths, Paths, list[str]]:
     """Return images and label maps by the image's name, and what was passed over."""
     image_dir = source / 'images' if (source / 'images').is_dir() else source
-    notes = unused_note(image_dir, IMAGE_SUFFIXES)
+    notes = unused_note(image_dir, used)
     beside = {path: composed(path.stem) for path in listed(image_dir, IMAGE_SUFFIXES)}
     stems = {_image_name(stem) for stem in beside.values()}
     images: Paths = {}
@@ -160,7 +163,7 @@ def _find_files(source: Path) -> tuple[Paths, Paths, list[str]]:
         notes.append(f'{image_dir}: by-products of other tools were not used: {first_of(passed)}')
     for folder in (source / name for name in LABEL_FOLDERS):
         if folder.is_dir():
-            notes += unused_note(folder, IMAGE_SUFFIXES)
+            notes += unused_note(folder, used)
             for path in listed(folder, IMAGE_SUFFIXES):
                 masks.setdefault(_label_name(composed(path.stem), images), []).append(path)
     return images, masks, notes

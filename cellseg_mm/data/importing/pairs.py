@@ -21,6 +21,7 @@ from cellseg_mm.data.importing.sources import (
     Picture,
     Tally,
     composed,
+    entries,
     first_of,
     listed,
 )
@@ -115,8 +116,15 @@ def _ending(path: Path, suffixes: Sequence[str]) -> str:
 def _image_folders(source: Path, table: Path, params: ImportParams) -> list[Path]:
     if params.image_dir is not None:
         return [params.image_dir]
-    places = [table.parent, table.parent / 'images', source / 'images']
-    return [folder for folder in dict.fromkeys(places) if folder.is_dir()]
+    # beside the annotations; in images, below them or beside their folder (CoNSeP: Images, Labels)
+    inner = [
+        path
+        for folder in (table.parent, source)
+        if folder.is_dir()
+        for path in entries(folder)
+        if path.is_dir() and path.name.casefold() == 'images'
+    ]
+    return list(dict.fromkeys([table.parent, *inner]))
 
 
 def _pictures(folder: Path, seen: dict[Path, list[Path]]) -> list[Path]:

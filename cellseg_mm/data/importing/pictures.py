@@ -208,12 +208,45 @@ def read_grid(path: Path, image_hw: Sequence[int]) -> NDArray[np.int64]:
             raise LabelMapError(_in_own_words(problem)) from problem
     else:
         values = _pillow_grid(path, limit)
-    if values.shape[:2] != tuple(image_hw):
+    _require_size(path, values.shape, image_hw)
+    return _whole_numbers(path, _one_channel(path, values))
+
+
+def read_colours(path: Path, image_hw: Sequence[int]) -> NDArray[np.int64]:
+    """Read a mask of colours.
+
+    Returns:
+        (H, W) 0xRRGGBB; alpha is ignored.
+
+    Raises:
+        CellSegError: The file cannot be read, has another size, or its kind changes colours.
+    """
+    limit = max(math.prod(image_hw), tiff.DEFAULT_MAX_PIXELS)
+    tally = Tally()
+    values = read_picture(path, tally, max_pixels=limit)
+    lossy = ''
+    if path.suffix.lower() in TIFF_SUFFIXES:
+        header = tiff.read_header(path, max_pixels=limit, error=LabelMapError)
+        if header.compression in LOSSY:
+            lossy = f'compressed as a picture (TIFF compression {header.compression})'
+    elif read_head(path, LabelMapError).startswith(b'\xff\xd8\xff'):
+        lossy = 'a JPEG'
+    if lossy or values.dtype != np.uint8 or tally.remarks:
         raise LabelMapError(
-            f'{path}: is {values.shape[0]} x {values.shape[1]} px, the image is {image_hw[0]} x '
+            f'{path}: is {lossy or "of more than 8 bits"}; expected 8-bit colours without loss; '
+            f'export it as PNG'
+        )
+    _require_size(path, values.shape, image_hw)
+    red, green, blue = np.moveaxis(values.astype(np.int64), 2, 0)
+    return (red << 16) | (green << 8) | blue
+
+
+def _require_size(path: Path, shape: Sequence[int], image_hw: Sequence[int]) -> None:
+    if tuple(shape[:2]) != tuple(image_hw):
+        raise LabelMapError(
+            f'{path}: is {shape[0]} x {shape[1]} px, the image is {image_hw[0]} x '
             f'{image_hw[1]} px; they must match; export it in the size of the image'
         )
-    return _whole_numbers(path, _one_channel(path, values))
 
 
 def _tiff_grid(path: Path, limit: int) -> NDArray[np.generic]:

@@ -32,6 +32,13 @@ Format = Literal[
     'labelme',
     'yolo',
     'cvat',
+    'label-table',
+    'colour-mask',
+    'pannuke',
+    'consep',
+    'hovernet',
+    'nnunet',
+    'run-lengths',
 ]
 Binary = Literal['', 'components', 'ids']
 Mask: TypeAlias = NDArray[np.bool_]
@@ -54,7 +61,9 @@ class ImportParams:
         single_class: Class of the cells that have no class name in the source. Where it is empty,
             a single name in ``class_names`` is taken.
         image_dir: Folder of the images, where annotations lie apart from them (COCO, GeoJSON, ROIs,
-            Cellpose, Labelme, CVAT); by default the annotations' folder.
+            Cellpose, Labelme, CVAT, CoNSeP, HoVer-Net, run lengths); by default the annotations'
+            folder.
+        colours: What a mask's colours mean: '#ff0000', 'red', or a grey value -> class.
         nuclei: Take the nuclei of QuPath's cells, not the cells around them.
         binary: What to do with a mask that does not tell cells apart: '' refuses it, 'components'
             makes each connected part a cell, 'ids' takes each value as one cell, as it stands.
@@ -69,6 +78,7 @@ class ImportParams:
     skipped: frozenset[str] = frozenset()
     single_class: str = ''
     image_dir: Path | None = None
+    colours: Mapping[str, str] = field(default_factory=dict)
     nuclei: bool = False
     binary: Binary = ''
     strict: bool = False
