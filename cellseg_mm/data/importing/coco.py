@@ -25,6 +25,7 @@ from cellseg_mm.data.importing.sources import (
     Job,
     Tally,
     composed,
+    entries,
     first_of,
 )
 from cellseg_mm.data.tiff import size_text, swapped_text
@@ -312,6 +313,10 @@ class _CocoReader:
                     if candidate == alone != text:
                         tally.remarks.append(f'the image was found as {alone}, without its folder')
                     return found
+        below = _one_folder_down(folder, alone) if inside and self.is_only else None
+        if below is not None:  # LIVECell: images lie in a folder for each line of cells
+            tally.remarks.append('images were found one folder further down')
+            return below
         name = self.entry.get('file_name')
         if not inside:
             raise ImageError(
@@ -322,6 +327,13 @@ class _CocoReader:
             f'{inside[0]}: is not there, {self.source} lists it as {name!r}; expected an image '
             f'file; name the folder of images with --images'
         )
+
+
+def _one_folder_down(folder: Path, name: str) -> Path | None:
+    """Return the one file of a name in the folders of a folder, None if there is none or more."""
+    found = [path / name for path in entries(folder) if path.is_dir() and (path / name).is_file()]
+    is_one = len(found) == 1 and found[0].resolve().is_relative_to(folder)
+    return found[0] if is_one else None
 
 
 def _path_text(entry: Row) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -367,3 +368,42 @@ def test_half_letters_of_json_can_be_reported(tmp_path: Path) -> None:
     report = run('coco', source, tmp_path / 'out')
     assert len(report.problems) == 1
     assert report.text().encode().count(b'\\ud800') >= 3
+
+
+def test_livecell_as_it_is_unpacked(tmp_path: Path) -> None:
+    images = tmp_path / 'images' / 'livecell_train_val_images'
+    (images / 'A172').mkdir(parents=True)
+    (images / 'BV2').mkdir()
+    name = 'A172_Phase_A7_1_00d00h00m_1.tif'
+    tifffile.imwrite(images / 'A172' / name, IMAGE[..., 0], photometric='minisblack')
+    square = [3.0, 3.0, 12.0, 3.0, 12.0, 12.0, 3.0, 12.0]
+    content = {  # objects by id, as LIVECell has them
+        'info': {},
+        'licenses': [],
+        'images': [
+            {'id': 9, 'file_name': name, 'original_filename': name, 'url': 'x/' + name}
+            | {'height': HW[0], 'width': HW[1]}
+        ],
+        'annotations': {
+            '5': {
+                'id': 5,
+                'image_id': 9,
+                'category_id': 1,
+                'segmentation': [square],
+                'area': 81.0,
+                'bbox': [3.0, 3.0, 9.0, 9.0],
+                'iscrowd': 0,
+            }
+        },
+        'categories': [{'supercategory': 'cell', 'id': 1, 'name': 'cell'}],
+    }
+    path = tmp_path / 'livecell_coco_train.json'
+    path.write_text(json.dumps(content))
+    report = run('coco', path, tmp_path / 'out', image_dir=images)
+    assert 'images were found one folder further down' in report.text()
+    expected = np.zeros(HW, bool)
+    expected[3:12, 3:12] = True
+    assert_masks(stored(tmp_path / 'out', Path(name).stem), {1: [expected]})
+    tifffile.imwrite(images / 'BV2' / name, IMAGE[..., 0], photometric='minisblack')
+    report = run('coco', path, tmp_path / 'again', image_dir=images)
+    assert 'is not there' in report.problems[0]  # two of the name: none is guessed
