@@ -258,11 +258,6 @@ def _images(path: Path, file: tifffile.TiffFile) -> list[_Image]:
     """Return all images of a file in its order."""
     if not len(file.pages) or not file.series:
         raise ImageError(f'{path}: the TIFF has no image in it; expected one; {tiff.FIX}.')
-    if file.is_bif:
-        raise ImageError(
-            f'{path}: is a Ventana slide, whose tiles overlap and are out of order; expected tiles '
-            'side by side; convert it to a pyramidal TIFF, for example with QuPath.'
-        )
     scans = _scn_scans(file) if file.is_scn else None
     found: list[_Image] = []
     for number, series in enumerate(_levels_declared(file)):

@@ -1,6 +1,7 @@
 """Regions of images that may be far larger than memory.
 
-In: a path: TIFF, BigTIFF, OME-TIFF or pyramid by region, anything else whole. Out: an
+In: a path: TIFF, BigTIFF, OME-TIFF or pyramid by region, slides by the readers in ``slides``,
+PNG, JPEG and BMP whole. Out: an
 :class:`ImageReader` whose ``read`` gives (h, w, 3) uint8 in the channel order of the file.
 Invariant: for every region the pixels are those of ``labels.read_image``; what is read of a file
 that holds several pictures is decided by :mod:`contents`, and said.
@@ -9,7 +10,7 @@ that holds several pictures is decided by :mod:`contents`, and said.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,23 +22,19 @@ from cellseg_mm.data.contents import NO_CHOICE, Choice, Selection, check_level, 
 from cellseg_mm.data.file_kind import is_tiff, read_head
 from cellseg_mm.data.intensity import ValueRange
 from cellseg_mm.data.regions import ImageReader, Picture, WholeImage
+from cellseg_mm.data.slides import bioio_reader, czi_reader, openslide_reader, zarr_reader
 from cellseg_mm.data.tiff_regions import TiffRegions
 
-__all__ = ['SUFFIXES', 'WHOLE_PX', 'ImageReader', 'Picture', 'open_image']
+__all__ = ['BY_REGION', 'SUFFIXES', 'WHOLE_PX', 'ImageReader', 'Picture', 'open_image']
 
-SUFFIXES = (
-    '.tif',
-    '.tiff',
-    '.btf',
-    '.tf8',
-    '.svs',
-    '.ndpi',
-    '.scn',
-    '.png',
-    '.jpg',
-    '.jpeg',
-    '.bmp',
+BITMAPS = ('.png', '.jpg', '.jpeg', '.bmp')
+# What is read by region, so that its size is known before its pixels are.
+BY_REGION = (
+    *('.tif', '.tiff', '.btf', '.tf8', '.svs', '.ndpi', '.scn'),
+    *openslide_reader.SUFFIXES,
+    *('.vsi', '.czi', *bioio_reader.PLUGINS, zarr_reader.SUFFIX),
 )
+SUFFIXES = (*BY_REGION, *BITMAPS)
 WHOLE_PX = 4096 * 4096  # a TIFF of one page up to this size is read and checked whole, 48 MB
 
 
@@ -53,7 +50,8 @@ def open_image(
     """Open an image for reading by region.
 
     Args:
-        path: A TIFF of any kind, or a PNG, JPEG or BMP, which are read whole.
+        path: A TIFF of any kind, a slide or microscope file that a package which is installed
+            reads, an OME-Zarr folder; or a PNG, JPEG or BMP, which are read whole.
         level: Level of a pyramid, 0 the largest.
         choice: Which image, plane and channels, where the file holds several.
         whole_px: Plain TIFFs of at most so many pixels are read whole.
@@ -65,25 +63,77 @@ def open_image(
         ConfigError: There is no such level, image, plane or channel.
     """
     path = Path(path)
+    with ExitStack() as stack:
+        how = (path, stack, level, choice, value_range)
+        found = _by_name(*how) or _by_content(*how)
+        if isinstance(found, tifffile.TiffFile):
+            found = _tiff(path, found, level, choice, whole_px, value_range)
+        yield found
+
+
+def _by_name(
+    path: Path, stack: ExitStack, level: int, choice: Choice, value_range: ValueRange | None
+) -> ImageReader | None:
+    """Open what a folder or a suffix tells, since some slides begin as a JPEG or a text does."""
+    suffix = path.suffix.lower()
+    if zarr_reader.is_zarr(path):
+        return zarr_reader.open_zarr(path, level, choice, value_range)
+    if suffix in openslide_reader.SUFFIXES:
+        return _slide(path, stack, level, choice)
+    if suffix in bioio_reader.PLUGINS:
+        return bioio_reader.open_bioio(path, level, choice, value_range)
+    return None
+
+
+def _by_content(
+    path: Path, stack: ExitStack, level: int, choice: Choice, value_range: ValueRange | None
+) -> ImageReader | tifffile.TiffFile:
+    """Open what the first bytes tell; of a TIFF the file."""
     head = read_head(path, ImageError)
+    if head.startswith(czi_reader.MAGIC):
+        if choice.is_default and openslide_reader.can_open(path):
+            return _slide(path, stack, level, choice)
+        return stack.enter_context(czi_reader.open_czi(path, level, choice, value_range))
+    if head[128:132] == b'DICM':
+        return _slide(path, stack, level, choice)
     if not is_tiff(head):
         check_level(path, level, [])
-        yield _bitmap(path, head, choice, value_range)
-        return
-    with _opened(path) as file:
-        with _in_a_sentence(path):
-            selection = select(path, file, choice, level)
-            size = pixel_size.of_tiff(file, selection.levels[0])
-            if choice.is_first and _is_plain(file, selection, whole_px):
-                reader: ImageReader = WholeImage(
-                    path,
-                    *labels.read_scaled(path, max_pixels=whole_px, value_range=value_range),
-                    says=selection.says,
-                )
-            else:
-                reader = TiffRegions(path, selection, level, value_range)
-            reader.set_pixel_size(size)
-        yield reader
+        return _bitmap(path, head, choice, value_range)
+    if path.suffix.lower() == '.vsi':
+        raise ImageError(
+            f'{path}: is an Olympus VSI slide, whose pixels lie in .ets files that no reader here '
+            'reads; expected another format; convert it to OME-TIFF with QuPath or Bio-Formats.'
+        )
+    file = stack.enter_context(_opened(path))
+    # Ventana's tiles overlap and are out of order
+    return _slide(path, stack, level, choice) if file.is_bif else file
+
+
+def _slide(path: Path, stack: ExitStack, level: int, choice: Choice) -> ImageReader:
+    return stack.enter_context(openslide_reader.open_slide(path, level, choice))
+
+
+def _tiff(
+    path: Path,
+    file: tifffile.TiffFile,
+    level: int,
+    choice: Choice,
+    whole_px: int,
+    value_range: ValueRange | None,
+) -> ImageReader:
+    with _in_a_sentence(path):
+        selection = select(path, file, choice, level)
+        size = pixel_size.of_tiff(file, selection.levels[0])
+        if choice.is_first and _is_plain(file, selection, whole_px):
+            reader: ImageReader = WholeImage(
+                path,
+                *labels.read_scaled(path, max_pixels=whole_px, value_range=value_range),
+                says=selection.says,
+            )
+        else:
+            reader = TiffRegions(path, selection, level, value_range)
+        reader.set_pixel_size(size)
+    return reader
 
 
 def _is_plain(file: tifffile.TiffFile, selection: Selection, whole_px: int) -> bool:

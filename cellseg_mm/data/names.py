@@ -16,7 +16,7 @@ from cellseg_mm.core.errors import DataError
 from cellseg_mm.data.image_reader import SUFFIXES
 
 # Beside those that are read: formats that images were converted from, and inner parts of suffixes.
-KNOWN_SUFFIXES = {*SUFFIXES, '.ome', '.jp2', '.gif', '.webp', '.mrxs', '.czi', '.lif', '.nd2'}
+KNOWN_SUFFIXES = {*SUFFIXES, '.ome', '.jp2', '.gif', '.webp'}
 UNSEEN = '\ufeff\u200b'  # byte order mark and the space without width, from copying
 
 

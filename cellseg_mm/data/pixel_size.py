@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import tifffile
@@ -184,8 +185,9 @@ def _per_unit(page: tifffile.TiffPage) -> tuple[float, float] | None:
     for code in (283, 282):
         tag = page.tags.get(code)
         try:
-            top, bottom = tag.value if tag is not None else (0, 0)
-            found.append(float(top) / float(bottom))
+            fraction: tuple[int, int] = tag.value if tag is not None else (0, 0)
+            top, bottom = fraction
+            found.append(top / bottom)
         except (ValueError, TypeError, ArithmeticError):
             return None
     return (found[0], found[1]) if min(found) > 0 else None
@@ -224,7 +226,7 @@ def stated(value: object, where: str) -> Um | None:
     """
     if value is None:
         return None
-    numbers = list(value) if isinstance(value, list | tuple) else [value, value]
+    numbers: list[Any] = list(value) if isinstance(value, list | tuple) else [value, value]
     is_size = len(numbers) == 2 and all(
         isinstance(n, int | float)
         and not isinstance(n, bool)

@@ -6,15 +6,20 @@ is read whole, or it is an error.
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cellseg_mm.data import intensity
 from cellseg_mm.data.intensity import ValueRange
 from cellseg_mm.data.pixel_size import PixelSize, Um
 
 Picture = NDArray[np.uint8]
+Values = NDArray[Any]
+Region = tuple[int, int, int, int]
 
 
 class ImageReader:
@@ -96,3 +101,53 @@ class WholeImage(ImageReader):
 
     def _read(self, y0: int, x0: int, y1: int, x1: int) -> Picture:
         return self._pixels[y0:y1, x0:x1].copy()
+
+
+class StoredRegions(ImageReader):
+    """An image whose values may have more than 8 bits, and are read by region.
+
+    Attributes:
+        bits: Bits per value in the file.
+        block_hw: What is decoded at once, at least: the range of values is looked for in steps of
+            it.
+    """
+
+    bits = 8
+    block_hw = (1024, 1024)
+
+    def take_range(self, dtype: np.dtype[Any], bits: int, given: ValueRange | None) -> None:
+        """Note how wide the values are, and their range; without one the image is looked at."""
+        self.bits = bits
+        is_wide = intensity.is_wide(np.empty(0, dtype), bits)
+        self.value_range = given if is_wide else None
+        self._has_range = given is not None or not is_wide
+        self._range_lock = threading.Lock()
+
+    def _stored(self, region: Region) -> Values:
+        """Return the chosen channels of a region in the stored type, (h, w, 1 or 3)."""
+        raise NotImplementedError
+
+    def _read(self, y0: int, x0: int, y1: int, x1: int) -> Picture:
+        values = self._stored((y0, x0, y1, x1))
+        self._know_range()
+        picture = intensity.to_uint8(self.path, values, self.bits, self.value_range)
+        if picture.shape[2] == 1:
+            return np.repeat(picture, 3, axis=2)
+        return np.array(picture, order='C')
+
+    def _know_range(self) -> None:
+        """Look at all values of the level, once, if nothing else says what their range is."""
+        with self._range_lock:
+            if not self._has_range:
+                self.value_range = self._find_range()
+                self._has_range = True
+
+    def _find_range(self) -> ValueRange:
+        height, width = self.image_hw
+        down, across = self.block_hw
+        brightest = intensity.Brightest(self.path, height * width)
+        for y0 in range(0, height, down):
+            for x0 in range(0, width, across):
+                region = (y0, x0, min(y0 + down, height), min(x0 + across, width))
+                brightest.add(self._stored(region))
+        return brightest.value_range()

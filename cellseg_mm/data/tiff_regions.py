@@ -15,23 +15,19 @@ from typing import Any
 
 import numpy as np
 import tifffile
-from numpy.typing import NDArray
 
 from cellseg_mm.core.errors import ImageError
 from cellseg_mm.data import intensity, tiff
 from cellseg_mm.data.colours import apply_palette, associated_alpha, divide_by_alpha
 from cellseg_mm.data.contents import Page, Plane, Selection, level_hw
 from cellseg_mm.data.intensity import ValueRange
-from cellseg_mm.data.regions import ImageReader, Picture
+from cellseg_mm.data.regions import Picture, Region, StoredRegions, Values
 
 CACHE_BYTES = 256 << 20
 MAX_SEGMENT_BYTES = 1 << 30
 
-Region = tuple[int, int, int, int]
-Values = NDArray[Any]
 
-
-class TiffRegions(ImageReader):
+class TiffRegions(StoredRegions):
     """Decodes only the tiles or strips that a region needs, and remembers the last ones."""
 
     def __init__(
@@ -49,12 +45,13 @@ class TiffRegions(ImageReader):
         self._lock = threading.Lock()
         self._cache: OrderedDict[tuple[int, int], Values] = OrderedDict()
         self._cache_bytes = 0
-        is_wide = self._header.photometric != 3 and intensity.is_wide(
-            np.empty(0, self._dtype), self._header.bits
-        )
-        self.value_range = value_range if is_wide else None
-        self._has_range = value_range is not None or not is_wide
-        self._range_lock = threading.Lock()
+        if self._header.photometric == 3:  # a palette's numbers are no brightness
+            self.take_range(np.dtype(np.uint8), 8, None)
+        else:
+            self.take_range(self._dtype, self._header.bits, value_range)
+        rows, columns = self._segment_hw()
+        is_tiled = self._key.is_tiled
+        self.block_hw = max(rows, 64), max(columns, 1024) if is_tiled else self.image_hw[1]
 
     def _check(self) -> None:
         key, path = self._key, self.path
@@ -309,24 +306,6 @@ class TiffRegions(ImageReader):
                 if index in empty:
                     y0, x0 = region[:2]
                     picture[a - y0 : c - y0, b - x0 : d - x0, channel] = 255
-
-    def _know_range(self) -> None:
-        """Look at all values of the level, once, if nothing else says what their range is."""
-        with self._range_lock:
-            if not self._has_range:
-                self.value_range = self._find_range()
-                self._has_range = True
-
-    def _find_range(self) -> ValueRange:
-        height, width = self.image_hw
-        step = max(self._segment_hw()[0], 64)
-        across = width if not self._key.is_tiled else max(self._segment_hw()[1], 1024)
-        brightest = intensity.Brightest(self.path, height * width)
-        for y0 in range(0, height, step):
-            for x0 in range(0, width, across):
-                region = (y0, x0, min(y0 + step, height), min(x0 + across, width))
-                brightest.add(self._stored(region))
-        return brightest.value_range()
 
     def _read(self, y0: int, x0: int, y1: int, x1: int) -> Picture:
         region = (y0, x0, y1, x1)
