@@ -24,7 +24,7 @@ from mmengine.logging import HistoryBuffer
 from numpy.typing import NDArray
 
 from cellseg_mm.core.errors import CheckpointError
-from cellseg_mm.weights.stand_ins import Array, Dtype, Refused, reconstruct, scalar
+from cellseg_mm.core.stand_ins import Array, Dtype, Refused, reconstruct, scalar
 
 logger = logging.getLogger(__name__)
 

@@ -25,10 +25,10 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from cellseg_mm.core.errors import CheckpointError
 from cellseg_mm.core.files import atomic_path, file_hash, text_hash, write_json
 from cellseg_mm.core.progress import track
+from cellseg_mm.core.safe_pickle import read_pickle
 from cellseg_mm.weights.checkpoints import load_checkpoint_file
 from cellseg_mm.weights.conversion import Conversion, convert
 from cellseg_mm.weights.names import BACKBONES, CLASS_LAYERS, SOURCES
-from cellseg_mm.weights.safe_pickle import read_pickle
 
 
 def read_published(path: Path | str) -> tuple[dict[str, object], str]:

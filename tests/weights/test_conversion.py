@@ -11,10 +11,10 @@ import torch
 
 import cellseg_mm  # noqa: F401
 from cellseg_mm.core.errors import CheckpointError
+from cellseg_mm.core.safe_pickle import read_pickle
 from cellseg_mm.weights.conversion import convert
 from cellseg_mm.weights.names import COCO_IDS
 from cellseg_mm.weights.published import convert_file
-from cellseg_mm.weights.safe_pickle import read_pickle
 from tests.support import random_detectron2
 from tests.support.weights_files import build
 

@@ -29,13 +29,21 @@ from cellseg_mm.core.errors import CellSegError
 from cellseg_mm.core.files import write_json, write_text
 from cellseg_mm.core.progress import track
 from cellseg_mm.data.case_writer import Pixels, write_case
+from cellseg_mm.data.importing.cellpose import find_cellpose
+from cellseg_mm.data.importing.class_maps import find_colour_masks
 from cellseg_mm.data.importing.classes import Classes
 from cellseg_mm.data.importing.coco import find_coco
 from cellseg_mm.data.importing.geojson import find_geojson
+from cellseg_mm.data.importing.hovernet import find_hovernet
 from cellseg_mm.data.importing.imagej import find_imagej
 from cellseg_mm.data.importing.label_maps import find_label_maps
+from cellseg_mm.data.importing.label_tables import find_label_tables
 from cellseg_mm.data.importing.mask_folders import find_mask_folders
+from cellseg_mm.data.importing.mat_files import find_mat_files
 from cellseg_mm.data.importing.monusac import find_monusac
+from cellseg_mm.data.importing.nnunet import find_nnunet
+from cellseg_mm.data.importing.pannuke import find_pannuke
+from cellseg_mm.data.importing.run_lengths import find_run_lengths
 from cellseg_mm.data.importing.sources import (
     Annotated,
     Cell,
@@ -48,8 +56,12 @@ from cellseg_mm.data.importing.sources import (
 from cellseg_mm.data.names import safe_name
 
 MAX_NAME_LENGTH = 150
-WITH_IMAGE_DIR = ('coco', 'geojson', 'imagej', 'cellpose', 'labelme', 'cvat')
-WITH_MASKS = ('coco', 'label-map', 'mask-folders', 'geojson', 'cellpose')  # one may hold many cells
+WITH_IMAGE_DIR = (
+    *('coco', 'geojson', 'imagej', 'cellpose', 'labelme', 'cvat'),
+    *('consep', 'hovernet', 'run-lengths'),
+)
+# whose masks may hold many cells each
+WITH_MASKS = ('coco', 'label-map', 'mask-folders', 'geojson', 'cellpose', 'run-lengths')
 CLASSES_FILE = 'import.json'  # what class 1, 2, ... of a folder mean
 
 
@@ -165,6 +177,7 @@ def _refuse_useless_options(source_format: Format, params: ImportParams) -> None
         (f'--images {params.image_dir}', params.image_dir is not None, WITH_IMAGE_DIR),
         (f'--binary {params.binary}', bool(params.binary), WITH_MASKS),
         ('--nuclei', params.nuclei, ('geojson',)),
+        ('--colour', bool(params.colours), ('colour-mask',)),
     ]
     for option, is_given, formats in given:
         if is_given and source_format not in formats:
@@ -416,4 +429,12 @@ FINDERS: Mapping[str, Finder] = {
     'mask-folders': find_mask_folders,
     'geojson': find_geojson,
     'imagej': find_imagej,
+    'cellpose': find_cellpose,
+    'label-table': find_label_tables,
+    'colour-mask': find_colour_masks,
+    'pannuke': find_pannuke,
+    'consep': find_mat_files,
+    'hovernet': find_hovernet,
+    'nnunet': find_nnunet,
+    'run-lengths': find_run_lengths,
 }

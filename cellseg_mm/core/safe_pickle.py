@@ -1,6 +1,7 @@
 """Reading arrays out of a pickle that came from the internet, without running any of it.
 
-In: a pickle file as detectron2 publishes its models (Python 2 or 3, any protocol, numpy 1 or 2).
+In: a pickle as detectron2 publishes its models and Cellpose saves its cells (Python 2 or 3, any
+protocol, numpy 1 or 2).
 Out: dicts, lists, strings, numbers and numeric numpy arrays. Three fences, each enough by itself
 against code: a list of admitted opcodes, a list of admitted names, and stand-ins instead of numpy's
 own constructors.
@@ -13,12 +14,14 @@ import io
 import pickle
 import pickletools
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from numpy.typing import NDArray
 
 from cellseg_mm.core.errors import CheckpointError
-from cellseg_mm.weights.stand_ins import (
+from cellseg_mm.core.stand_ins import (
     NDARRAY,
     AdmittedName,
     Array,
@@ -29,9 +32,9 @@ from cellseg_mm.weights.stand_ins import (
     scalar,
 )
 
-Value = (
-    None | bool | int | float | str | bytes | NDArray | list['Value'] | tuple['Value', ...] | dict
-)
+Key: TypeAlias = str | int
+Value: TypeAlias = 'Plain | list[Value] | tuple[Value, ...] | dict[Key, Value]'
+Plain: TypeAlias = bool | int | float | str | bytes | NDArray[Any] | None
 
 MAX_BYTES = 4 << 30  # the largest published model (R101) has 260 MB
 MAX_OPCODES = 5_000_000  # one model has about 20 thousand
@@ -71,7 +74,7 @@ def _no_bytes(*args: object) -> bytes:
     return b''
 
 
-def _ordered_dict(*args: object) -> OrderedDict:
+def _ordered_dict(*args: object) -> OrderedDict[Key, object]:
     if args:
         raise Refused('an OrderedDict made from other objects')
     return OrderedDict()
@@ -92,12 +95,56 @@ _STAND_INS: dict[tuple[str, str], AdmittedName] = {
 }
 
 
+class _ObjectDtype:
+    """Stand-in for the dtype of arrays of objects."""
+
+    def __setstate__(self, state: object) -> None:
+        pass  # nothing of it is used
+
+
+class _AnyArray(Array):
+    """Stand-in for an array of numbers, or of objects: then ``items`` has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.items: object = None
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        is_tuple = isinstance(state, tuple) and len(state) == 5
+        if not is_tuple or not isinstance(state[2], _ObjectDtype):
+            super().__setstate__(state)
+        elif isinstance(state[4], list) and (state[1] != () or len(state[4]) == 1):
+            self.items = state[4] if state[1] else state[4][0]
+        else:
+            raise Refused('an array of objects of unknown form')
+
+
+def _dtype(code: str, *_: object) -> Dtype | _ObjectDtype:
+    return _ObjectDtype() if code in ('O', 'O8') else Dtype(code)
+
+
+def _reconstruct_any(kind: object, shape: object, code: object) -> _AnyArray:
+    reconstruct(kind, shape, code)
+    return _AnyArray()
+
+
+_WITH_OBJECTS: dict[tuple[str, str], AdmittedName] = {
+    ('numpy', 'dtype'): AdmittedName(_dtype),
+    ('numpy.core.multiarray', '_reconstruct'): AdmittedName(_reconstruct_any),
+    ('numpy._core.multiarray', '_reconstruct'): AdmittedName(_reconstruct_any),
+}
+
+
 class _ArrayUnpickler(pickle.Unpickler):
     """Hands out stand-ins for the admitted names and refuses all others."""
 
+    def __init__(self, names: Mapping[tuple[str, str], AdmittedName], content: bytes) -> None:
+        super().__init__(io.BytesIO(content), fix_imports=False, encoding='latin1')
+        self.names = names
+
     def find_class(self, module: str, name: str) -> AdmittedName:
         try:
-            return _STAND_INS[module, name]
+            return self.names[module, name]
         except KeyError:
             raise Refused(f'{module}.{name}') from None
 
@@ -119,26 +166,47 @@ def read_pickle(path: Path | str, *, max_bytes: int = MAX_BYTES) -> Value:
             f'{path}: file has {path.stat().st_size} bytes; at most {max_bytes} were expected of a '
             'pickled model; check that it is the right file'
         )
-    content = path.read_bytes()
+    try:
+        return unpickle(path.read_bytes(), expected='a file like model_final_14d201.pkl')
+    except UnreadableError as problem:
+        raise CheckpointError(f'{path}: {problem}') from None
+
+
+def unpickle(content: bytes, *, expected: str, objects: bool = False) -> Value:
+    """Read a pickle of dicts, lists, text, numbers and numeric arrays; see ``read_pickle``.
+
+    Args:
+        content: The pickle.
+        expected: What it should be, for the sentence.
+        objects: Admit arrays of objects, as numpy saves a dict: they become lists of what they
+            hold, and those without a dimension what they hold.
+
+    Raises:
+        UnreadableError: It is cut short, no pickle, or asks for anything else; nothing was run.
+    """
+    names = {**_STAND_INS, **_WITH_OBJECTS} if objects else _STAND_INS
     try:
         _check_opcodes(content)
-        unpickler = _ArrayUnpickler(io.BytesIO(content), fix_imports=False, encoding='latin1')
-        return _resolve(unpickler.load(), {}, 0)
+        return _resolve(_ArrayUnpickler(names, content).load(), {}, 0)
     except Refused as refused:
-        raise CheckpointError(
-            f'{path}: the pickle asks for {refused}; only arrays of numbers, dicts, lists and text '
+        raise UnreadableError(
+            f'the pickle asks for {refused}; only arrays of numbers, dicts, lists and text '
             'are read, and nothing was run; get the file again from a source you trust'
         ) from None
     except _Truncated as truncated:
-        raise CheckpointError(
-            f'{path}: the file ends after {len(content)} bytes in the middle of its content '
+        raise UnreadableError(
+            f'the file ends after {len(content)} bytes in the middle of its content '
             f'({truncated}); a whole pickle was expected; download it again'
         ) from None
     except RECOVERABLE as error:
-        raise CheckpointError(
-            f'{path}: not a pickle of arrays ({type(error).__name__}: {str(error)[:120]}); a file '
-            'like model_final_14d201.pkl was expected; check what was downloaded'
+        raise UnreadableError(
+            f'not a pickle of arrays ({type(error).__name__}: {str(error)[:120]}); {expected} was '
+            'expected; check what was downloaded'
         ) from None
+
+
+class UnreadableError(Exception):
+    """A pickle cannot be read; the text says why, what was expected and what to do."""
 
 
 # What a malformed stream can raise inside the unpickler once only our stand-ins can be called.
@@ -163,6 +231,7 @@ class _Truncated(Exception):
 def _check_opcodes(content: bytes) -> None:
     """Walk the opcodes without executing any, and refuse all that arrays do not need."""
     count = 0
+    argument: Any  # of the kind that the opcode has
     try:
         for opcode, argument, _ in pickletools.genops(content):
             count += 1
@@ -182,10 +251,12 @@ def _check_opcodes(content: bytes) -> None:
         raise
 
 
-def _resolve(value: object, seen: dict[int, object], depth: int) -> Value:
+def _resolve(value: object, seen: dict[int, Value], depth: int) -> Value:
     """Replace stand-ins by arrays; every container is visited once, however often it is shared."""
     if depth > MAX_DEPTH:
         raise Refused(f'containers nested deeper than {MAX_DEPTH}')
+    if isinstance(value, _AnyArray) and value.items is not None:
+        return _resolve(value.items, seen, depth + 1)
     if isinstance(value, Array):
         return value.to_numpy()
     if value is None or isinstance(value, bool | int | float | str | bytes):
@@ -198,7 +269,8 @@ def _resolve(value: object, seen: dict[int, object], depth: int) -> Value:
             if not all(isinstance(key, str | int) for key in value):
                 raise Refused('a dict whose keys are not text')
             made = {key: _resolve(item, seen, depth + 1) for key, item in value.items()}
+            seen[id(value)] = made
         else:
-            made = type(value)([_resolve(item, seen, depth + 1) for item in value])
-        seen[id(value)] = made
+            items = [_resolve(item, seen, depth + 1) for item in value]
+            seen[id(value)] = items if isinstance(value, list) else tuple(items)
     return seen[id(value)]

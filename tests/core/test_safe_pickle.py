@@ -1,4 +1,4 @@
-"""weights.safe_pickle: arrays come back as pickle loads them, and nothing else does."""
+"""core.safe_pickle: arrays come back as pickle loads them, and nothing else does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 import cellseg_mm  # noqa: F401
 from cellseg_mm.core.errors import CheckpointError
-from cellseg_mm.weights.safe_pickle import read_pickle
+from cellseg_mm.core.safe_pickle import UnreadableError, read_pickle, unpickle
 from tests.support.weights_files import Call
 
 
@@ -202,3 +202,36 @@ def test_other_files_and_large_files_are_refused(tmp_path: Path) -> None:
         read_pickle(path, max_bytes=5)
     with pytest.raises(CheckpointError, match='no such file'):
         read_pickle(tmp_path / 'none.pkl')
+
+
+def test_arrays_of_objects_are_lists_where_they_are_admitted() -> None:
+    made = {
+        'one': np.array({'a': 1}, dtype=object),
+        'many': np.array([None, 'x', np.arange(3)], dtype=object),
+    }
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        content = pickle.dumps(made, protocol=protocol)
+        with pytest.raises(UnreadableError, match='dtype'):
+            unpickle(content, expected='x')
+        got = unpickle(content, expected='x', objects=True)
+        assert got['one'] == {'a': 1}
+        assert got['many'][:2] == [None, 'x']
+        assert got['many'][2].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    'state', [(1, (), None), (1, (), np.dtype(object), False, [1, 2]), (1, (1,), 3, False, 'x')]
+)
+def test_arrays_of_objects_that_do_not_fit_together_are_refused(state: tuple) -> None:
+    class Bad:
+        def __reduce__(self) -> tuple:
+            return np._core.multiarray._reconstruct, (np.ndarray, (0,), b'b'), state
+
+    with pytest.raises(UnreadableError):
+        unpickle(pickle.dumps(Bad()), expected='x', objects=True)
+
+
+def test_an_array_of_objects_that_holds_itself_ends_there() -> None:
+    held = np.empty(1, dtype=object)
+    held[0] = held
+    assert unpickle(pickle.dumps(held), expected='x', objects=True) == [None]

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip('torch')
 
-from cellseg_mm.weights.stand_ins import (
+from cellseg_mm.core.stand_ins import (
     NDARRAY,
     AdmittedName,
     Array,

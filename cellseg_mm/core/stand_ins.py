@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,13 +30,13 @@ class Dtype:
         self.code = code.lstrip('<>|=')
         self.order = code[:1] if code[:1] in '<>|=' else '='
 
-    def __setstate__(self, state: tuple) -> None:
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
         plain = isinstance(state, tuple) and len(state) in (8, 9) and state[1] in ('<', '>', '|')
         if not plain or state[2:5] != (None, None, None):
             raise Refused('a structured dtype')
         self.order = state[1]
 
-    def to_numpy(self) -> np.dtype:
+    def to_numpy(self) -> np.dtype[Any]:
         """Return numpy's own."""
         return np.dtype(self.order + self.code)
 
@@ -44,15 +45,15 @@ class Array:
     """Stand-in for an array under construction: keeps checked bytes, makes the array itself."""
 
     def __init__(self) -> None:
-        self.array: NDArray | None = None
+        self.array: NDArray[Any] | None = None
 
-    def __setstate__(self, state: tuple) -> None:
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
         if not isinstance(state, tuple) or len(state) != 5:
             raise Refused('an array state of unknown form')
         _, shape, dtype, is_fortran, data = state
         self.array = make_array(data, dtype, shape, 'F' if is_fortran else 'C')
 
-    def to_numpy(self) -> NDArray:
+    def to_numpy(self) -> NDArray[Any]:
         """Return the array, a read-only view of the file's bytes in the file's byte order."""
         if self.array is None:
             raise Refused('an array without data')
@@ -85,7 +86,7 @@ def _make_nothing(*_: object) -> None:
 NDARRAY = AdmittedName(_make_nothing)  # only ever passed on to reconstruct
 
 
-def make_array(data: object, dtype: object, shape: object, order: object) -> NDArray:
+def make_array(data: object, dtype: object, shape: object, order: object) -> NDArray[Any]:
     """Return an array of checked bytes; whatever does not fit together is refused."""
     if isinstance(data, str):  # Python 2 wrote bytes as str; latin-1 keeps them one to one
         data = data.encode('latin1')
@@ -93,11 +94,12 @@ def make_array(data: object, dtype: object, shape: object, order: object) -> NDA
         raise Refused('an array that does not hold plain numbers')
     if isinstance(shape, int):
         shape = (shape,)
-    sound = isinstance(shape, tuple) and all(isinstance(n, int) and n >= 0 for n in shape)
-    if not sound or prod(shape) * dtype.to_numpy().itemsize != len(data):
+    lengths = shape if isinstance(shape, tuple) else (-1,)
+    sound = all(isinstance(n, int) and n >= 0 for n in lengths)
+    if not sound or prod(lengths) * dtype.to_numpy().itemsize != len(data):
         raise Refused(f'an array of shape {shape!r:.60} with {len(data)} bytes of data')
-    array = np.frombuffer(bytes(data), dtype.to_numpy())
-    return array.reshape(shape, order='F' if order == 'F' else 'C')
+    array: NDArray[Any] = np.frombuffer(bytes(data), dtype.to_numpy())
+    return array.reshape(lengths, order='F' if order == 'F' else 'C')
 
 
 def reconstruct(kind: object, shape: object, code: object) -> Array:
