@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 import re
+import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,14 +20,17 @@ from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.core.files import JsonValue
 from cellseg_mm.core.layout import is_result
 from cellseg_mm.data.image_reader import SUFFIXES
+from cellseg_mm.data.slides.openslide_reader import series_of
+from cellseg_mm.data.slides.zarr_reader import is_zarr
 
-DOUBLE_SUFFIX = re.compile(r'\.ome\.tiff?$', re.IGNORECASE)
+DOUBLE_SUFFIX = re.compile(r'\.ome\.(?:tiff?|zarr)$', re.IGNORECASE)
 
 LABEL_FILE = re.compile(r'class\d+\.tiff?$', re.IGNORECASE)
 
 # Why a file of a folder is not taken for an image.
 RESULTS = 'results of this program'
 LABEL_MAPS = 'label maps (class1.tif ...)'
+OF_A_SLIDE = 'further files of DICOM slides'
 IN_OUT = 'in the folder of results'
 OTHER_FILES = 'other:'
 
@@ -48,9 +53,11 @@ class Item:
         return int(hashlib.sha256(self.name.encode()).hexdigest()[:8], 16) >> 1
 
     def fingerprint(self) -> dict[str, JsonValue]:
-        """Return what changes when the file changes."""
-        status = self.path.stat()
-        return {'path': str(self.path), 'bytes': status.st_size, 'mtime_ns': status.st_mtime_ns}
+        """Return what changes when the file changes, or one of those that belong to it."""
+        found = [path.stat() for path in (self.path, *_beside(self.path))]
+        n_bytes = sum(status.st_size for status in found if not stat.S_ISDIR(status.st_mode))
+        newest = max(status.st_mtime_ns for status in found)
+        return {'path': str(self.path), 'bytes': n_bytes, 'mtime_ns': newest}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +84,9 @@ def look_for(inputs: Sequence[str], *, out_dir: Path | None = None) -> Found:
     """Find the images that files, folders and patterns stand for.
 
     Folders are searched with everything below them, except hidden files, results in ``out_dir``,
-    and label maps (``class1.tif``). Results of this project are no images, wherever they lie. An
-    ``image.tif`` is called by its folder; images that would be called the same get longer names.
+    and label maps (``class1.tif``); a Zarr store is one image. Results of this project are no
+    images, wherever they lie. An ``image.tif`` is called by its folder; images that would be called
+    the same get longer names.
 
     Raises:
         ConfigError: A folder, pattern or file stands for no image.
@@ -90,6 +98,8 @@ def look_for(inputs: Sequence[str], *, out_dir: Path | None = None) -> Found:
         reasons = [_reason(path, Path(word), out_dir) for path in candidates]
         found = [path for path, why in zip(candidates, reasons, strict=True) if not why]
         left_out += [(p, why) for p, why in zip(candidates, reasons, strict=True) if why]
+        found, further = _one_a_slide(found)
+        left_out += [(path, OF_A_SLIDE) for path in further]
         if not found and candidates != [Path(word)]:
             raise ConfigError(_nothing(word, out_dir, left_out))
         paths += found
@@ -102,18 +112,48 @@ def look_for(inputs: Sequence[str], *, out_dir: Path | None = None) -> Found:
 def _candidates(word: str) -> list[Path]:
     """Return the files that a word may mean; one that is missing fails like a damaged one."""
     path = Path(word)
-    if path.is_dir():
-        inside = (p for p in sorted(path.rglob('*')) if not p.is_dir())
-        return [p for p in inside if not _is_hidden(p.relative_to(path))]
+    if path.is_dir() and not is_zarr(path):
+        return [p for p in sorted(_inside(path)) if not _is_hidden(p.relative_to(path))]
     if glob.has_magic(word) and not path.exists():
         matches = sorted(Path(p) for p in glob.glob(word, recursive=True))  # noqa: PTH207
-        return [p for p in matches if not p.is_dir()]
+        return [p for p in matches if is_zarr(p) or not p.is_dir()]
     return [path]
+
+
+def _inside(folder: Path) -> Iterator[Path]:
+    """Yield all files below a folder; a Zarr store counts as one, whose chunks are not listed."""
+    for parent, folders, files in os.walk(folder):
+        stores = [name for name in folders if is_zarr(Path(parent, name))]
+        folders[:] = [name for name in folders if name not in stores]
+        yield from (Path(parent, name) for name in (*stores, *files))
+
+
+def _beside(path: Path) -> Iterator[Path]:
+    """Yield what belongs to an image of several files: a Zarr store's, or a MIRAX slide's."""
+    folder = path.with_suffix('') if path.suffix.lower() == '.mrxs' else path
+    if folder.is_dir():
+        for parent, _, files in os.walk(folder):
+            yield from (Path(parent, name) for name in files)
 
 
 def _is_hidden(path: Path) -> bool:
     # macOS's notes beside files, ._x.tif, are hidden too
     return any(part.startswith('.') for part in path.parts)
+
+
+def _one_a_slide(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Part the first DICOM file of each slide, and all other files, from further DICOM files."""
+    seen: set[tuple[Path, str]] = set()
+    first: list[Path] = []
+    further: list[Path] = []
+    for path in paths:
+        if path.suffix.lower() != '.dcm':
+            first.append(path)
+            continue
+        slide = (path.parent, series_of(path))
+        (further if slide in seen else first).append(path)
+        seen.add(slide)
+    return first, further
 
 
 def _reason(path: Path, word: Path, out_dir: Path | None) -> str:
@@ -127,7 +167,7 @@ def _reason(path: Path, word: Path, out_dir: Path | None) -> str:
             return IN_OUT
         if LABEL_FILE.fullmatch(path.name):
             return LABEL_MAPS
-    if path.suffix.lower() not in SUFFIXES:
+    if path.suffix.lower() not in SUFFIXES and not is_zarr(path):
         return f'{OTHER_FILES}{path.suffix.lower() or "without suffix"}'
     return ''
 
@@ -150,7 +190,8 @@ def _left_out_texts(left_out: Sequence[tuple[Path, str]]) -> list[str]:
     """Count files that are not images by reason, other files by suffix."""
     counts = Counter(why for _, why in dict(left_out).items() if why != IN_OUT)
     suffixes = {why: n for why, n in counts.items() if why.startswith(OTHER_FILES)}
-    texts = [f'{counts[why]} {why}' for why in (RESULTS, LABEL_MAPS) if counts[why]]
+    known = (RESULTS, LABEL_MAPS, OF_A_SLIDE)
+    texts = [f'{counts[why]} {why}' for why in known if counts[why]]
     if suffixes:
         parts = [f'{n} {why.removeprefix(OTHER_FILES)}' for why, n in sorted(suffixes.items())]
         texts.append(f'files that are no images by their suffix ({", ".join(parts)})')

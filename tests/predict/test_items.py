@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.core.layout import RESULT_SUFFIXES
 from cellseg_mm.predict.items import Item, find_items, look_for
 from cellseg_mm.results.formats import FORMATS
+from tests.support.dicom_slide import write_dicom_slide
 
 
 @pytest.mark.parametrize(
@@ -92,16 +94,16 @@ def test_results_that_are_named_are_left_out_beside_images(tmp_path: Path) -> No
 
 
 def test_what_is_left_out_is_counted_by_suffix(tmp_path: Path) -> None:
-    names = ['a.tif', 'b.czi', 'c.CZI', 'd.txt', 'noext', 'class1.tif', '._a.tif', '.DS_Store']
+    names = ['a.tif', 'b.mov', 'c.MOV', 'd.txt', 'noext', 'class1.tif', '._a.tif', '.DS_Store']
     touch(tmp_path, *names)
     found = look_for([str(tmp_path)])
     assert [item.name for item in found.items] == ['a']
     assert found.notes == (
         'left out: 1 label maps (class1.tif ...)',
-        'left out: files that are no images by their suffix (2 .czi, 1 .txt, 1 without suffix)',
+        'left out: files that are no images by their suffix (2 .mov, 1 .txt, 1 without suffix)',
     )
     (tmp_path / 'a.tif').unlink()
-    with pytest.raises(ConfigError, match=r'no image .*2 \.czi, 1 \.txt'):
+    with pytest.raises(ConfigError, match=r'no image .*2 \.mov, 1 \.txt'):
         look_for([str(tmp_path)])
 
 
@@ -148,3 +150,44 @@ def test_ids_depend_on_the_name_alone() -> None:
     assert Item(Path('x/a.tif'), 'a').image_id == Item(Path('y/a.png'), 'a').image_id
     assert Item(Path('a.tif'), 'a').image_id != Item(Path('a.tif'), 'b').image_id
     assert 0 <= Item(Path('a.tif'), 'a').image_id < 1 << 31
+
+
+def test_a_zarr_store_is_one_image(tmp_path: Path) -> None:
+    for name in ('s/a.ome.zarr/zarr.json', 's/a.ome.zarr/0/c/0/0', 's/b/.zattrs', 's/b/0/0.0'):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b'12345')
+    found = look_for([str(tmp_path / 's')])
+    assert [(item.name, item.path.name) for item in found.items] == [
+        ('a', 'a.ome.zarr'),
+        ('b', 'b'),
+    ]
+    assert not found.notes  # no chunk is a file of its own
+    (item,) = find_items([str(tmp_path / 's/a.ome.zarr')])
+    (same,) = find_items([str(tmp_path / 's/*.zarr')])
+    assert item == same
+    before = item.fingerprint()
+    assert before['bytes'] == 10
+    (tmp_path / 's/a.ome.zarr/0/c/0/0').write_bytes(b'123456')
+    assert item.fingerprint() != before
+
+
+def test_a_mirax_slide_changes_with_its_folder(tmp_path: Path) -> None:
+    (tmp_path / 'a').mkdir()
+    for name in ('a.mrxs', 'a/Slidedat.ini', 'a/Data0000.dat'):
+        (tmp_path / name).write_bytes(b'123')
+    (item,) = find_items([str(tmp_path)])
+    assert item.name == 'a'
+    assert item.fingerprint()['bytes'] == 9
+
+
+def test_a_dicom_slide_of_several_files_is_one_image(tmp_path: Path) -> None:
+    level = np.zeros((5, 7, 3), np.uint8)
+    for name in 'ab':
+        write_dicom_slide(tmp_path / name, [level] * 3, (0.25, 0.25))
+    found = look_for([str(tmp_path)])
+    assert [item.path for item in found.items] == [tmp_path / 'a/0.dcm', tmp_path / 'b/0.dcm']
+    assert 'left out: 4 further files of DICOM slides' in found.notes
+    (tmp_path / 'c.dcm').write_bytes(b'no DICOM')
+    (tmp_path / 'd.dcm').write_bytes(b'no DICOM')
+    names = [item.path.name for item in find_items([str(tmp_path)])]
+    assert sorted(names) == ['0.dcm', '0.dcm', 'c.dcm', 'd.dcm']

@@ -7,6 +7,7 @@ programs that read by OpenSlide show them.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 # By suffix, since some begin as a JPEG, a text or a database does.
 SUFFIXES = ('.mrxs', '.bif', '.dcm', '.vms', '.vmu', '.svslide')
+_SERIES = b'\x20\x00\x0e\x00UI'  # (0020,000E), little endian with its type, as slides have it
+_SERIES_BYTES = 1 << 16  # it stands before what is large
 _KIND = 'a slide that OpenSlide knows'
 
 
@@ -71,6 +74,21 @@ def open_slide(path: Path, level: int, choice: Choice) -> Iterator[SlideRegions]
         slide = openslide.OpenSlide(str(path))
     with slide:
         yield SlideRegions(path, slide, level)
+
+
+def series_of(path: Path) -> str:
+    """Return which series a DICOM file is of: a slide is one, a file for each level and label.
+
+    Returns:
+        Its UID; the path where the file does not say it as slides do.
+    """
+    with contextlib.suppress(OSError), path.open('rb') as stream:
+        head = stream.read(_SERIES_BYTES)
+        at = head.find(_SERIES)
+        if at >= 0:
+            length = int.from_bytes(head[at + 6 : at + 8], 'little')
+            return head[at + 8 : at + 8 + length].decode('ascii', 'replace').strip('\0 ')
+    return str(path)
 
 
 def can_open(path: Path) -> bool:

@@ -13,6 +13,7 @@ from cellseg_mm.core.errors import ConfigError, ImageError
 from cellseg_mm.data.contents import NO_CHOICE, Choice
 from cellseg_mm.data.image_reader import open_image
 from cellseg_mm.data.slides.openslide_reader import on_white, open_slide
+from tests.support.dicom_slide import write_dicom_slide
 
 HW = (300, 420)
 REGIONS = [(0, 0, 61, 83), (13, 31, 50, 70), (60, 82, 61, 83), (0, 5, 1, 83)]
@@ -96,6 +97,24 @@ def test_edges_are_mixed_with_white() -> None:
     row = np.array([[[10, 20, 30, 255], [100, 0, 200, 51], [0, 0, 0, 0]]], np.uint8)
     # 51 of 255 is a fifth: 100 / 5 + 255 * 4 / 5 = 224; 0 + 204; 200 / 5 + 204 = 244
     assert on_white(row).tolist() == [[[10, 20, 30], [224, 204, 244], [255, 255, 255]]]
+
+
+def test_a_dicom_slide_is_what_was_written(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    levels = [rng.integers(0, 256, (*hw, 3)).astype(np.uint8) for hw in (HW, (150, 210))]
+    paths = write_dicom_slide(tmp_path, levels, (0.25, 0.5))
+    for path in paths:  # any file of a slide stands for all
+        for level, pixels in enumerate(levels):
+            with open_image(path, level=level) as reader:
+                assert reader.level_hws == [HW, (150, 210)]
+                for y0, x0, y1, x1 in REGIONS:
+                    assert np.array_equal(reader.read(y0, x0, y1, x1), pixels[y0:y1, x0:x1])
+                step = 2**level
+                assert reader.um_per_px == pytest.approx((0.25 * step, 0.5 * step))
+                assert '0.25 x 0.5 um' in reader.says
+    paths[0].write_bytes(paths[0].read_bytes()[:100_000])
+    with pytest.raises(ImageError, match=r'0\.dcm'), open_image(paths[0]) as reader:
+        reader.read(0, 0, *HW)
 
 
 def test_what_is_no_slide_is_a_sentence(tmp_path: Path) -> None:
