@@ -27,8 +27,9 @@ from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.core.windows import boxes_and_areas
 from cellseg_mm.data.names import roi_label
+from cellseg_mm.data.pixel_size import Um
 from cellseg_mm.results.coco_results import to_coco_results
-from cellseg_mm.results.measure import CellFeatures, RegionReader, measure
+from cellseg_mm.results.measure import CellFeatures, RegionReader, in_um, measure
 from cellseg_mm.results.polygons import Polygon, trace_polygons
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ CSV_COLUMNS = (
     *('cell', 'class', 'score', 'area_px', 'centroid_x_px', 'centroid_y_px'),
     *('box_x0_px', 'box_y0_px', 'box_x1_px', 'box_y1_px', 'perimeter_px', 'eccentricity'),
 )
+UM_COLUMNS = ('area_um2', 'centroid_x_um', 'centroid_y_um', 'perimeter_um')
 CHANNELS = ('red', 'green', 'blue')
 
 
@@ -65,11 +67,14 @@ class Exported:
     n_lost_px: int = 0
 
 
-def write_label_map(path: Path | str, instances: InstanceSet) -> Exported:
+def write_label_map(
+    path: Path | str, instances: InstanceSet, *, um_per_px: Um | None = None
+) -> Exported:
     """Write a TIFF in which k is the k-th cell by falling score, and 0 is background.
 
     A contested pixel goes to the higher score. uint16 where the cells fit, else uint32; zlib, in
-    tiles, painted one row of tiles at a time: memory does not grow with the image's height.
+    tiles, painted one row of tiles at a time: memory does not grow with the image's height. The
+    size of a pixel goes into the resolution tags.
     """
     path, ranked = Path(path), instances.by_score()
     dtype = np.uint16 if len(ranked) < 1 << 16 else np.uint32
@@ -87,6 +92,7 @@ def write_label_map(path: Path | str, instances: InstanceSet) -> Exported:
             metadata=None,
             software='cellseg_mm',
             photometric='minisblack',
+            **_resolution(um_per_px),
             maxworkers=1,
         )
     n_empty = int((areas == 0).sum())
@@ -98,6 +104,13 @@ def write_label_map(path: Path | str, instances: InstanceSet) -> Exported:
         len(ranked) - n_empty - n_written,
         int(areas.sum() - painter.n_pixels.sum()),
     )
+
+
+def _resolution(um_per_px: Um | None) -> dict[str, Any]:
+    if um_per_px is None:
+        return {}
+    across, down = 1e4 / um_per_px[1], 1e4 / um_per_px[0]
+    return {'resolution': (across, down), 'resolutionunit': 'CENTIMETER'}
 
 
 class _Painter:
@@ -153,6 +166,7 @@ def write_geojson(
     *,
     object_type: str = 'detection',
     features: CellFeatures | None = None,
+    um_per_px: Um | None = None,
 ) -> Exported:
     """Write a GeoJSON FeatureCollection that QuPath opens by drag and drop.
 
@@ -166,6 +180,7 @@ def write_geojson(
         class_colours: RGB of each class.
         object_type: ``detection``, ``cell`` or ``annotation``, QuPath's kinds of objects.
         features: From ``measure(instances)``, in the order of ``instances``: become measurements.
+        um_per_px: Adds measurements in micrometres.
 
     Raises:
         ConfigError: ``object_type`` is another word, or a class has no name or colour.
@@ -176,7 +191,7 @@ def write_geojson(
         )
     _check_classes(instances, class_names, class_colours)
     path, order = Path(path), np.argsort(-instances.scores, kind='stable')
-    ranked, measures = instances[order], _measurements(features, order)
+    ranked, measures = instances[order], _measurements(features, order, um_per_px)
     n_written = 0
     with files.atomic_path(path) as temporary, temporary.open('w', encoding='utf-8') as stream:
         stream.write('{"type":"FeatureCollection","features":[')
@@ -213,7 +228,9 @@ def _check_classes(instances: InstanceSet, *per_class: Sequence[object]) -> None
         )
 
 
-def _measurements(features: CellFeatures | None, order: NDArray[np.intp]) -> dict[str, list[float]]:
+def _measurements(
+    features: CellFeatures | None, order: NDArray[np.intp], um_per_px: Um | None
+) -> dict[str, list[float]]:
     """Return QuPath's measurement names and columns."""
     if features is None:
         return {}
@@ -225,6 +242,10 @@ def _measurements(features: CellFeatures | None, order: NDArray[np.intp]) -> dic
     names = _channel_names(features.mean_intensities.shape[1])
     for name, column in zip(names, features.mean_intensities.T, strict=True):
         columns[f'Mean {name}'] = column
+    if um_per_px is not None:
+        micrometres = in_um(features, um_per_px)
+        columns['Area µm^2'] = micrometres[:, 0]
+        columns['Perimeter µm'] = micrometres[:, 3]
     return {key: column[order].tolist() for key, column in columns.items()}
 
 
@@ -335,10 +356,12 @@ def write_cells_csv(
     *,
     image: NDArray[Any] | RegionReader | None = None,
     features: CellFeatures | None = None,
+    um_per_px: Um | None = None,
 ) -> Exported:
     """Write a table with one row per cell, by falling score.
 
-    Columns: ``CSV_COLUMNS``, then ``mean_<channel>`` where there is an image. Centroids are px from
+    Columns: ``CSV_COLUMNS``, then ``mean_<channel>`` where there is an image, then ``UM_COLUMNS``
+    where the size of a pixel is known. Centroids are px from
     the image's upper left corner (half a px more than scikit-image's); boxes are tight and
     half-open. A cell without pixels has a row with area 0 and empty fields.
 
@@ -348,6 +371,7 @@ def write_cells_csv(
         class_names: Name of each class.
         image: For mean intensities; see ``measure.measure``.
         features: Measured before, in the order of ``instances``; then ``image`` is not read.
+        um_per_px: Height and width of a pixel in micrometres.
 
     Raises:
         ConfigError: A class has no name.
@@ -357,11 +381,15 @@ def write_cells_csv(
     channels = _channel_names(found.mean_intensities.shape[1])
     stream = io.StringIO()
     table = csv.writer(stream, lineterminator='\n')
-    table.writerow([*CSV_COLUMNS, *(f'mean_{name}' for name in channels)])
+    lengths = np.zeros((len(instances), 0)) if um_per_px is None else in_um(found, um_per_px)
+    table.writerow(
+        [*CSV_COLUMNS, *(f'mean_{n}' for n in channels), *UM_COLUMNS[: lengths.shape[1]]]
+    )
     order = np.argsort(-instances.scores, kind='stable')
     for number, i in enumerate(order.tolist(), start=1):
         y, x = (found.centroids_yx[i] + 0.5).tolist()
-        floats = [x, y, found.perimeters[i], found.eccentricities[i], *found.mean_intensities[i]]
+        floats = [x, y, found.perimeters[i], found.eccentricities[i]]
+        floats += [*found.mean_intensities[i], *lengths[i]]
         x, y, perimeter, eccentricity, *means = ('' if v != v else f'{v:.4f}' for v in floats)
         has_pixels = found.areas[i] > 0
         box = found.boxes_xyxy[i].tolist() if has_pixels else [''] * 4

@@ -23,6 +23,7 @@ from cellseg_mm.core.layout import (
     TABLE_SUFFIX,
 )
 from cellseg_mm.data.image_reader import ImageReader
+from cellseg_mm.data.pixel_size import Um
 from cellseg_mm.results import export, overlay
 from cellseg_mm.results.export import Exported
 from cellseg_mm.results.measure import CellFeatures, RegionReader, measure
@@ -51,11 +52,13 @@ class Content:
         cells: What is written.
         read: Reads regions of the image in true colours.
         look: Names and colours.
+        um_per_px: Height and width of a pixel in micrometres; None if nobody knows.
     """
 
     cells: InstanceSet
     read: RegionReader
     look: Look
+    um_per_px: Um | None = None
 
     @cached_property
     def features(self) -> CellFeatures:
@@ -64,13 +67,18 @@ class Content:
 
 
 def _write_label_map(path: Path, content: Content) -> Exported:
-    return export.write_label_map(path, content.cells)
+    return export.write_label_map(path, content.cells, um_per_px=content.um_per_px)
 
 
 def _write_geojson(path: Path, content: Content) -> Exported:
     look, features = content.look, content.features
     return export.write_geojson(
-        path, content.cells, look.class_names, look.class_colours, features=features
+        path,
+        content.cells,
+        look.class_names,
+        look.class_colours,
+        features=features,
+        um_per_px=content.um_per_px,
     )
 
 
@@ -83,7 +91,9 @@ def _write_imagej(path: Path, content: Content) -> Exported:
 
 def _write_csv(path: Path, content: Content) -> Exported:
     names, features = content.look.class_names, content.features
-    return export.write_cells_csv(path, content.cells, names, features=features)
+    return export.write_cells_csv(
+        path, content.cells, names, features=features, um_per_px=content.um_per_px
+    )
 
 
 def _write_coco(path: Path, content: Content) -> Exported:
@@ -139,7 +149,7 @@ def write_formats(
         folder: Gets ``<name><suffix>`` with the name of ``cells``.
         words: Keys of ``FORMATS``; their order does not matter.
         cells: Everything in it is written.
-        reader: The image.
+        reader: The image; the size of its pixels adds measures in micrometres.
         look: Names, colours and channel order.
 
     Returns:
@@ -149,7 +159,7 @@ def write_formats(
         ConfigError: A class has no name or colour.
         ImageError: The image cannot be read.
     """
-    content = Content(cells, _true_colours(reader, look), look)
+    content = Content(cells, _true_colours(reader, look), look, reader.um_per_px)
     return {word: FORMATS[word][1](path_of(folder, cells.name, word), content) for word in words}
 
 

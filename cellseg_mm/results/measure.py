@@ -19,6 +19,7 @@ from cellseg_mm.core import rle
 from cellseg_mm.core.arrays import Float
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.core.windows import CHUNK, boxes_and_areas
+from cellseg_mm.data.pixel_size import Um
 from cellseg_mm.results.polygons import stack_crops
 
 # Rows y0..y1 and columns x0..x1 (half-open) -> (y1 - y0, x1 - x0, C).
@@ -79,6 +80,19 @@ def measure(
             means[index] = _mean_intensities(crops, boxes[index], read, n_channels)
     perimeters[areas == 0] = np.nan
     return CellFeatures(areas, centroids, boxes, perimeters, eccentricities, means)
+
+
+def in_um(features: CellFeatures, um_per_px: Um) -> Float:
+    """Return area, x and y of the centroid, and perimeter in micrometres, (N, 4) float64.
+
+    Centroids count from the image's corner. Where pixels are not square, the perimeter takes the
+    mean of their sides.
+    """
+    height, width = um_per_px
+    x = (features.centroids_yx[:, 1] + 0.5) * width
+    y = (features.centroids_yx[:, 0] + 0.5) * height
+    areas = np.where(features.areas > 0, features.areas * (height * width), np.nan)
+    return np.stack([areas, x, y, features.perimeters * (height + width) / 2], axis=1)
 
 
 def _as_reader(image: NDArray[Any] | RegionReader, image_hw: tuple[int, int]) -> RegionReader:
