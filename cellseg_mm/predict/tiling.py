@@ -15,7 +15,7 @@ share out the image along the middles of the overlaps.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -29,6 +29,8 @@ from cellseg_mm.core.windows import MAX_PIECES, boxes_and_areas, runs_of_pieces
 from cellseg_mm.fusion.clusters import mask_pairs
 
 Bool = NDArray[np.bool_]
+
+STRIP = 20_000  # instances near seams that are compared at once: about 200 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +220,36 @@ def _in_order(instances: InstanceSet) -> InstanceSet:
     return instances[np.lexsort(keys)]
 
 
+class _Grid:
+    """Rectangles of :func:`plan_tiles`, all or some: rows and columns rise on both sides."""
+
+    def __init__(self, yxyx: Int) -> None:
+        rows, row_of = np.unique(yxyx[:, [0, 2]], axis=0, return_inverse=True)
+        columns, column_of = np.unique(yxyx[:, [1, 3]], axis=0, return_inverse=True)
+        there = np.zeros((len(rows) + 1, len(columns) + 1), dtype=np.int64)
+        there[row_of.reshape(-1) + 1, column_of.reshape(-1) + 1] = 1
+        self._sums = there.cumsum(axis=0).cumsum(axis=1)
+        self._sides = (rows, columns)
+
+    def count(self, boxes_yxyx: Int, unit: int = 1) -> Int:
+        """Return how many rectangles each box meets; a box without extent is a point.
+
+        Args:
+            boxes_yxyx: (N, 4) in parts of a pixel.
+            unit: How many parts.
+        """
+        spans = []
+        for side, k in zip(self._sides, (0, 1), strict=True):
+            low, high = boxes_yxyx[:, k], boxes_yxyx[:, k + 2]
+            first = np.searchsorted(side[:, 1] * unit, low, side='right')
+            last = np.searchsorted(side[:, 0] * unit, np.maximum(high, low + 1), side='left')
+            spans.append((first, np.maximum(last, first)))
+        (top, bottom), (left, right) = spans
+        s = self._sums
+        total: Int = s[bottom, right] - s[top, right] - s[bottom, left] + s[top, left]
+        return total
+
+
 class _Seams:
     """Everything that is known about the instances of all tiles, and how they are merged."""
 
@@ -232,10 +264,13 @@ class _Seams:
         self.instances, self.boxes, self.tile_of = instances, boxes, tile_of
         self.params = params
         self.windows = np.array([t.window_yxyx for t in tiles], dtype=np.int64).reshape(-1, 4)
-        cores = np.array([t.core_yxyx for t in tiles], dtype=np.int64).reshape(-1, 4)[tile_of]
+        cores = np.array([t.core_yxyx for t in tiles], dtype=np.int64).reshape(-1, 4)
         twice = np.stack([boxes[:, 1] + boxes[:, 3], boxes[:, 0] + boxes[:, 2]], axis=1)
-        inside = (twice >= 2 * cores[:, :2]) & (twice < 2 * cores[:, 2:])
-        self.is_own: Bool = inside[:, 0] & inside[:, 1]
+        mine = cores[tile_of]
+        inside = (twice >= 2 * mine[:, :2]) & (twice < 2 * mine[:, 2:])
+        # Nobody can confirm a cell in the core of a tile that was not looked at: it counts
+        in_any = _Grid(cores).count(twice[:, [0, 1, 0, 1]], 2) > 0
+        self.is_own: Bool = (inside[:, 0] & inside[:, 1]) | ~in_any
         self.is_cut = self._touches_inner_border()
 
     def _touches_inner_border(self) -> Bool:
@@ -290,13 +325,32 @@ class _Seams:
 
     def _partners(self) -> dict[int, list[int]]:
         """Return for each instance those of other tiles that show the same cell."""
-        near = np.flatnonzero(self._meets_other_windows())
+        near = np.flatnonzero(_Grid(self.windows).count(self.boxes[:, [1, 0, 3, 2]]) > 1)
+        partners: dict[int, list[int]] = {}
+        for strip, top, bottom in self._strips(near):
+            for a, b in self._same_cells(strip, top, bottom):
+                partners.setdefault(a, []).append(b)
+                partners.setdefault(b, []).append(a)
+        return partners
+
+    def _strips(self, near: Int) -> Iterator[tuple[Int, int, int]]:
+        """Yield instances that may be in one strip, and its rows: memory follows ``STRIP``."""
+        tops, bottoms = self.boxes[near, 1], self.boxes[near, 3]
+        starts = np.unique(np.sort(tops)[::STRIP])
+        ends = np.append(starts[1:], self.instances.image_hw[0] + 1)[: len(starts)]
+        for top, bottom in zip(starts.tolist(), ends.tolist(), strict=True):
+            yield near[(tops < bottom) & (bottoms > top)], top, bottom
+
+    def _same_cells(self, near: Int, top: int, bottom: int) -> list[tuple[int, int]]:
+        """Return pairs that show the same cell, of those that begin to share rows in a strip."""
         picked = self.instances[near]
         runs = rle.decode_runs(picked.rles, picked.image_hw)
         pairs = mask_pairs(runs, picked.class_ids)
         i, j = pairs.first, pairs.second
-        apart = self.tile_of[near[i]] != self.tile_of[near[j]]
-        i, j, iou = i[apart], j[apart], pairs.iou[apart]
+        first_row = np.maximum(self.boxes[near[i], 1], self.boxes[near[j], 1])
+        counts = self.tile_of[near[i]] != self.tile_of[near[j]]
+        counts &= (first_row >= top) & (first_row < bottom)
+        i, j, iou = i[counts], j[counts], pairs.iou[counts]
         area = rle.areas_of(runs)
         shared = np.rint(iou / (1 + iou) * (area[i] + area[j])).astype(np.int64)
         in_i = self._count_inside(runs, i, self.tile_of[near[j]])
@@ -305,19 +359,7 @@ class _Seams:
         cut_i, cut_j = self.is_cut[near[i]], self.is_cut[near[j]]
         same |= cut_i & ~cut_j & (shared > self.params.inside_thr * area[i])
         same |= cut_j & ~cut_i & (shared > self.params.inside_thr * area[j])
-        partners: dict[int, list[int]] = {}
-        for a, b in zip(near[i[same]].tolist(), near[j[same]].tolist(), strict=True):
-            partners.setdefault(a, []).append(b)
-            partners.setdefault(b, []).append(a)
-        return partners
-
-    def _meets_other_windows(self) -> Bool:
-        """Tell which instances reach into a second tile; the others are final as they are."""
-        meets = np.zeros(len(self.instances), dtype=np.int64)
-        left, top, right, bottom = self.boxes.T
-        for y0, x0, y1, x1 in self.windows.tolist():
-            meets += (left < x1) & (right > x0) & (top < y1) & (bottom > y0)
-        return meets > 1
+        return list(zip(near[i[same]].tolist(), near[j[same]].tolist(), strict=True))
 
     def _count_inside(self, runs: rle.Runs, index: Int, tile: Int) -> Int:
         """Count the pixels of masks ``index`` inside the windows of ``tile``, pair by pair."""
