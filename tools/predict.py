@@ -12,6 +12,7 @@ interruption: what is done is skipped.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,7 +46,7 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument('--tile', type=int, help='cut larger images into tiles of so many px')
     parser.add_argument('--overlap', type=int, default=128, help='px; more than the largest cell')
-    parser.add_argument('--level', type=int, default=0, help='level of image pyramids')
+    add_slide_arguments(parser)
     add_choice_arguments(parser)
     parser.add_argument('--tta', help='hflip, flips or d4, and scales: d4,scales=0.8/1.25')
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda or cuda:1')
@@ -65,6 +66,7 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
         'with the model or its data (default)',
     )
     parser.add_argument('--again', action='store_true', help='predict what is done, too')
+    add_sharing_arguments(parser)
     add_member_arguments(parser)
     add_config_arguments(parser, launcher=False)
     args = parser.parse_args(words)
@@ -84,6 +86,53 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
             'and --work-root'
         )
     return args
+
+
+def add_slide_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add at which size, and where, images are looked at."""
+    parser.add_argument(
+        '--level',
+        type=int,
+        help='level of image pyramids that is read as it is, 0 the largest; else the sizes of '
+        'pixels decide',
+    )
+    parser.add_argument(
+        '--um-per-px',
+        type=float,
+        metavar='UM',
+        help="side of the images' pixels, if not as the files say",
+    )
+    parser.add_argument(
+        '--tissue',
+        default='slides',
+        metavar='slides|auto|off|GEOJSON',
+        help='look for cells in tissue only: in pyramids (default), in all images that are cut, '
+        'in none; or only in the regions of a GeoJSON file, or of <name>.geojson in a folder',
+    )
+
+
+def add_sharing_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add how several processes share the work."""
+    parser.add_argument(
+        '--part',
+        type=_part,
+        metavar='I/N',
+        help='do only the I-th of N shares; the command without it puts the images together',
+    )
+    parser.add_argument(
+        '--slurm', type=int, metavar='N', help='print a Slurm job array of N parts instead'
+    )
+    parser.add_argument(
+        '--dask',
+        default='',
+        metavar='ADDRESS|N',
+        help='work with a Dask cluster (tcp://node:8786), or with N processes here',
+    )
+
+
+def _part(word: str) -> tuple[int, int]:
+    i, n = word.split('/')
+    return int(i), int(n)
 
 
 def add_choice_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,6 +159,9 @@ def _take(words: list[str], fits: Callable[[str], bool]) -> list[str]:
 def main() -> int:
     """Load, predict, and say where the results are."""
     args = parse_args()
+    if args.slurm:
+        print(_slurm_script(args.slurm), end='')
+        return 0
     from cellseg_mm.data.contents import Choice
     from cellseg_mm.predict.options import MemberOptions, PredictOptions
 
@@ -130,6 +182,10 @@ def main() -> int:
         tile_px=args.tile,
         overlap_px=args.overlap,
         level=args.level,
+        um_per_px=args.um_per_px,
+        tissue=args.tissue,
+        part=args.part,
+        dask=args.dask,
         choice=Choice(image=args.image, channels=args.channels, z=args.z, t=args.t),
         n_workers=args.workers,
         again=args.again,
@@ -147,6 +203,17 @@ def main() -> int:
     print(summary.describe())
     print(f'results: {args.out}')
     return summary.exit_code
+
+
+def _slurm_script(n_parts: int) -> str:
+    from cellseg_mm.predict.many import slurm_script
+
+    words = sys.argv[1:]
+    for k, word in enumerate(words):
+        if word.split('=')[0] == '--slurm':
+            del words[k : k + (1 if '=' in word else 2)]
+            break
+    return slurm_script(words, n_parts)
 
 
 def _predict_with_torch(

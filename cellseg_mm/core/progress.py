@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 Item = TypeVar('Item')
 
 
-def track(items: Iterable[Item], *, description: str, total: int | None = None) -> Iterator[Item]:
+def track(
+    items: Iterable[Item],
+    *,
+    description: str,
+    total: int | None = None,
+    note: Callable[[], str] | None = None,
+) -> Iterator[Item]:
     """Yield ``items`` while a bar with count, rate and ETA is drawn on standard error.
+
+    ``note`` is asked after every item for a text at the end of the bar.
 
     Nothing is drawn when standard error is not a terminal, so log files hold no broken lines.
     """
@@ -34,6 +42,11 @@ def track(items: Iterable[Item], *, description: str, total: int | None = None) 
         TimeElapsedColumn(),
         TextColumn('ETA'),
         TimeRemainingColumn(),
+        TextColumn('{task.fields[note]}'),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        yield from progress.track(items, total=total, description=description)
+        task = progress.add_task(description, total=total, note='')
+        for item in progress.track(items, total=total, task_id=task):
+            yield item
+            if note is not None:
+                progress.update(task, note=note())

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.dist import is_main_process
+from mmengine.utils import import_modules_from_strings
 
 from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.core.layout import work_dir_of
 from cellseg_mm.data.config import DataSettings
 from cellseg_mm.data.images import Images, Split, find_images
+from cellseg_mm.data.pixel_size import recorded_size
 from cellseg_mm.detectors.detector import ModelDetector, build_detector, choose_device
 from cellseg_mm.detectors.member_models import MemberSource
 from cellseg_mm.detectors.run_ensemble import ensemble_models
@@ -24,7 +27,8 @@ from cellseg_mm.ensemble.fuse_files import Merged, ensemble_files
 from cellseg_mm.ensemble.outcome import Exports, Outcome, finish
 from cellseg_mm.fusion.settings import Profile, settings_for_people
 from cellseg_mm.predict.items import look_for
-from cellseg_mm.predict.options import MemberOptions, PredictOptions, predict_items
+from cellseg_mm.predict.options import MemberOptions, PredictOptions, params_for, predict_found
+from cellseg_mm.predict.params import PredictParams
 from cellseg_mm.predict.summary import Summary
 from cellseg_mm.results.formats import Look
 from cellseg_mm.weights.find import find_checkpoints
@@ -68,17 +72,32 @@ def predict_images(configs: Configs, members: MemberOptions, options: PredictOpt
         CellSegError: Options that do not fit; see the message.
     """
     found = look_for(options.inputs, out_dir=options.out_dir)
+    return predict_found(found, partial(prepare, configs, members, options), options)
+
+
+def prepare(
+    configs: Configs, members: MemberOptions, options: PredictOptions
+) -> tuple[ModelDetector, PredictParams]:
+    """Load the models, and say what the options mean for them; any process may do it.
+
+    Raises:
+        CellSegError: Options that do not fit; see the message.
+    """
+    for cfg in configs.values():
+        # In another process nobody has registered yet what the config names
+        import_modules_from_strings(**cfg.get('custom_imports', {'imports': []}))
     detector = make_detector(configs, members, options)
     cfg = next(iter(configs.values()))
     data = DataSettings.from_config(cfg, 'test_dataloader')
-    return predict_items(
-        found,
+    params = params_for(
         detector,
         _look(data, detector.red_blue_swapped),
         options,
         has_settings=members.settings_path is not None,
         data_range=data.value_range(),
+        model_um=cfg.get('um_per_px') or recorded_size(data.data_root, data.folds_path),
     )
+    return detector, params
 
 
 def make_detector(

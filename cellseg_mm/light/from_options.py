@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from cellseg_mm.core.errors import ConfigError
+from cellseg_mm.core.files import JsonValue
 from cellseg_mm.fusion.settings import InferenceSettings, choose_settings
 from cellseg_mm.light.detector import LightDetector, OnnxModel
 from cellseg_mm.light.model_file import ModelFile, read_model_file
 from cellseg_mm.predict.items import look_for
-from cellseg_mm.predict.options import MemberOptions, PredictOptions, predict_items
+from cellseg_mm.predict.options import MemberOptions, PredictOptions, params_for, predict_found
+from cellseg_mm.predict.params import PredictParams
+from cellseg_mm.predict.scaling import um_of_members
 from cellseg_mm.predict.summary import Summary
 from cellseg_mm.results.formats import Look
 
@@ -41,6 +45,17 @@ def predict_images(
         CellSegError: Files or options that do not fit; see the message.
     """
     found = look_for(options.inputs, out_dir=options.out_dir)
+    return predict_found(found, partial(prepare, tuple(paths), members, options), options)
+
+
+def prepare(
+    paths: Sequence[str], members: MemberOptions, options: PredictOptions
+) -> tuple[LightDetector, PredictParams]:
+    """Load the models of files, and say what the options mean for them; any process may do it.
+
+    Raises:
+        CellSegError: Files or options that do not fit; see the message.
+    """
     files = [read_model_file(path) for path in paths]
     settings = _settings(files, members)
     detector = make_detector(files, members, options)
@@ -49,7 +64,15 @@ def predict_images(
         class_colours=detector.record.class_colours,
         red_blue_swapped=detector.red_blue_swapped,
     )
-    return predict_items(found, detector, look, options, has_settings=settings.are_there)
+    sizes: list[JsonValue] = [{'um_per_px': one.record.um_per_px} for one in detector.models]
+    params = params_for(
+        detector,
+        look,
+        options,
+        has_settings=settings.are_there,
+        model_um=um_of_members(sizes),
+    )
+    return detector, params
 
 
 def make_detector(

@@ -14,10 +14,13 @@ from typing import Any, Literal
 from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.data.contents import NO_CHOICE, Choice
 from cellseg_mm.data.intensity import ValueRange
+from cellseg_mm.data.pixel_size import stated
 from cellseg_mm.fusion.settings import InferenceSettings, Profile, choose_settings
 from cellseg_mm.predict.items import Found
+from cellseg_mm.predict.many import Recipe, predict_with_dask
 from cellseg_mm.predict.params import Detector, PredictParams
 from cellseg_mm.predict.predict import predict
+from cellseg_mm.predict.scaling import stated_um, um_of_members
 from cellseg_mm.predict.summary import Summary
 from cellseg_mm.results.formats import Look
 
@@ -77,7 +80,11 @@ class PredictOptions:
         score_thr: Least score in the formats; None leaves that of the settings.
         tile_px: Side of the tiles; None takes the usual one.
         overlap_px: Least overlap of tiles.
-        level: Level of image pyramids.
+        level: Level of image pyramids that is read as it is; None chooses by the sizes of pixels.
+        um_per_px: Side of the images' pixels in micrometres; None takes what each file says.
+        tissue: See ``PredictParams``.
+        part: See ``PredictParams``.
+        dask: Address of a Dask scheduler, or how many workers to start here; '' works alone.
         choice: Which image, plane and channels of files that hold several.
         n_workers: Threads that read ahead.
         again: Predict what is done, too.
@@ -94,7 +101,11 @@ class PredictOptions:
     score_thr: float | None = None
     tile_px: int | None = None
     overlap_px: int = 128
-    level: int = 0
+    level: int | None = None
+    um_per_px: float | None = None
+    tissue: str = 'slides'
+    part: tuple[int, int] | None = None
+    dask: str = ''
     choice: Choice = NO_CHOICE
     n_workers: int = 1
     again: bool = False
@@ -104,34 +115,33 @@ class PredictOptions:
     value_range: str = 'config'
 
 
-def predict_items(
-    found: Found,
+def params_for(
     detector: Detector,
     look: Look,
     options: PredictOptions,
     *,
     has_settings: bool,
     data_range: ValueRange | None = None,
-) -> Summary:
-    """Predict images as the options say.
+    model_um: object = None,
+) -> PredictParams:
+    """Return what the options mean for a detector.
 
     Args:
-        found: From ``look_for``.
         detector: What finds the cells.
         look: Classes, colours and channel order.
         options: See :class:`PredictOptions`.
         has_settings: Settings that were found on held-out images bring their own thresholds, so
             that the formats need none.
         data_range: Range of values that is recorded with the training images.
+        model_um: Size of the training images' pixels, where the models themselves do not say it.
     """
-    value_range, range_from = choose_range(
-        options.value_range, detector.provenance.get('members'), data_range
-    )
+    members = detector.provenance.get('members')
+    value_range, range_from = choose_range(options.value_range, members, data_range)
     default_thr = 0.0 if has_settings else 0.5
     cut: dict[str, Any] = {}
     if options.tile_px is not None:
         cut = dict.fromkeys(('tile_px', 'whole_px'), options.tile_px)
-    params = PredictParams(
+    return PredictParams(
         out_dir=options.out_dir,
         class_names=look.class_names,
         class_colours=look.class_colours,
@@ -139,6 +149,10 @@ def predict_items(
         score_thr=default_thr if options.score_thr is None else options.score_thr,
         overlap_px=options.overlap_px,
         level=options.level,
+        um_per_px=stated_um(options.um_per_px),
+        model_um_per_px=um_of_members(members) or stated(model_um, 'the config'),
+        tissue=options.tissue,
+        part=options.part,
         choice=options.choice,
         red_blue_swapped=look.red_blue_swapped,
         value_range=value_range,
@@ -147,7 +161,25 @@ def predict_items(
         again=options.again,
         **cut,
     )
-    summary = predict(found.items, detector, params)
+
+
+def predict_found(found: Found, recipe: Recipe, options: PredictOptions) -> Summary:
+    """Predict images in this process, or with the workers that the options name.
+
+    Args:
+        found: From ``look_for``.
+        recipe: Makes the detector and its parameters; is pickled where others work.
+        options: See :class:`PredictOptions`.
+    """
+    if not options.dask:
+        summary = predict(found.items, *recipe())
+    elif options.part is None and not options.again:
+        summary = predict_with_dask(found.items, recipe, options.dask)
+    else:
+        raise ConfigError(
+            '--dask: shares the work out by itself and goes on where it was; expected neither '
+            '--part nor --again; leave them out'
+        )
     summary.asides[:0] = found.notes
     summary.failed.update(found.refused)
     return summary

@@ -18,6 +18,7 @@ from cellseg_mm.core.files import JsonValue
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.core.layout import STATE_SUFFIX
 from cellseg_mm.predict.items import Item
+from cellseg_mm.predict.tile_store import TileStore
 from cellseg_mm.results.formats import path_of
 from cellseg_mm.results.predictions import load_predictions
 
@@ -77,6 +78,12 @@ class Journal:
     def instances_path(self, item: Item) -> Path:
         """Return where an image's instances lie."""
         return self.out_dir / f'{item.name}.npz'
+
+    def tiles(self, item: Item) -> TileStore:
+        """Return where an image's tiles are kept until it is whole."""
+        image = item.fingerprint() if item.path.is_file() else None
+        about = json.dumps([self.settings_hash, image], sort_keys=True)
+        return TileStore.of(self.out_dir, item.name, files.text_hash(about))
 
     def _state_path(self, item: Item) -> Path:
         return self.out_dir / f'{item.name}{STATE_SUFFIX}'

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from cellseg_mm.data.intensity import ValueRange
+from cellseg_mm.predict.scaling import scale_text
 
 
 @dataclass(slots=True)
@@ -28,6 +29,14 @@ class Summary:
         n_below: Those of them below the formats' least score.
         n_shown: Those of them in the formats; the rest is covered by better ones.
         score_thr: The formats' least score.
+        value_range: What was asked to become 0 and 255; None decides by each file.
+        range_from: Where it comes from.
+        scales: How each predicted image was scaled, see ``scaling.Grid.says``.
+        n_scaled: How many were looked at in other pixels than their own.
+        n_tiles: Tiles of larger images that were looked at.
+        n_kept: Tiles that were there from before, or from other processes.
+        seconds: Time of all, and within the detector.
+        seconds_looking: Time within the detector.
     """
 
     predicted: list[str] = field(default_factory=list)
@@ -42,6 +51,24 @@ class Summary:
     n_below: int = 0
     n_shown: int = 0
     score_thr: float = 0.0
+    value_range: ValueRange | None = None
+    range_from: str = ''
+    scales: list[str] = field(default_factory=list)
+    n_scaled: int = 0
+    n_tiles: int = 0
+    n_kept: int = 0
+    seconds: float = 0.0
+    seconds_looking: float = 0.0
+
+    def add(self, other: Summary) -> None:
+        """Take in what happened in another process."""
+        for name in ('predicted', 'rewritten', 'skipped', 'scales'):
+            getattr(self, name).extend(getattr(other, name))
+        for name in ('failed', 'notes', 'ranges', 'n_empty'):
+            getattr(self, name).update(getattr(other, name))
+        numbers = ('n_cells', 'n_below', 'n_shown', 'n_scaled', 'n_tiles', 'n_kept')
+        for name in (*numbers, 'seconds', 'seconds_looking'):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
     @property
     def exit_code(self) -> int:
@@ -69,6 +96,7 @@ class Summary:
         if self.skipped:
             parts.append(f'{len(self.skipped)} were done already')
         lines = ['; '.join(parts) + '.', *self.asides]
+        lines += filter(None, [scale_text(self.scales, self.n_scaled), self._tiles_text()])
         if self.n_empty:
             n = sum(self.n_empty.values())
             lines.append(f'{n} cells without a pixel were dropped, in {len(self.n_empty)} images')
@@ -78,24 +106,35 @@ class Summary:
             lines += [f'  {message}' for message in self.failed.values()]
         return '\n'.join(lines)
 
-
-def range_texts(summary: Summary, value_range: ValueRange | None, range_from: str) -> list[str]:
-    """Say how values of more than 8 bits became 8."""
-    ranges = list(summary.ranges.values())
-    wide = f'{len(ranges)} images have more than 8 bits: '
-    if value_range is not None:
+    def range_texts(self) -> list[str]:
+        """Say how values of more than 8 bits became 8."""
+        ranges = list(self.ranges.values())
+        wide = f'{len(ranges)} images have more than 8 bits: '
+        if self.value_range is not None:
+            if ranges:
+                return [f'{wide}their values {self.value_range} became 0..255 ({self.range_from})']
+            if self.predicted:
+                return [
+                    f'the range {self.value_range} ({self.range_from}) was not needed: no image '
+                    'that was predicted has more than 8 bits'
+                ]
         if ranges:
-            return [f'{wide}their values {value_range} became 0..255 ({range_from})']
-        if summary.predicted:
+            highs = sorted(found.high for found in ranges)
+            each = f'0..{highs[0]:.6g}' + (
+                f' to 0..{highs[-1]:.6g}' if highs[0] < highs[-1] else ''
+            )
             return [
-                f'the range {value_range} ({range_from}) was not needed: no image '
-                'that was predicted has more than 8 bits'
+                f'{wide}the values of each became 0..255 by its own range ({each}, what all but a '
+                'thousandth of the pixels stay within); --range LOW,HIGH takes one for all'
             ]
-    if ranges:
-        highs = sorted(found.high for found in ranges)
-        each = f'0..{highs[0]:.6g}' + (f' to 0..{highs[-1]:.6g}' if highs[0] < highs[-1] else '')
-        return [
-            f'{wide}the values of each became 0..255 by its own range ({each}, what all but a '
-            'thousandth of the pixels stay within); --range LOW,HIGH takes one for all'
-        ]
-    return []
+        return []
+
+    def _tiles_text(self) -> str:
+        if not self.n_tiles + self.n_kept:
+            return ''
+        kept = f', {self.n_kept} were there' if self.n_kept else ''
+        share = self.seconds_looking / max(self.seconds, 1e-9)
+        return (
+            f'{self.n_tiles} tiles of larger images were looked at{kept}; the model took '
+            f'{share:.0%} of {self.seconds:.0f} s'
+        )

@@ -18,7 +18,7 @@ from cellseg_mm.core import files
 from cellseg_mm.core.errors import CellSegError, ConfigError
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.data.intensity import ValueRange
-from cellseg_mm.predict import predict
+from cellseg_mm.predict import predict, slide
 from cellseg_mm.predict.items import Item, find_items
 from cellseg_mm.predict.params import VERSION, PredictParams
 from cellseg_mm.predict.summary import Summary
@@ -479,14 +479,14 @@ def test_a_file_that_breaks_its_reader_does_not_stop_the_rest(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Damaged TIFFs make readers stumble in ways that nobody foresaw, also over the header."""
-    opened = predict.open_image
+    opened = slide.open_image
 
     def stumble(path: Path, **options):
         if path.name == 'b.tif':
             raise ZeroDivisionError('tile width')
         return opened(path, **options)
 
-    monkeypatch.setattr(predict, 'open_image', stumble)
+    monkeypatch.setattr(slide, 'open_image', stumble)
     summary, _ = run(images, params_for(tmp_path))
     assert sorted(summary.predicted) == ['a', 'c']
     assert 'ZeroDivisionError: tile width' in summary.failed['b']
