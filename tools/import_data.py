@@ -36,7 +36,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         'StarDist); '
         'mask-folders: <name>/images/* and <name>/masks/* (DSB2018); '
         'geojson: <name>.geojson beside the image (QuPath); imagej: <name>.rois.zip or .zip (ROI '
-        'Manager). What cannot be used is left '
+        'Manager); cellpose: <name>_seg.npy; labelme: <name>.json; yolo: images/, labels/ and '
+        'data.yaml; cvat: annotations.xml (for images 1.1); label-table: label maps with '
+        '<name>_classes.csv or .json (id, class); colour-mask: as label-map, but colours are classes (--colour); '
+        'pannuke: images.npy, masks.npy; consep: <name>.mat; hovernet: <name>.json (CellViT too); '
+        'nnunet: imagesTr, labelsTr, dataset.json; run-lengths: a CSV file (DSB2018). '
+        'What cannot be used is left '
         'out, counted and listed. Exit status: 0 done, 1 some cases were not imported, 2 wrong '
         'options or source.',
     )
@@ -56,6 +61,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add('--images', type=Path, metavar='DIR', help='folder of the images, if they lie elsewhere')
     add('--nuclei', action='store_true', help="QuPath's cells: take their nuclei")
+    add(
+        '--colour',
+        nargs='+',
+        action='extend',
+        default=[],
+        type=_pair,
+        metavar='COLOUR=CLASS',
+        help="what a mask's colours mean: '#ff0000=tumor'; grey values too: 1=tumor",
+    )
     add(
         '--binary',
         choices=['components', 'ids'],
@@ -88,6 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         skipped=frozenset(args.skip),
         single_class=args.single_class,
         image_dir=args.images,
+        colours=dict(args.colour),
         nuclei=args.nuclei,
         binary=args.binary,
         strict=args.strict,

@@ -87,7 +87,7 @@ def _read_pair(pair: Pair, classes: Classes, params: ImportParams) -> Annotated:
             f'match; check that both are of one image'
         )
     values = [value for value in np.unique(ids).tolist() if value]
-    cells = []
+    cells: list[Cell] = []
     for cell, name in zip(cells_of(ids, 1), _types(pair.table, variables, values), strict=True):
         if name == UNNAMED and UNNAMED not in classes.number_of:
             tally.leave_out('cells of type 0 (--class names one for them)', str(len(cells) + 1))

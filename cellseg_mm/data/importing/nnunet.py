@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -118,5 +119,4 @@ def _read_channels(
             f'{label}: has three images, and one of them has colours; expected one channel in '
             f'each; keep the RGB picture alone'
         )
-    stacked: Picture = np.stack([p[..., 0] for p in pictures], axis=2)
-    return stacked
+    return cast(Picture, np.stack([p[..., 0] for p in pictures], axis=2))

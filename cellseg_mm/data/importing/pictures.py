@@ -238,7 +238,8 @@ def read_colours(path: Path, image_hw: Sequence[int]) -> NDArray[np.int64]:
         )
     _require_size(path, values.shape, image_hw)
     red, green, blue = np.moveaxis(values.astype(np.int64), 2, 0)
-    return (red << 16) | (green << 8) | blue
+    colours: NDArray[np.int64] = (red << 16) | (green << 8) | blue
+    return colours
 
 
 def _require_size(path: Path, shape: Sequence[int], image_hw: Sequence[int]) -> None:

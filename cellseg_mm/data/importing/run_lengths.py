@@ -59,7 +59,7 @@ def find_run_lengths(source: Path, params: ImportParams) -> tuple[list[Job], Cla
     return jobs, classes, []
 
 
-def _rows(source: Path) -> list[Row]:
+def _rows(source: Path) -> Sequence[Row]:
     try:
         if source.stat().st_size > MAX_TEXT_BYTES:
             raise CellSegError(f'{source}: is larger than 2 GiB; {EXPECTED}; split it')
@@ -149,4 +149,4 @@ def _counts(text: str, n_px: int) -> list[int]:
     if (starts[1:] < ends[:-1]).any():
         raise UnusableError('runs that overlap')
     edges = np.stack([starts, ends], axis=1).reshape(-1)
-    return np.diff(np.concatenate([[0], edges, [n_px]])).tolist()
+    return [int(n) for n in np.diff(np.concatenate([[0], edges, [n_px]]))]
