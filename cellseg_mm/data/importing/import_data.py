@@ -33,11 +33,13 @@ from cellseg_mm.data.importing.cellpose import find_cellpose
 from cellseg_mm.data.importing.class_maps import find_colour_masks
 from cellseg_mm.data.importing.classes import Classes
 from cellseg_mm.data.importing.coco import find_coco
+from cellseg_mm.data.importing.cvat import find_cvat
 from cellseg_mm.data.importing.geojson import find_geojson
 from cellseg_mm.data.importing.hovernet import find_hovernet
 from cellseg_mm.data.importing.imagej import find_imagej
 from cellseg_mm.data.importing.label_maps import find_label_maps
 from cellseg_mm.data.importing.label_tables import find_label_tables
+from cellseg_mm.data.importing.labelme import find_labelme
 from cellseg_mm.data.importing.mask_folders import find_mask_folders
 from cellseg_mm.data.importing.mat_files import find_mat_files
 from cellseg_mm.data.importing.monusac import find_monusac
@@ -53,6 +55,7 @@ from cellseg_mm.data.importing.sources import (
     composed,
     first_of,
 )
+from cellseg_mm.data.importing.yolo import find_yolo
 from cellseg_mm.data.names import safe_name
 
 MAX_NAME_LENGTH = 150
@@ -430,6 +433,9 @@ FINDERS: Mapping[str, Finder] = {
     'geojson': find_geojson,
     'imagej': find_imagej,
     'cellpose': find_cellpose,
+    'labelme': find_labelme,
+    'yolo': find_yolo,
+    'cvat': find_cvat,
     'label-table': find_label_tables,
     'colour-mask': find_colour_masks,
     'pannuke': find_pannuke,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -45,11 +45,13 @@ class Shape:
         class_name: As the source has it, '' for none.
         parts: Joined.
         which: Names it in reports.
+        crops: Row, column and mask of parts that the source has as pixels; joined to the others.
     """
 
     class_name: str
     parts: tuple[Part, ...]
     which: str
+    crops: tuple[tuple[int, int, Mask], ...] = ()
 
 
 class _Filled(NamedTuple):
@@ -99,7 +101,7 @@ def cells_of_shapes(
             tally.leave_out(fault, shape.which)
         else:
             moved = [_moved(part, first_centre) for part in shape.parts]
-            top, left, mask, does_cross = _fill_parts(moved, image_hw)
+            top, left, mask, does_cross = _fill_shape(moved, shape.crops, image_hw)
             if mask.any():
                 cells.append(Cell(number, top, left, mask))
                 crossing += [shape.which] * does_cross
@@ -119,7 +121,7 @@ def cells_of_shapes(
 def _fault(shape: Shape) -> str:
     """Say why an outline cannot be used; '' if it can."""
     rings = [ring for part in shape.parts for ring in (part.exterior, *part.holes)]
-    if not rings or any(len(ring) < 3 for ring in rings):
+    if not (rings or shape.crops) or any(len(ring) < 3 for ring in rings):
         return 'outlines with fewer than 3 points'
     if not all((np.abs(ring) <= MAX_XY).all() for ring in rings):  # NaN compares false
         return 'outlines with a point that is no number of pixels'
@@ -131,13 +133,20 @@ def _moved(part: Part, by: float) -> Part:
 
 
 def _is_cut(parts: Sequence[Part], image_hw: Sequence[int]) -> bool:
+    if not parts:
+        return False
     low = np.min([part.exterior.min(axis=0) for part in parts], axis=0)
     high = np.max([part.exterior.max(axis=0) for part in parts], axis=0)
     return bool((low < -1).any() or (high > np.array(image_hw[::-1])).any())
 
 
-def _fill_parts(parts: Sequence[Part], image_hw: Sequence[int]) -> _Filled:
+def _fill_shape(
+    parts: Sequence[Part], crops: Sequence[tuple[int, int, Mask]], image_hw: Sequence[int]
+) -> _Filled:
     filled = [_fill_part(part, image_hw) for part in parts]
+    for top, left, crop in crops:
+        inside = crop[max(-top, 0) : image_hw[0] - top, max(-left, 0) : image_hw[1] - left]
+        filled.append(_Filled(max(top, 0), max(left, 0), inside, False))
     does_cross = any(one.does_cross for one in filled)
     filled = [one for one in filled if one.mask.any()] or filled[:1]
     top, left = min(one.top for one in filled), min(one.left for one in filled)
@@ -195,6 +204,20 @@ def ring_of(points: object) -> Ring:
         return np.full((3, 2), np.nan)
     ring = ring[:, :2]
     return ring[:-1] if len(ring) > 1 and (ring[0] == ring[-1]).all() else ring
+
+
+def grouped(shapes: Iterable[tuple[object, Shape]]) -> list[Shape]:
+    """Join shapes of one group and class to one cell; groups None, 0 and '' are none."""
+    found: dict[object, Shape] = {}
+    for number, (group, shape) in enumerate(shapes):
+        is_group = isinstance(group, int | str) and group not in (0, '', '0')
+        key = (group, shape.class_name) if is_group else number
+        first = found.get(key)
+        if first is not None:
+            parts, crops = first.parts + shape.parts, first.crops + shape.crops
+            shape = replace(first, parts=parts, crops=crops)
+        found[key] = shape
+    return list(found.values())
 
 
 def bridged(rings: Sequence[Ring]) -> Ring:
