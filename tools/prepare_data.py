@@ -56,6 +56,12 @@ def parse_args() -> argparse.Namespace:
         metavar='keep|auto|LOW,HIGH',
         help='values of more than 8 bits that become 0..255 (default: as recorded, else auto)',
     )
+    add(
+        '--um-per-px',
+        type=float,
+        metavar='UM',
+        help='side of a pixel in micrometres (default: what the files say), such as 0.25 for 40x',
+    )
     add('--no-index', action='store_true', help='read every file again')
     args = parser.parse_args()
     if args.data_root is None:
@@ -88,6 +94,7 @@ def main() -> int:
         max_pixels=args.max_pixels,
         use_index=not args.no_index,
         value_range=args.range,
+        um_per_px=args.um_per_px,
     )
     report = prepare.prepare(args.data_root, params)
     print(screen_text(report))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.core.layout import folds_file
 from cellseg_mm.data.intensity import ValueRange, recorded_range
+from cellseg_mm.data.pixel_size import Um, recorded_size, stated
 
 if TYPE_CHECKING:
     from mmengine.config import Config, ConfigDict
@@ -48,6 +49,8 @@ class DataSettings:
         red_blue_swapped: The image files hold blue where red belongs.
         split: ``train``, ``val``, ``all`` or ``test``.
         fold: The fold that is held out; None where the split knows none.
+        stated_um: What the config's ``um_per_px`` says of the size of pixels; None where it says
+            nothing.
     """
 
     data_root: Path
@@ -57,6 +60,7 @@ class DataSettings:
     red_blue_swapped: bool
     split: str
     fold: int | None
+    stated_um: Um | None = None
 
     @classmethod
     def from_config(cls, cfg: Config, loader: str = 'train_dataloader') -> DataSettings:
@@ -83,6 +87,7 @@ class DataSettings:
             ),
             split=str(node.get('split', 'train')),
             fold=None if fold is None else int(fold),
+            stated_um=stated(cfg.get('um_per_px'), 'config'),
         )
 
     def value_range(self) -> ValueRange | None:
@@ -92,6 +97,14 @@ class DataSettings:
             CellSegError: The file of the range is damaged.
         """
         return recorded_range(self.data_root, self.folds_path)
+
+    def um_per_px(self) -> Um | None:
+        """Return height and width of a pixel: what the config says, else what is recorded.
+
+        Raises:
+            CellSegError: The file of the size is damaged.
+        """
+        return self.stated_um or recorded_size(self.data_root, self.folds_path)
 
 
 def dataset_settings(cfg: Config, loader: str = 'train_dataloader') -> ConfigDict:

@@ -127,10 +127,22 @@ def of_tiff(file: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> PixelSi
     return _of_tags(series.keyframe)
 
 
+def of_case(path: Path) -> PixelSize:
+    """Return the size of a training image's pixels; the image was read before, so it is a TIFF."""
+    try:
+        with tifffile.TiffFile(path) as file:
+            return of_tiff(file, file.series[0])
+    except Exception:  # its pixels are there; odd text beside them is no reason to refuse it
+        return UNKNOWN
+
+
 def _of_ome(file: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> PixelSize | None:
     if series.kind != 'ome' or file.ome_metadata is None:
         return None
-    root = ElementTree.fromstring(file.ome_metadata)
+    try:
+        root = ElementTree.fromstring(file.ome_metadata)
+    except ElementTree.ParseError:
+        return None
     images = [element for element in root if element.tag.endswith('}Image')]
     number = next((k for k, one in enumerate(file.series) if one is series), 0)
     pixels = images[number].find('{*}Pixels') if number < len(images) else None

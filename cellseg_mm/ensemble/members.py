@@ -14,6 +14,7 @@ from cellseg_mm.core.errors import FoldError, PredictionError
 from cellseg_mm.core.files import JsonValue
 from cellseg_mm.data.folds import Folds
 from cellseg_mm.data.intensity import ValueRange
+from cellseg_mm.data.pixel_size import Um, stated
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,7 @@ class Member:
         class_names: Names of the classes; empty if unknown.
         score: Best validation score that the file records, or None.
         value_range: Of values of more than 8 bits, as in its training; None where none was needed.
+        um_per_px: Height and width of a pixel of what it was trained on; None where nobody said it.
     """
 
     source: str
@@ -39,6 +41,7 @@ class Member:
     class_names: tuple[str, ...] = ()
     score: float | None = None
     value_range: ValueRange | None = None
+    um_per_px: Um | None = None
 
     @property
     def clean_folds(self) -> frozenset[int]:
@@ -55,6 +58,7 @@ class Member:
             'excluded_folds': list(self.excluded_folds),
             'score': self.score,
             **({'value_range': self.value_range.to_json()} if self.value_range else {}),
+            **({'um_per_px': [*self.um_per_px]} if self.um_per_px else {}),
         }
 
     def describe(self) -> str:
@@ -94,6 +98,7 @@ def trained_member(
         class_names=tuple(map(str, list_of(trained.get('class_names')))),
         score=score,
         value_range=ValueRange.from_json(trained.get('value_range')),
+        um_per_px=stated(trained.get('um_per_px'), source),
     )
 
 

@@ -21,6 +21,7 @@ from torch import nn
 from cellseg_mm.core import files, provenance, trainings
 from cellseg_mm.core.errors import CheckpointError, ConfigError, FoldError
 from cellseg_mm.data.folds import load_folds
+from cellseg_mm.data.pixel_size import Um, stated
 from cellseg_mm.pipeline.dataset import CellDataset, base_dataset, log_parts
 from cellseg_mm.training.marks import recipe_record
 
@@ -37,8 +38,10 @@ def run_provenance(runner: Runner, dataset: CellDataset | None) -> dict:
     """Return what a checkpoint or result of this run must carry, as plain JSON values."""
     classes = dataset.metainfo.get('classes', ()) if dataset else ()
     has_range = dataset is not None and dataset.value_range is not None
+    size = dataset_um(runner, dataset)
     return {
         **({'value_range': dataset.value_range.to_json()} if has_range else {}),
+        **({'um_per_px': [*size]} if size else {}),
         'fold': dataset.fold if dataset and dataset.split in ('train', 'val') else None,
         'split': dataset.split if dataset else '',
         'fold_hash': dataset.fold_hash if dataset else '',
@@ -52,6 +55,12 @@ def run_provenance(runner: Runner, dataset: CellDataset | None) -> dict:
         'config_hash': files.text_hash(runner.cfg.pretty_text),
         'experiment': runner.experiment_name,
     }
+
+
+def dataset_um(runner: Runner, dataset: CellDataset | None) -> Um | None:
+    """Return height and width of a pixel: what the config says, else what is recorded."""
+    said = stated(runner.cfg.get('um_per_px'), 'config')
+    return said or (dataset.settings.um_per_px() if dataset else None)
 
 
 def groups_of(dataset: CellDataset | None) -> dict[str, str]:

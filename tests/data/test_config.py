@@ -11,6 +11,7 @@ from mmengine.registry import DefaultScope
 
 from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.data.config import DataSettings, classes_and_colours, default_colours
+from cellseg_mm.data.pixel_size import save_size
 
 DATASET = {
     'type': 'CellDataset',
@@ -87,3 +88,15 @@ def test_data_without_a_folder_or_classes(changes: dict) -> None:
 def test_no_cell_dataset() -> None:
     with pytest.raises(ConfigError, match=r'test_dataloader.dataset: found no CellDataset'):
         DataSettings.from_config(config(), 'test_dataloader')
+
+
+def test_the_size_of_pixels_is_the_configs_or_the_recorded_one(tmp_path: Path) -> None:
+    cfg = config(data_root=str(tmp_path))
+    assert DataSettings.from_config(cfg, 'val_dataloader').um_per_px() is None
+    save_size(tmp_path / 'pixel_size.json', (0.5, 0.5))
+    assert DataSettings.from_config(cfg, 'val_dataloader').um_per_px() == (0.5, 0.5)
+    cfg.um_per_px = 0.25
+    assert DataSettings.from_config(cfg, 'val_dataloader').um_per_px() == (0.25, 0.25)
+    cfg.um_per_px = 40
+    with pytest.raises(ConfigError, match='config: um_per_px is 40'):
+        DataSettings.from_config(cfg, 'val_dataloader')

@@ -7,7 +7,7 @@ from itertools import permutations
 
 import pytest
 
-from cellseg_mm.core.errors import FoldError, PredictionError
+from cellseg_mm.core.errors import ConfigError, FoldError, PredictionError
 from cellseg_mm.data.folds import Folds
 from cellseg_mm.ensemble.members import (
     Member,
@@ -96,3 +96,12 @@ def test_what_a_checkpoint_says_is_read_with_doubt() -> None:
     assert nothing.clean_folds == frozenset()
     assert nothing.describe() == 'fold -, folds unknown, no score: p'
     assert trained_member('p', 's', {'fold': True}).fold is None  # no number at all
+
+
+def test_members_keep_the_size_of_pixels() -> None:
+    known = trained_member('a.pth', '0' * 16, {'um_per_px': [0.25, 0.5]})
+    assert known.um_per_px == (0.25, 0.5)
+    assert known.to_json()['um_per_px'] == [0.25, 0.5]
+    assert 'um_per_px' not in trained_member('a.pth', '0' * 16, {}).to_json()
+    with pytest.raises(ConfigError, match=r'a\.pth: um_per_px is 40'):
+        trained_member('a.pth', '0' * 16, {'um_per_px': 40})

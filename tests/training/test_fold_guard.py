@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import chain, combinations, product
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from mmengine.config import Config
 from torch import nn
 
 import cellseg_mm.components
 from cellseg_mm.core.errors import CheckpointError, ConfigError, FoldError
+from cellseg_mm.data.config import DataSettings
+from cellseg_mm.data.pixel_size import save_size
 from cellseg_mm.training import fold_guard
 from cellseg_mm.training.fold_guard import (
     check_classes,
@@ -161,3 +166,18 @@ def test_resuming_needs_the_recipe_of_the_checkpoint() -> None:
     refuse_resuming('a.pth', longer, record)
     with pytest.raises(CheckpointError, match=r'a\.pth: was trained with other .*of model than'):
         refuse_resuming('a.pth', {'parts': {'model': 'n'}}, record)
+
+
+def test_checkpoints_carry_the_size_of_pixels(tmp_path: Path) -> None:
+    @dataclass
+    class Known:
+        settings: DataSettings
+
+    said = DataSettings(tmp_path, tmp_path / 'folds.json', ('a',), ((0, 0, 0),), False, 'train', 0)
+    runner = SimpleNamespace(cfg=Config())
+    assert fold_guard.dataset_um(runner, Known(said)) is None
+    save_size(tmp_path / 'pixel_size.json', (0.5, 0.25))
+    assert fold_guard.dataset_um(runner, Known(said)) == (0.5, 0.25)
+    runner.cfg.um_per_px = 0.4
+    assert fold_guard.dataset_um(runner, Known(said)) == (0.4, 0.4)
+    assert fold_guard.dataset_um(runner, None) == (0.4, 0.4)

@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_mm.core.errors import CellSegError, ImageError, LabelMapError
-from cellseg_mm.data import tiff
+from cellseg_mm.data import pixel_size, tiff
 from cellseg_mm.data.cases import Case
 from cellseg_mm.data.labels import LabelLayers, read_label_layers, read_label_map, read_scaled
+from cellseg_mm.data.pixel_size import Um
 from cellseg_mm.data.preparing.likeness import detail_of, thumb_of
 
 
@@ -51,6 +52,7 @@ class CaseFacts:
         value_high: What would become 255 by this file alone; 0 for values of up to 8 bits.
         errors: Sentences about what cannot be used; then the fields above are of no use.
         warnings: See :class:`Finding`.
+        um_per_px: Height and width of a pixel in micrometres; None where the file does not say it.
     """
 
     name: str
@@ -63,6 +65,7 @@ class CaseFacts:
     value_high: float = 0.0
     errors: tuple[str, ...] = ()
     warnings: tuple[Finding, ...] = ()
+    um_per_px: Um | None = None
 
 
 def check_case(
@@ -83,12 +86,15 @@ def check_case(
     errors: list[str] = []
     warnings: list[Finding] = []
     pixel_hash = thumb = detail = ''
-    value_high = 0.0
+    value_high, size = 0.0, pixel_size.UNKNOWN
     try:
         image, found = read_scaled(case.image_path, max_pixels=max_pixels, value_range=None)
         value_high = found.high if found is not None else 0.0
         pixel_hash, thumb, detail = _pixel_hash(image), thumb_of(image), detail_of(image)
         warnings += _image_warnings(case.image_path, image)
+        size = pixel_size.of_case(case.image_path)
+        if size.says:
+            warnings.append(Finding('size of pixels', 1, f'{case.image_path}: {size.says}.'))
     except ImageError as problem:
         errors.append(str(problem))
     counts = area_sums = (0,) * n_classes
@@ -111,6 +117,7 @@ def check_case(
         value_high,
         tuple(errors),
         tuple(warnings),
+        size.um_per_px,
     )
 
 

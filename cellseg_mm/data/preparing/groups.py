@@ -160,7 +160,7 @@ def find_groups(
         DataError: The CSV is missing, has not the columns, or names a case twice with two groups;
             or the rule knows no case.
     """
-    known, warnings = _known_groups([f.name for f in facts], rule, others)
+    known, warnings = known_groups([f.name for f in facts], rule, others)
     parent = list(range(len(facts)))
 
     def top(i: int) -> int:
@@ -195,9 +195,19 @@ def find_groups(
     return groups, warnings
 
 
-def _known_groups(
-    names: Sequence[str], rule: GroupRule, others: Collection[str]
+def known_groups(
+    names: Sequence[str], rule: GroupRule, others: Collection[str] = ()
 ) -> tuple[dict[str, str], list[Finding]]:
+    """Return the group of each case that the rule's table or expression knows, and warnings.
+
+    Args:
+        names: Names of the cases.
+        rule: Where groups come from.
+        others: Names that a table may have beside the cases.
+
+    Raises:
+        DataError: The table cannot be read or has not the columns, or the rule knows no case.
+    """
     if not rule.is_given or not names:
         return {}, []
     source = {name: name for name in names}

@@ -13,11 +13,12 @@ from typing import Any
 
 from cellseg_mm.core.files import regular
 from cellseg_mm.data.cases import Case
+from cellseg_mm.data.pixel_size import stated
 from cellseg_mm.data.preparing.case_checks import CaseFacts, Finding
 from cellseg_mm.data.preparing.likeness import unpacked_detail
 from cellseg_mm.data.preparing.records import PrepareParams
 
-INDEX_VERSION = 2
+INDEX_VERSION = 3  # 3: size of pixels
 
 
 @dataclass(slots=True)
@@ -101,6 +102,7 @@ def _facts_from_json(value: dict[str, Any], case: Case) -> CaseFacts:
         thumb=str(value['thumb']),
         detail=str(value['detail']),
         value_high=float(value['value_high']),
+        um_per_px=stated(value['um_per_px'], case.name),
         warnings=tuple(
             Finding(str(w['kind']), int(w['count']), str(w['text'])) for w in value['warnings']
         ),

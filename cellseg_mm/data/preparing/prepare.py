@@ -23,9 +23,10 @@ import numpy as np
 
 from cellseg_mm.core.errors import CellSegError, DataError, FoldError
 from cellseg_mm.core.files import write_json, write_text
-from cellseg_mm.core.layout import DATA_REPORT, FOLDS, INDEX, VALUE_RANGE
+from cellseg_mm.core.layout import DATA_REPORT, FOLDS, INDEX, PIXEL_SIZE, VALUE_RANGE
 from cellseg_mm.core.progress import track
 from cellseg_mm.data import folds as fold_files
+from cellseg_mm.data import pixel_size
 from cellseg_mm.data.cases import Case, Scan, read_exclude, scan_cases
 from cellseg_mm.data.folds import Folds
 from cellseg_mm.data.intensity import recorded_range, save_range
@@ -91,6 +92,7 @@ def prepare(data_root: Path | str, params: PrepareParams | None = None) -> Prepa
     )
     if not errors:
         try:
+            report = _with_size(report, params)
             report = _with_range(report, params, [*train_scan.cases, *test_scan.cases])
             report = _with_folds(report, params, alike)
         except DataError as problem:
@@ -235,6 +237,30 @@ def _with_range(report: PrepareReport, params: PrepareParams, cases: list[Case])
     return replace(report, chosen=chosen, warnings=(*report.warnings, *warnings))
 
 
+def _with_size(report: PrepareReport, params: PrepareParams) -> PrepareReport:
+    """Note the size of pixels that all images share, or warn that they differ."""
+    sizes = [facts.um_per_px for facts in (*report.train, *report.test)]
+    share, counts = pixel_size.of_collection(sizes)
+    given = pixel_size.stated(params.um_per_px, '--um-per-px')
+    listed = [f'{n} images of {pixel_size.um_text(size)}' for size, n in counts]
+    if n_untold := sizes.count(None):
+        listed.append(f'{n_untold} that do not say it')
+    text = ''
+    if len(counts) > 1:
+        text = (
+            f'{report.data_root}: pixels are of different sizes ({", ".join(listed)}); cells of '
+            'one kind come in several sizes, which nothing undoes in training; resize the images '
+            'and their label maps to one size.'
+        )
+    elif given and share and not pixel_size.is_same(given, share):
+        text = (
+            f'{report.data_root}: --um-per-px says {pixel_size.um_text(given)}, the files '
+            f'{", ".join(listed)}; what was asked for is recorded; look which is right.'
+        )
+    found = (Finding('size of pixels', len(sizes), text),) if text else ()
+    return replace(report, um_per_px=given or share, warnings=(*report.warnings, *found))
+
+
 def _with_folds(
     report: PrepareReport, params: PrepareParams, alike: Sequence[tuple[int, int]]
 ) -> PrepareReport:
@@ -321,6 +347,8 @@ def _write_results(report: PrepareReport, out_dir: Path, index: dict[str, Any]) 
             fold_files.save_folds(report.folds_path, folds)
         if folds is not None and report.chosen is not None:
             save_range(out_dir / VALUE_RANGE, report.chosen.value_range)
+        if folds is not None and report.um_per_px is not None:
+            pixel_size.save_size(out_dir / PIXEL_SIZE, report.um_per_px)
     except OSError as problem:
         raise CellSegError(
             f'{out_dir}: cannot be written ({problem.strerror}); expected a folder with space for '

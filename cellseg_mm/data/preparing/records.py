@@ -13,6 +13,7 @@ from cellseg_mm.core.errors import ConfigError, DataError
 from cellseg_mm.data.config import CLASS_NAMES
 from cellseg_mm.data.folds import ORIGINAL_SEED, Folds, Method
 from cellseg_mm.data.intensity import ValueRange
+from cellseg_mm.data.pixel_size import Um, stated
 from cellseg_mm.data.preparing.case_checks import CaseFacts, Finding
 from cellseg_mm.data.preparing.groups import GroupRule
 from cellseg_mm.data.preparing.value_range import AUTO, KEEP, Chosen
@@ -36,6 +37,8 @@ class PrepareParams:
         max_pixels: Most pixels of an image that are accepted.
         value_range: ``keep`` what is recorded, ``auto`` for a new look at all images, or
             ``LOW,HIGH``; see ``value_range.choose``.
+        um_per_px: Side of a pixel in micrometres, of data whose files do not say it; None records
+            what they say.
         use_index: Whether facts of unchanged files are taken from ``index.json``.
         with_folds: Whether folds are made; else groups are found and nothing more.
     """
@@ -51,12 +54,14 @@ class PrepareParams:
     n_workers: int = 0
     max_pixels: int = DEFAULT_MAX_PIXELS
     value_range: str = KEEP
+    um_per_px: float | None = None
     use_index: bool = True
     with_folds: bool = True
 
     def __post_init__(self) -> None:
         if self.value_range not in (KEEP, AUTO):
             ValueRange.from_text(self.value_range)
+        stated(self.um_per_px, 'prepare')
         if not self.class_names or len(set(self.class_names)) < len(self.class_names):
             raise ConfigError(f'classes: {self.class_names}; expected at least one, all different.')
         for key, low in (('n_workers', 0), ('max_pixels', 1)):
@@ -82,6 +87,8 @@ class PrepareReport:
         is_folds_kept: Whether ``folds`` were there before and their file was left alone.
         n_reused: Cases whose facts came from ``index.json``.
         chosen: The range of values; None where all images have up to 8 bits.
+        um_per_px: Height and width of a pixel that all images share; None where they do not say it,
+            or differ.
         rule: Where ``groups`` come from, the data folder's manifest included.
     """
 
@@ -99,6 +106,7 @@ class PrepareReport:
     n_reused: int
     rule: GroupRule
     chosen: Chosen | None = None
+    um_per_px: Um | None = None
 
     def raise_for_errors(self) -> None:
         """Raise all errors together.

@@ -13,6 +13,7 @@ import numpy as np
 
 from cellseg_mm.core.layout import DATA_REPORT, folds_file
 from cellseg_mm.core.text_table import text_table
+from cellseg_mm.data.pixel_size import um_text
 from cellseg_mm.data.preparing.case_checks import Finding
 from cellseg_mm.data.preparing.records import PrepareReport
 
@@ -72,7 +73,11 @@ def _head(report: PrepareReport) -> str:
     if report.excluded:
         line += f' ({", ".join(report.excluded)})'
     range_text = '' if report.chosen is None else f'\n{report.chosen.text}'
-    return f'{line}.{range_text}'
+    size_text = ''
+    if report.um_per_px is not None:
+        um = um_text(report.um_per_px)
+        size_text = f'\nsize of pixels: {um}, recorded for models and results.'
+    return f'{line}.{range_text}{size_text}'
 
 
 def class_table(report: PrepareReport) -> str:
