@@ -2,6 +2,7 @@
 
     python tools/score_oof.py configs/*.py
     python tools/score_oof.py configs/*.py --tta flips                      # folds tested so
+    python tools/score_oof.py configs/*.py --by organs.csv organ            # and each organ's
     python tools/score_oof.py configs/*.py --held-out 4 --fusion nms soft_mask   # fusion's gain
 
 With --held-out, the members must have been trained without that fold (docs/fusion.md says how).
@@ -25,6 +26,12 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--work-root', help='folder of the work folders (default: work_dirs)')
     parser.add_argument('--out', help='folder for the results (default: ensemble beside the folds)')
     parser.add_argument('--tta', default='', help='score what tools/test.py --tta of this left')
+    parser.add_argument(
+        '--by',
+        nargs=2,
+        metavar=('TABLE.csv', 'COLUMN'),
+        help='scores of each part of the images too: of organs, scanners; names stand in "uuid"',
+    )
     parser.add_argument('--held-out', type=int, help='measure what fusion brings on this fold')
     parser.add_argument(
         '--fusion', nargs='+', default=['nms', 'soft_mask'], help='rules to measure'
@@ -43,6 +50,7 @@ def main() -> None:
     from cellseg_mm.data import folds
     from cellseg_mm.data.config import DataSettings
     from cellseg_mm.data.images import find_images
+    from cellseg_mm.data.preparing.groups import GroupRule, known_groups
     from cellseg_mm.ensemble import oof
     from cellseg_mm.ensemble.fusion_gain import fusion_gain
     from cellseg_mm.scores.table import score_table
@@ -77,6 +85,11 @@ def main() -> None:
     record = {**scores.to_dict(), 'provenance': oof.pool_origin(pool)}
     files.write_json(paths[1], record)
     print(f'{score_table(scores)}\n\n{oof.describe(pool, scores, data.data_root)}')
+    if args.by:
+        rule = GroupRule(csv_path=Path(args.by[0]), group_column=args.by[1])
+        part_of, findings = known_groups([gt.name for gt in pool.gt_sets], rule)
+        print(f'\nAP50 of each class by {args.by[1]}:\n{oof.table_of_parts(pool, part_of)}')
+        print(*(finding.text for finding in findings), sep='\n')
     print(f'written: {paths[1]}, {paths[0]}')
 
 

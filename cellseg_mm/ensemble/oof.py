@@ -19,6 +19,7 @@ from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.core.layout import on_fold_dir, predictions_path
 from cellseg_mm.core.progress import track
 from cellseg_mm.core.provenance import code_commit, versions
+from cellseg_mm.core.text_table import text_table
 from cellseg_mm.core.trainings import refuse_other_recipe
 from cellseg_mm.data.folds import Folds
 from cellseg_mm.data.labels import Case, find_cases, read_gt
@@ -30,6 +31,8 @@ from cellseg_mm.scores.score import score
 
 logger = logging.getLogger(__name__)
 
+COLUMNS = {'AP50': 'segm_AP50', 'AP': 'segm_AP', 'mPQ': 'mPQ'}
+NO_PART = '(not in the table)'
 FOLDS_PART = 'train_dataloader'  # of a recipe; it names the fold
 
 
@@ -162,6 +165,29 @@ def refuse_other_recipes(pool: OofPool, settings: Mapping[int | None, Mapping[st
 def score_pool(pool: OofPool, params: ScoreParams | None = None) -> Scores:
     """Score a pool; intervals resample groups of images where the folds know any."""
     return score(pool.gt_sets, pool.pred_sets, pool.class_names, params, groups=pool.groups)
+
+
+def table_of_parts(pool: OofPool, part_of: Mapping[str, str]) -> str:
+    """Return the scores of each part of the images: of each organ, scanner or stain.
+
+    Args:
+        pool: From :func:`pool_predictions`.
+        part_of: Part by image name; images without one are a part of their own.
+    """
+    parts: dict[str, list[int]] = {}
+    for i, gt in enumerate(pool.gt_sets):
+        parts.setdefault(part_of.get(gt.name, NO_PART), []).append(i)
+    rows = []
+    for name, index in sorted(parts.items()):
+        gts = [pool.gt_sets[i] for i in index]
+        scores = score(
+            gts, [pool.pred_sets[i] for i in index], pool.class_names, ScoreParams(n_bootstrap=0)
+        )
+        headline = scores.headline()
+        values = [*(headline[key] for key in COLUMNS.values()), *scores.segm.ap50[:, 0]]
+        numbers = [str(len(gts)), str(sum(map(len, gts))), *(f'{value:.3f}' for value in values)]
+        rows.append([name, *numbers])
+    return text_table(['', 'images', 'cells', *COLUMNS, *pool.class_names], rows)
 
 
 def _check_case(

@@ -66,6 +66,18 @@ def test_intervals_draw_the_folds_groups(world: World, tmp_path: Path) -> None:
     assert alone.intervals != scores.intervals
 
 
+def test_each_part_of_the_images_is_scored_as_if_alone(world: World, tmp_path: Path) -> None:
+    made = pool(world, [write(world, tmp_path / f'{k}.npz', fold=k, seed=k) for k in range(3)])
+    names = world.folds.names
+    table = oof.table_of_parts(made, dict.fromkeys(names[:2], 'lung') | {names[2]: 'breast'})
+    rows = {line.split('  ')[0]: line.split() for line in table.splitlines()[1:]}
+    assert list(rows) == [oof.NO_PART, 'breast', 'lung']
+    index = [i for i, gt in enumerate(made.gt_sets) if gt.name in names[:2]]
+    gts, preds = ([sets[i] for i in index] for sets in (made.gt_sets, made.pred_sets))
+    alone = score(gts, preds, CLASSES, ScoreParams(n_bootstrap=0)).headline()
+    assert rows['lung'][1:4] == ['2', str(sum(map(len, gts))), f'{alone["segm_AP50"]:.3f}']
+
+
 def test_part_of_the_folds_is_said_to_be_a_part(world: World, tmp_path: Path) -> None:
     made = pool(world, [write(world, tmp_path / '1.npz', fold=1)])
     scores = score(made.gt_sets, made.pred_sets, CLASSES, ScoreParams(n_bootstrap=0))
