@@ -17,7 +17,7 @@ from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.predict.params import PredictParams
 
 GLASS, TISSUE, NUCLEUS = 243, (226, 186, 208), (92, 60, 130)
-STEP_UM = 24.0  # a cell a square of that side
+STEP_UM = 24.0
 RADIUS_UM = (3.0, 6.0)
 JITTER_UM = 3.0
 SHIFT = 4  # OpenCV draws in sixteenths of a px
@@ -32,16 +32,18 @@ class DrawnSlide:
         side: Height and width of the largest level in px.
         um_per_px: Side of its pixels.
         islands: Discs of tissue: y, x and radius as parts of the side.
+        step_um: There is a cell in each square of that side.
     """
 
     side: int
     um_per_px: float
     islands: Sequence[tuple[float, float, float]] = ISLANDS
+    step_um: float = STEP_UM
 
     @cached_property
     def cells(self) -> np.ndarray:
-        """Centre y and x, and two radii of each cell in px, (N, 4)."""
-        step, found = STEP_UM / self.um_per_px, []
+        """Centre y and x, and two radii of each cell in px, (N, 4), by y."""
+        step, found = self.step_um / self.um_per_px, []
         rng = np.random.default_rng(0)
         for y, x, radius in self.islands:
             reach = radius * self.side - step  # whole cells within the tissue
@@ -52,7 +54,8 @@ class DrawnSlide:
             grid += np.array([y, x]) * self.side
             radii = rng.uniform(*RADIUS_UM, grid.shape) / self.um_per_px
             found.append(np.concatenate([grid, radii], axis=1))
-        return np.concatenate(found)
+        cells = np.concatenate(found)
+        return cells[np.argsort(cells[:, 0])]
 
     def draw(self, y0: int, x0: int, hw: tuple[int, int], shrink: int) -> np.ndarray:
         """Return a window of a level, RGB; the window counts in px of the level."""
@@ -64,7 +67,10 @@ class DrawnSlide:
                 self._ellipse(picture, y - y0, x - x0, (radius, radius), TISSUE)
         if (picture == GLASS).all():
             return picture
-        cells = self.cells / shrink
+        reach = RADIUS_UM[1] / self.um_per_px
+        rows = [y0 * shrink - reach, (y0 + h) * shrink + reach]
+        first, last = np.searchsorted(self.cells[:, 0], rows)
+        cells = self.cells[first:last] / shrink
         near = (cells[:, 0] + cells[:, 2] > y0) & (cells[:, 0] - cells[:, 2] < y0 + h)
         near &= (cells[:, 1] + cells[:, 3] > x0) & (cells[:, 1] - cells[:, 3] < x0 + w)
         for y, x, radius_y, radius_x in cells[near].tolist():
