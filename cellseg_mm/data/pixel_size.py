@@ -38,7 +38,8 @@ IN_UM = {
 }
 _OF_TAG = {2: 25400.0, 3: 1e4}  # TIFF's ResolutionUnit: inch and centimetre
 _APERIO = re.compile(r'\|\s*MPP\s*=\s*([0-9.]+)')
-_PHILIPS = re.compile(r'"DICOM_PIXEL_SPACING"[^>]*>"([0-9.eE+-]+)"\s+"([0-9.eE+-]+)"')
+# Quotes are written as &quot;; levels and overviews have theirs, the scan's is the smallest.
+_PHILIPS = re.compile(r'"DICOM_PIXEL_SPACING"[^>]*>\W*(?:quot;)?([\d.e-]+)[^<\d]+([\d.e-]+)')
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +162,9 @@ def _of_vendor(file: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> Pixe
     if file.is_svs and (found := _APERIO.search(text)):
         um = _number(found[1])
         return judge(um, um, "Aperio's text (MPP)")
-    if file.is_philips and (found := _PHILIPS.search(text)):
-        return judge(1e3 * _number(found[1]), 1e3 * _number(found[2]), "Philips's text")
+    if file.is_philips and (spacings := _PHILIPS.findall(text)):
+        down, across = min((_number(down), _number(across)) for down, across in spacings)
+        return judge(1e3 * down, 1e3 * across, "Philips's text")
     if file.is_lsm and (known := file.lsm_metadata):
         sizes = [1e6 * float(known.get(f'VoxelSize{axis}', 0)) for axis in 'YX']
         return judge(sizes[0], sizes[1], "Zeiss's LSM header")

@@ -88,6 +88,28 @@ def test_aperio(tmp_path: Path) -> None:
     assert size_of(path) == (0.2520, 0.2520)
 
 
+def test_philips(tmp_path: Path) -> None:
+    spacings = [('0.001', '0.002'), ('0.00025', '0.0005'), ('0.0005', '0.001')]
+    lines = [
+        '<Attribute Name="DICOM_PIXEL_SPACING" Group="0x0028" Element="0x0030" '
+        f'PMSVR="IDoubleArray">&quot;{down}&quot; &quot;{across}&quot;</Attribute>'
+        for down, across in spacings
+    ]
+    text = (
+        f'<?xml version="1.0" ?><DataObject ObjectType="DPUfsImport">{"".join(lines)}</DataObject>'
+    )
+    tifffile.imwrite(
+        tmp_path / 'a.tiff',
+        RGB,
+        photometric='rgb',
+        tile=(16, 16),
+        description=text,
+        metadata=None,
+        software='Philips DP v1.0',
+    )
+    assert size_of(tmp_path / 'a.tiff') == (0.25, 0.5)
+
+
 @pytest.mark.parametrize(
     ('unit', 'per_unit', 'expected'),
     [

@@ -8,6 +8,7 @@ Not through bioio-czi: what its 3.0.1 reads lazily of RGB files has red, green a
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +40,7 @@ class CziRegions(StoredRegions):
             where = document.scenes_bounding_rectangle[scene]
         super().__init__(path, [(where.h, where.w)], 0)
         self._document, self._scene, self._corner = document, scene, (where.y, where.x)
-        self._picked = picked
+        self._picked, self._lock = picked, threading.Lock()
         kind = document.get_channel_pixel_type(0)
         self.is_rgb = kind.startswith('Bgr')
         self.dtype = np.dtype(_DTYPES.get(kind.strip('BgrayGFlot'), np.float32))
@@ -49,7 +50,7 @@ class CziRegions(StoredRegions):
         roi = (self._corner[1] + x0, self._corner[0] + y0, x1 - x0, y1 - y0)
         known = {'roi': roi, 'scene': self._scene, 'background_pixel': (float(self.is_rgb),) * 3}
         at = {axis.upper(): k for axis, k in self._picked.at.items()}
-        with in_a_sentence(self.path, _KIND):
+        with self._lock, in_a_sentence(self.path, _KIND):
             if self.is_rgb:  # stored as blue, green, red
                 values = self._document.read(plane={**at, 'C': 0}, **known)[..., ::-1]
                 return np.asarray(values)[..., list(self._picked.channels)]
