@@ -19,6 +19,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# What a machine, not the code, is to blame for.
+DISK_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG),
+    errno.ENOTDIR,  # a file where a folder was named
+)
+
 JsonValue = None | bool | int | float | str | list['JsonValue'] | dict[str, 'JsonValue']
 
 

@@ -13,14 +13,16 @@ import logging
 import re
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 
 import numpy as np
 
 from cellseg_mm.core.errors import CellSegError, ImageError
-from cellseg_mm.core.files import JsonValue
+from cellseg_mm.core.files import DISK_ERRORS, JsonValue
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.core.progress import track
 from cellseg_mm.core.provenance import code_commit, versions
+from cellseg_mm.core.windows import resize
 from cellseg_mm.data.image_reader import SUFFIXES
 from cellseg_mm.data.intensity import ValueRange, is_nearly_black
 from cellseg_mm.fusion.settings import apply_settings
@@ -32,14 +34,14 @@ from cellseg_mm.predict.params import (
     takes_whole_images,
     tiles_of,
 )
-from cellseg_mm.predict.scaling import resize_instances
 from cellseg_mm.predict.slide import Looker, Slide, grid_of, keep_map, open_at, open_slide
 from cellseg_mm.predict.state import Journal, State
 from cellseg_mm.predict.summary import Summary
 from cellseg_mm.predict.tile_store import TileResult
 from cellseg_mm.predict.tiling import StitchParams, StitchReport, Tile, stitch
 from cellseg_mm.results import export
-from cellseg_mm.results.formats import path_of, write_formats
+from cellseg_mm.results.formats import OVERLAY, path_of, write_formats
+from cellseg_mm.results.overlay import MAX_PICTURE_PX
 from cellseg_mm.results.predictions import Predictions, save_predictions
 
 logger = logging.getLogger(__name__)
@@ -147,6 +149,15 @@ class Run:
             yield from work
         except CellSegError as problem:
             self.summary.failed[item.name] = str(problem)
+        except OSError as problem:
+            if problem.errno not in DISK_ERRORS:
+                logger.exception('%s: failed', item.path)
+            where = problem.filename or item.path
+            self.summary.failed[item.name] = (
+                f'{where}: cannot be written or read ({problem.strerror or problem}); expected a '
+                'folder with room and permission; make room, or name another folder for the '
+                'results; the same command goes on'
+            )
         except Exception as problem:
             # Whatever it is, the other images are not to blame; the log has the traceback.
             logger.exception('%s: failed', item.path)
@@ -169,6 +180,8 @@ class Run:
         if instances is None:
             state = self.journal.nothing()
             instances = yield from self._predict(item)
+            if not len(instances):
+                self._note(item, 'no cell was found')
         shown = apply_settings(instances, self.params.for_people)
         if state.missing:
             self._write(item, state.missing, shown)
@@ -263,7 +276,7 @@ class Run:
 
     def _in_full(self, slide: Slide, instances: InstanceSet) -> InstanceSet:
         """Return instances in the pixels of the results, without those outside of drawn regions."""
-        instances = resize_instances(instances, slide.grid.full_hw)
+        instances = resize(instances, slide.grid.full_hw)
         if slide.tissue is None or not slide.tissue.is_drawn:
             return instances
         inside = slide.tissue.holds(instances)
@@ -307,8 +320,15 @@ class Run:
         }
 
     def _write(self, item: Item, words: Sequence[str], shown: InstanceSet) -> None:
-        with open_at(item, self.params) as reader:
-            done = write_formats(self.params.out_dir, words, shown, reader, self.params.look)
+        with ExitStack() as stack:
+            reader = stack.enter_context(open_at(item, self.params))
+            small = None
+            enough = [h * w >= MAX_PICTURE_PX for h, w in reader.level_hws]
+            if OVERLAY in words and reader.level == 0 and sum(enough) > 1:
+                small = stack.enter_context(open_at(item, self.params, sum(enough) - 1))
+            done = write_formats(
+                self.params.out_dir, words, shown, reader, self.params.look, small=small
+            )
         self._note(item, export.describe(done))
 
     def _note(self, item: Item, note: str) -> None:

@@ -180,7 +180,7 @@ def test_a_picture_of_one_colour_has_no_cells(model: Path, tmp_path: Path, value
     summary, found = run(model, path, formats=tuple(FORMATS))
     assert not summary.failed
     assert len(found) == 0
-    assert '0 cells' in summary.describe()
+    assert 'no cell was found' in summary.describe()
 
 
 def test_a_model_for_other_pictures(tmp_path: Path) -> None:
@@ -228,12 +228,15 @@ def test_members_that_do_not_fit_together(model: Path, image: Path, tmp_path: Pa
         run([model, swapped], image)
 
 
-def test_a_folder_of_results_that_cannot_be_made(model: Path, image: Path) -> None:
+def test_a_folder_of_results_that_cannot_be_made(
+    model: Path, image: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     summary, found = run(model, image, out_dir=image / 'out')
     assert found is None
     (message,) = summary.failed.values()
-    assert 'a.tif' in message
-    assert 'Not a directory' in message
+    assert 'a.tif/out' in message
+    assert 'cannot be written or read (Not a directory); expected a folder with room' in message
+    assert not caplog.records  # no traceback
 
 
 def test_swapped_colours_are_put_right(model: Path, image: Path) -> None:
