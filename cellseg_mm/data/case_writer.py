@@ -34,15 +34,20 @@ def write_case(
     write_image(case_dir / 'image.tif', image)
     for class_number, label_map in sorted(label_maps.items()):
         if label_map.any():
-            with atomic_path(case_dir / f'class{class_number}.tif') as temporary:
-                tifffile.imwrite(
-                    temporary,
-                    label_map.astype(np.float64),
-                    compression='lzw',
-                    photometric='minisblack',
-                    metadata=None,
-                    software=False,
-                )
+            write_label_map(case_dir / f'class{class_number}.tif', label_map)
+
+
+def write_label_map(path: Path | str, label_map: NDArray[np.integer[Any]]) -> None:
+    """Write (H, W) ids as the real collection does: floats of 64 bits, LZW."""
+    with atomic_path(path) as temporary:
+        tifffile.imwrite(
+            temporary,
+            label_map.astype(np.float64),
+            compression='lzw',
+            photometric='minisblack',
+            metadata=None,
+            software=False,
+        )
 
 
 def write_image(path: Path | str, image: Pixels) -> None:
