@@ -2,6 +2,7 @@
 
     python tools/export.py configs/fold0.py --out model.onnx
     python tools/export.py configs/fold?.py --settings inference.json --out model.cellseg
+    python tools/export.py configs/fold0.py --card card.json --out package.zip       (BioImage.IO)
 
 The file is checked before it is written: it must find the same cells as the model. Then:
 
@@ -22,22 +23,43 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('configs', nargs='+', help='one config per member, or one for all')
-    parser.add_argument('--out', type=Path, required=True, help='.onnx (one member) or .cellseg')
+    parser.add_argument('--out', type=Path, required=True, help='.onnx, .cellseg or .zip')
     parser.add_argument(
         '--checkpoint',
         nargs='+',
         default=['best'],
         help='.pth files, or best: that of each work folder',
     )
-    parser.add_argument('--format', choices=['onnx', 'cellseg'], help="as --out's suffix says")
+    parser.add_argument(
+        '--format',
+        choices=['onnx', 'cellseg', 'bioimageio'],
+        help="as --out's suffix says; bioimageio is a .zip of one member for bioimage.io",
+    )
     parser.add_argument('--settings', help='inference.json of tools/find_best.py, for .cellseg')
     parser.add_argument('--half', action='store_true', help='weights in 16 bits: half the size')
     parser.add_argument('--image', type=Path, help='picture to check with (a validation image)')
+    parser.add_argument(
+        '--card',
+        type=Path,
+        help='JSON file with licence, data and more, for .cellseg: docs/export.md',
+    )
+    parser.add_argument(
+        '--scores',
+        type=Path,
+        help='out-of-fold scores for the card (those beside the work folders)',
+    )
+    parser.add_argument(
+        '--red-blue',
+        choices=['config', 'normal', 'swapped'],
+        default='config',
+        help='whether the pictures that the file will be given have red and blue swapped',
+    )
     parser.add_argument('--work-root', help='folder of the work folders (default: work_dirs)')
     add_config_arguments(parser, launcher=False)
     args = parser.parse_args(words)
-    if args.format is not None and args.out.suffix.lower() != f'.{args.format}':
-        parser.error(f'--format {args.format}: expected --out to end in .{args.format}')
+    suffix = '.zip' if args.format == 'bioimageio' else f'.{args.format}'
+    if args.format is not None and args.out.suffix.lower() != suffix:
+        parser.error(f'--format {args.format}: expected --out to end in {suffix}')
     return args
 
 
@@ -58,7 +80,14 @@ def main() -> None:
         work_root=args.work_root,
         settings_path=args.settings,
     )
-    options = ExportOptions(out=args.out, half=args.half, image=args.image)
+    options = ExportOptions(
+        out=args.out,
+        half=args.half,
+        image=args.image,
+        card=args.card,
+        scores=args.scores,
+        red_blue_swapped={'normal': False, 'swapped': True}.get(args.red_blue),
+    )
     print(export(configs, members, options).describe())
 
 

@@ -1,12 +1,14 @@
 """Find the cells in images, folders or whole slides.
 
+python tools/predict.py he4 image.png --out out     (a model that comes with the package: H&E)
 python tools/predict.py configs/fold0.py best slides/ --out out --format geojson csv
 python tools/predict.py configs/fold?.py data/test_release --out out     (an ensemble of all folds)
 python tools/predict.py model.cellseg slides/ --out out     (a file of tools/export.py, no torch)
 
-First the config (several make an ensemble), then perhaps checkpoints (.pth, or best); or a model
-file (.cellseg, .onnx) in their place; then images, folders or patterns. Start it again after an
-interruption: what is done is skipped.
+First the config (several make an ensemble), then perhaps checkpoints (.pth, or best); or a model's
+name or file (.cellseg, .onnx) in their place; then images, folders or patterns. Start it again
+after an interruption: what is done is skipped. What a model is and who may use it:
+python tools/predict.py he4 --card
 """
 
 from __future__ import annotations
@@ -32,7 +34,10 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         'words', nargs='+', metavar='CONFIG... [CHECKPOINT...|best] | MODEL, then INPUT...'
     )
-    parser.add_argument('--out', type=Path, required=True, help='folder for the results')
+    parser.add_argument('--out', type=Path, help='folder for the results')
+    parser.add_argument(
+        '--card', action='store_true', help='show what a model is, and do nothing else'
+    )
     parser.add_argument(
         '--format',
         nargs='+',
@@ -56,7 +61,8 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
         '--red-blue',
         choices=['config', 'normal', 'swapped'],
         default='config',
-        help='whether the files have red and blue swapped, as the training images of the config',
+        help='whether the files have red and blue swapped; as the training images of the config, '
+        'or as a model file says (he4: normal)',
     )
     parser.add_argument(
         '--range',
@@ -71,15 +77,21 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     add_config_arguments(parser, launcher=False)
     args = parser.parse_args(words)
     rest = list(args.words)
-    args.models = _take(rest, lambda word: word.lower().endswith(('.cellseg', '.onnx')))
+    args.models = _take_models(rest)
     args.configs = [] if args.models else _take(rest, lambda word: word.endswith('.py'))
     args.checkpoints = _take(rest, lambda word: word == 'best' or word.endswith(('.pth', '.pkl')))
     args.inputs = rest
+    if args.card:
+        if not args.models or rest:
+            parser.error('--card: give names or files of models (.cellseg), and nothing else')
+        return args
     if not (args.configs or args.models) or not args.inputs:
         parser.error(
-            'give a config (.py), perhaps checkpoints, or a model file (.cellseg, .onnx); and at '
-            'least one image or folder'
+            'give a model (a name such as he4, or a file .cellseg or .onnx) or a config (.py), '
+            'perhaps with checkpoints; and at least one image or folder'
         )
+    if args.out is None:
+        parser.error('--out: expected a folder for the results')
     if args.models and (args.cfg_options or args.work_root or args.checkpoints):
         parser.error(
             'a model file has its own weights and settings: leave out checkpoints, --cfg-options '
@@ -149,6 +161,14 @@ def add_choice_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--t', type=int, help='which moment of a stack in time; from 0')
 
 
+def _take_models(words: list[str]) -> list[str]:
+    """Take the names and files of models that stand first; a name is the first word only."""
+    from cellseg_mm.light.model_file import SUFFIXES, is_name
+
+    named = [words.pop(0)] if is_name(words[0]) else []
+    return named + _take(words, lambda word: word.lower().endswith(SUFFIXES))
+
+
 def _take(words: list[str], fits: Callable[[str], bool]) -> list[str]:
     taken = []
     while words and fits(words[0]):
@@ -159,6 +179,12 @@ def _take(words: list[str], fits: Callable[[str], bool]) -> list[str]:
 def main() -> int:
     """Load, predict, and say where the results are."""
     args = parse_args()
+    if args.card:
+        from cellseg_mm.light.card import describe
+        from cellseg_mm.light.model_file import read_model_file
+
+        print('\n\n'.join(describe(read_model_file(model)) for model in args.models))
+        return 0
     if args.slurm:
         print(_slurm_script(args.slurm), end='')
         return 0

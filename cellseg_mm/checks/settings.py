@@ -24,6 +24,7 @@ from cellseg_mm.checks.anchors import AnchorFit, AnchorLevel, best_ious
 from cellseg_mm.checks.lines import Line, error, ok, warn
 from cellseg_mm.core.errors import CellSegError
 from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.data import stain
 from cellseg_mm.data.config import DataSettings, dataset_settings
 from cellseg_mm.data.intensity import ValueRange
 from cellseg_mm.data.labels import Case, read_image, read_label_layers
@@ -405,9 +406,7 @@ def check_meta_keys(cfg: Config) -> Iterator[Line]:
 def check_colours(cfg: Config, truth: Truth) -> Iterator[Line]:
     """Compare the hue of nuclei under both orders of red and blue.
 
-    Haematoxylin absorbs more red than blue (0.65 against 0.29 of optical density, Ruifrok and
-    Johnston 2001) and eosin hardly either (0.07, 0.11). So cells that are read rightly take more
-    red than blue out of the light, compared with what surrounds them.
+    Cells of H&E that are read rightly take more red than blue out of the light, see ``data.stain``.
     """
     data = DataSettings.from_config(cfg)
     swapped, value_range = data.red_blue_swapped, data.value_range()
@@ -434,10 +433,6 @@ def check_colours(cfg: Config, truth: Truth) -> Iterator[Line]:
 
 
 def red_minus_blue(case: Case, value_range: ValueRange | None = None) -> float:
-    """Return optical density of red minus blue, cells against their surroundings, as stored."""
+    """Return :func:`stain.red_minus_blue` of a case's cells, channels as stored."""
     image = read_image(case.image_path, value_range=value_range)
-    density = -np.log10((image.astype(np.float64) + 1) / 256)
-    gap = density[..., 0] - density[..., 2]
-    is_cell = (read_label_layers(case).layers > 0).any(axis=0)
-    around = gap[~is_cell].mean() if not is_cell.all() else 0.0
-    return float(gap[is_cell].mean() - around)
+    return stain.red_minus_blue(image, (read_label_layers(case).layers > 0).any(axis=0))

@@ -8,7 +8,7 @@ model in torch in a real picture.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from cellseg_mm.detectors.detector import ModelDetector, build_detector
 from cellseg_mm.detectors.from_options import Configs, sources_of
 from cellseg_mm.detectors.member_models import MemberSource
 from cellseg_mm.exporting import onnx_file
+from cellseg_mm.exporting.bioimage import PACKAGE, load_library, write_package
+from cellseg_mm.exporting.card import find_scores, make_card, read_said, read_scores
 from cellseg_mm.exporting.carried import check_model, resize_step
 from cellseg_mm.exporting.parity import Parity, compare, share_alike
 from cellseg_mm.fusion.settings import load_settings
@@ -48,14 +50,23 @@ class ExportOptions:
     """What is written.
 
     Attributes:
-        out: ``.onnx`` for one member, ``.cellseg`` for one or more with settings.
+        out: ``.onnx`` for one member, ``.cellseg`` for one or more with settings, ``.zip`` for one
+            member as a package for BioImage.IO.
         half: Keep weights in 16 bits.
         image: Picture to check with; None takes one of the first config's own validation images.
+            A package shows it to everybody; None puts a drawn one there.
+        card: A person's part of the card, see ``card.read_said``; None for none.
+        scores: Out-of-fold scores for the card; None takes those that lie beside the work folders.
+        red_blue_swapped: Whether the pictures that the file will be given hold blue where red
+            belongs; None takes it from the training images.
     """
 
     out: Path
     half: bool = False
     image: Path | None = None
+    card: Path | None = None
+    scores: Path | None = None
+    red_blue_swapped: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +80,7 @@ class Exported:
         halved: For each member how many cells 16 bits leave the same (IoU 0.9), and of how many;
             empty with 32 bits.
         has_settings: Whether settings ride in it.
+        card: What the card says of scores; '' of an ``.onnx`` file.
     """
 
     path: Path
@@ -76,6 +88,7 @@ class Exported:
     members: tuple[tuple[str, Parity], ...]
     halved: tuple[tuple[int, int], ...]
     has_settings: bool
+    card: str = ''
 
     def describe(self) -> str:
         """Return sentences for a terminal."""
@@ -84,6 +97,7 @@ class Exported:
             f'with weights of 16 bits {n_same} of {n_cells} cells are the same (IoU 0.9)'
             for n_same, n_cells in self.halved
         ]
+        lines += [self.card] if self.card else []
         settings = ', with settings' if self.has_settings else ''
         size = f'{self.n_bytes / 1e6:.1f} MB, {len(self.members)} members{settings}'
         return '\n'.join([*lines, f'written: {self.path} ({size})'])
@@ -105,38 +119,76 @@ def export(configs: Configs, members: MemberOptions, options: ExportOptions) -> 
     sources = sources_of(configs, members)
     _check_options(sources, members, options)
     first = DataSettings.from_config(sources[0].cfg, 'test_dataloader')
-    settings = None
-    if members.settings_path is not None:
-        load_settings(members.settings_path, 'instances', first.class_names)
-        settings = json.loads(Path(members.settings_path).read_text(encoding='utf-8'))
+    settings, tta = _settings(members, first)
+    said = {} if options.card is None else read_said(options.card)
+    is_plain = options.out.suffix.lower() == '.onnx'
+    scores, about = (None, '') if is_plain else _scores(sources, members, options, tta)
     pictures = _pictures(options.image or _own_image(first), first)
-    written, parities, halved = [], [], []
+    written, records, parities, halved = [], [], [], []
     for source in sources:
-        content, parity, alike = _member(source, pictures, members, half=options.half)
+        content, record, parity, alike = _member(source, pictures, members, options, said)
         written.append(content)
+        records.append(record)
         parities.append((str(source.checkpoint), parity))
         halved += alike
-    if options.out.suffix.lower() == '.onnx':
+    if is_plain:
         files.write_bytes(options.out, written[0])
     else:
-        write_model_file(options.out, written, settings=settings, card=_card(written, first))
+        card = make_card(sources, records, said=said, scores=scores)
+        if options.out.suffix.lower() == PACKAGE:
+            shown = None if options.image is None else _red_first(pictures[0], first)
+            told = write_package(options.out, written[0], card=card, picture=shown)
+            about = '\n'.join([about, *told])
+        else:
+            write_model_file(options.out, written, settings=settings, card=card)
     size = options.out.stat().st_size
-    return Exported(options.out, size, tuple(parities), tuple(halved), settings is not None)
+    has_settings = settings is not None
+    return Exported(options.out, size, tuple(parities), tuple(halved), has_settings, about)
+
+
+def _settings(
+    members: MemberOptions, data: DataSettings
+) -> tuple[dict[str, Any] | None, str | None]:
+    """Return the content of the settings file, and the views that it asks for."""
+    if members.settings_path is None:
+        return None, None
+    chosen = load_settings(members.settings_path, 'instances', data.class_names)
+    content = json.loads(Path(members.settings_path).read_text(encoding='utf-8'))
+    content.pop('commands', None)  # with the paths of this computer
+    return content, chosen.tta
+
+
+def _scores(
+    sources: Sequence[MemberSource], members: MemberOptions, options: ExportOptions, tta: str | None
+) -> tuple[dict[str, Any] | None, str]:
+    """Return the scores that the card gets, and what to say of them."""
+    path = options.scores or find_scores(sources[0].config_path, members.work_root, tta)
+    if options.scores is None and not path.is_file():
+        return None, f'card: no scores outside the training: there is no {path}'
+    return read_scores(path), f'card: scores of {path}'
 
 
 def _check_options(
     sources: Sequence[MemberSource], members: MemberOptions, options: ExportOptions
 ) -> None:
     suffix = options.out.suffix.lower()
-    if suffix not in SUFFIXES:
+    if suffix not in (*SUFFIXES, PACKAGE):
         raise ConfigError(
             f'{options.out}: a file of this kind cannot be written; expected a name that ends in '
-            f'{" or ".join(SUFFIXES)}; correct --out'
+            f'{" or ".join([*SUFFIXES, PACKAGE])}; correct --out'
         )
-    if suffix == '.onnx' and (len(sources) > 1 or members.settings_path is not None):
+    if suffix == PACKAGE and (len(sources) > 1 or members.settings_path is not None):
         raise ConfigError(
-            f'{options.out}: an .onnx file is one member without settings; {len(sources)} members '
-            'and settings go into a .cellseg file; correct --out'
+            f'{options.out}: a package for BioImage.IO is one member without settings; '
+            f'{len(sources)} members and settings go into a .cellseg file; correct --out'
+        )
+    if suffix == PACKAGE:
+        load_library()  # before minutes of work
+    more = members.settings_path or options.card or options.scores
+    if suffix == '.onnx' and (len(sources) > 1 or more is not None):
+        raise ConfigError(
+            f'{options.out}: an .onnx file is one member without settings and card; '
+            f'{len(sources)} members, settings and a card go into a .cellseg file; correct --out'
         )
 
 
@@ -158,14 +210,22 @@ def _pictures(path: Path, data: DataSettings) -> list[Picture]:
     return [picture, np.ascontiguousarray(part)]
 
 
+def _red_first(picture: Picture, data: DataSettings) -> Picture:
+    return np.ascontiguousarray(picture[..., ::-1]) if data.red_blue_swapped else picture
+
+
 def _member(
-    source: MemberSource, pictures: Sequence[Picture], members: MemberOptions, *, half: bool
-) -> tuple[bytes, Parity, list[tuple[int, int]]]:
+    source: MemberSource,
+    pictures: Sequence[Picture],
+    members: MemberOptions,
+    options: ExportOptions,
+    said: Mapping[str, Any],
+) -> tuple[bytes, ModelRecord, Parity, list[tuple[int, int]]]:
     """Return a member's file, how it compares, and with 16 bits how many cells stay the same."""
     detector = build_detector([source], device='cpu')
     where = f'{source.config_path} with {source.checkpoint}'
     check_model(detector.model, where)
-    record = _record(source, detector, members, where)
+    record = replace(_record(source, detector, members, where), um_per_px=said.get('um_per_px'))
     shown = pictures[0][..., ::-1] if record.red_blue_swapped else pictures[0]
     traced = resize(np.ascontiguousarray(shown[:TRACE_PX, :TRACE_PX]), record.resize)
     content = onnx_file.to_onnx(detector.model, traced, where)
@@ -174,12 +234,14 @@ def _member(
     parity = compare(expected, found, score_thr=record.score_thr, cap=record.max_per_img)
     parity.check(where)
     alike: list[tuple[int, int]] = []
-    if half:
+    if options.half:
         content = onnx_file.with_half_weights(content)
         alike = [share_alike(expected, _find(_light(content, record), pictures))]
         record = replace(record, half=True, parity={**record.parity, 'half_same': list(alike[0])})
     record = replace(record, parity={**record.parity, **parity.to_json()})
-    return onnx_file.with_record(content, record), parity, alike
+    if options.red_blue_swapped is not None:
+        record = replace(record, red_blue_swapped=options.red_blue_swapped)
+    return onnx_file.with_record(content, record), record, parity, alike
 
 
 def _light(content: bytes, record: ModelRecord) -> LightDetector:
@@ -198,6 +260,7 @@ def _record(
     pipeline = ConfigDict({'p': dataset_settings(source.cfg, 'test_dataloader').pipeline}).to_dict()
     rcnn = detector.model.roi_head.test_cfg
     member: dict[str, Any] = dict(detector.provenance['members'][0])
+    member['source'] = Path(member['source']).name  # the folder is of this computer
     value_range = data.value_range()
     if member.get('value_range') is None and value_range is not None:
         member['value_range'] = value_range.to_json()
@@ -230,15 +293,3 @@ def _evidence(
         return {}
     kept = ('headline', 'intervals', 'interval_unit', 'n_interval_units')
     return {'fold': member.get('fold'), **{key: scores.get(key) for key in kept}}
-
-
-def _card(written: Sequence[bytes], data: DataSettings) -> dict[str, JsonValue]:
-    """Return what the manifest says to people who open the zip; the members say it all."""
-    records = [OnnxModel(Member('member', content, ''), 'cpu').record for content in written]
-    return {
-        'class_names': list(data.class_names),
-        'red_blue_swapped': data.red_blue_swapped,
-        'members': [dict(record.member) for record in records],
-        'evidence': [dict(record.evidence) for record in records],
-        'made_with': dict(records[0].made_with),
-    }

@@ -14,6 +14,7 @@ from typing import Any
 from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.core.files import JsonValue
 from cellseg_mm.fusion.settings import InferenceSettings, choose_settings
+from cellseg_mm.light.card import HAEMATOXYLIN, notice
 from cellseg_mm.light.detector import LightDetector, OnnxModel
 from cellseg_mm.light.model_file import ModelFile, read_model_file
 from cellseg_mm.predict.items import look_for
@@ -41,11 +42,19 @@ def predict_images(
 ) -> Summary:
     """Predict images with the models of files; several members make an ensemble.
 
+    Args:
+        paths: Files, or names of models that come with the package.
+        members: What is done with their answers.
+        options: See :class:`PredictOptions`.
+
     Raises:
         CellSegError: Files or options that do not fit; see the message.
     """
+    said = [notice(read_model_file(path)) for path in paths]
     found = look_for(options.inputs, out_dir=options.out_dir)
-    return predict_found(found, partial(prepare, tuple(paths), members, options), options)
+    summary = predict_found(found, partial(prepare, tuple(paths), members, options), options)
+    summary.asides[:0] = [line for line in said if line]
+    return summary
 
 
 def prepare(
@@ -89,6 +98,7 @@ def make_detector(
         how=_how(models[0].record.class_names, _settings(files, members), members),
         tta_spec=members.tta,
         red_blue_swapped=options.red_blue_swapped,
+        is_haematoxylin=all(file.card.get('stain') == HAEMATOXYLIN for file in files),
     )
 
 

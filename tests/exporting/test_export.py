@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +29,8 @@ from cellseg_mm.exporting.export import Exported, ExportOptions, export  # noqa:
 from cellseg_mm.exporting.parity import compare  # noqa: E402
 from cellseg_mm.fusion.settings import default_settings  # noqa: E402
 from cellseg_mm.light import from_options as light  # noqa: E402
+from cellseg_mm.light.card import describe  # noqa: E402
+from cellseg_mm.light.detector import OnnxModel  # noqa: E402
 from cellseg_mm.light.model_file import read_model_file  # noqa: E402
 from cellseg_mm.predict.options import MemberOptions, PredictOptions  # noqa: E402
 from cellseg_mm.results.predictions import load_predictions  # noqa: E402
@@ -89,13 +92,25 @@ def files(tiny: TinyFolds, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         name: default_settings(name, classes).to_json() for name in ('submission', 'instances')
     }
     profiles['instances'] |= {'score_thr': dict.fromkeys(classes, 0.1), 'tta': 'hflip'}
+    card = {'card': out / 'card.json', 'scores': out / 'oof.flips.scores.json'}
+    write_json(card['card'], {'licence': 'CC0', 'um_per_px': 0.25})
+    write_json(
+        card['scores'],
+        {
+            'headline': {'segm_AP50': 0.5},
+            'per_image': {'names': ['a']},
+            'cap': 500,
+            'class_names': list(classes),
+            'provenance': {'split': 'oof', 'fold_hash': tiny.folds.hash, 'folds': [0, 1]},
+        },
+    )
     settings = tiny.root / 'inference.json'
     write_json(settings, {'version': 1, 'class_names': list(classes), 'profiles': profiles})
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('CELLSEG_DATA', str(tiny.data_root))
         return {
             'one': run(tiny, out / 'one.onnx', 1),
-            'half': run(tiny, out / 'half.onnx', 1, half=True),
+            'half': run(tiny, out / 'half.cellseg', 1, half=True, red_blue_swapped=False, **card),
             'two': run(tiny, out / 'two.cellseg', 2),
             'with settings': run(tiny, out / 'settings.cellseg', 2, settings=str(settings)),
         }
@@ -110,10 +125,10 @@ def members_of(tiny: TinyFolds, n: int, settings: str | None = None) -> MemberOp
 
 
 def run(
-    tiny: TinyFolds, out: Path, n: int, *, half: bool = False, settings: str | None = None
+    tiny: TinyFolds, out: Path, n: int, *, settings: str | None = None, **options: Any
 ) -> Exported:
-    options = ExportOptions(out=out, half=half)
-    return export(configs_of(tiny, n), members_of(tiny, n, settings), options)
+    wanted = ExportOptions(out=out, **options)
+    return export(configs_of(tiny, n), members_of(tiny, n, settings), wanted)
 
 
 def test_every_file_is_checked_and_says_what_it_is(files: dict[str, Exported]) -> None:
@@ -132,6 +147,39 @@ def test_every_file_is_checked_and_says_what_it_is(files: dict[str, Exported]) -
     assert record['member']['fold'] == 0
     assert record['parity']['n_only'] == 0
     assert record['mask_frame'] == 1.25
+
+
+def test_a_file_carries_its_card(tiny: TinyFolds, files: dict[str, Exported]) -> None:
+    half = read_model_file(files['half'].path)
+    assert half.card['licence'] == 'CC0'
+    assert half.card['scores']['headline'] == {'segm_AP50': 0.5}
+    assert half.card['members'][0]['source'] == tiny.checkpoints[0].name  # without the folder
+    assert half.card['training'][0]['red_blue_swapped'] is True
+    assert (half.card['red_blue_swapped'], half.card['half']) == (False, True)
+    record = OnnxModel(half.members[0], 'cpu').record
+    assert (record.red_blue_swapped, record.um_per_px) == (False, 0.25)
+    assert 'AP50' in describe(half)
+    two = read_model_file(files['two'].path)
+    assert (two.card['scores'], two.card['red_blue_swapped']) == (None, True)
+    assert 'card: no scores outside the training' in files['two'].describe()
+    assert 'No scores' in describe(two)
+
+
+def test_a_picture_in_the_other_order_gives_the_same_cells(
+    tiny: TinyFolds, files: dict[str, Exported], tmp_path: Path
+) -> None:
+    picture = np.random.default_rng(5).integers(0, 256, (90, 70, 3), dtype=np.uint8)
+    file = read_model_file(files['half'].path)
+    found = []
+    for is_swapped in (None, True):  # natural is what the file says
+        options = PredictOptions(
+            inputs=('.',), out_dir=tmp_path, device='cpu', red_blue_swapped=is_swapped
+        )
+        detector = light.make_detector([file], MemberOptions(), options)
+        seen = picture[..., ::-1] if is_swapped else picture
+        found += detector.detect([np.ascontiguousarray(seen)], 'a')
+    assert len(found[0]) > 30
+    assert found[0].rles == found[1].rles
 
 
 def picture_of(tiny: TinyFolds, name: str = '') -> Path:
@@ -235,8 +283,9 @@ def test_a_file_that_finds_something_else_is_not_written(
 def test_names_that_do_not_fit(tiny: TinyFolds, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match='ends in'):
         run(tiny, tmp_path / 'model.pt', 1)
-    with pytest.raises(ConfigError, match='one member without settings'):
-        run(tiny, tmp_path / 'model.onnx', 2)
+    for name in ('model.onnx', 'model.zip'):
+        with pytest.raises(ConfigError, match='one member without settings'):
+            run(tiny, tmp_path / name, 2)
 
 
 def test_members_of_other_classes_are_no_ensemble(
