@@ -132,7 +132,7 @@ def import_data(
         )
     run = _Run(out_dir, classes, params, notes)
     manifest_path = out_dir / 'manifest.csv'
-    _require_same_classes(out_dir / CLASSES_FILE, classes.names)
+    _require_same_classes(out_dir, classes.names)
     columns = _columns(len(classes.names))
     table = _read_manifest(manifest_path, columns)
     names = _case_names(jobs, run.notes)
@@ -156,22 +156,32 @@ def import_data(
     )
 
 
-def _require_same_classes(path: Path, names: Sequence[str]) -> None:
-    """Refuse to add other classes to a folder in which their numbers mean something else."""
+def imported_classes(data_dir: Path | str) -> tuple[str, ...]:
+    """Return the classes of earlier imports into a data folder; () if there were none.
+
+    Raises:
+        CellSegError: Their file is damaged.
+    """
+    path = Path(data_dir) / CLASSES_FILE
     if not path.exists():
-        return
+        return ()
     try:
-        before = json.loads(path.read_bytes())['classes']
+        return tuple(map(str, json.loads(path.read_bytes())['classes']))
     except (OSError, ValueError, KeyError, TypeError) as problem:
         raise CellSegError(
             f'{path}: cannot be read ({problem}); expected the classes of earlier imports; remove '
-            f'it if the classes are {", ".join(names)}'
+            f'it if you know them'
         ) from problem
-    if before != list(names):
+
+
+def _require_same_classes(out_dir: Path, names: Sequence[str]) -> None:
+    """Refuse to add other classes to a folder in which their numbers mean something else."""
+    before = imported_classes(out_dir)
+    if before and before != tuple(names):
         raise CellSegError(
-            f'{path}: the folder has the classes {", ".join(map(str, before))}, this import '
-            f'{", ".join(names)}; expected the same in the same order; give them with --classes, '
-            f'or choose another folder'
+            f'{out_dir / CLASSES_FILE}: the folder has the classes {", ".join(before)}, this '
+            f'import {", ".join(names)}; expected the same in the same order; give them with '
+            f'--classes, or choose another folder'
         )
 
 
