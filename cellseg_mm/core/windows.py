@@ -1,6 +1,7 @@
-"""Parts of an image: crops of instance sets, boxes and areas of run lengths.
+"""Parts of an image and other sizes of it: crops of instance sets, boxes and areas.
 
-In: an InstanceSet and a window. Out: what lies in it. Invariant: no full-size mask is made.
+In: an InstanceSet and a window, or a size. Out: what lies there. Invariant: no full-size mask
+is made.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_mm.core import rle
-from cellseg_mm.core.arrays import Int
-from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.core.arrays import Int, ranges_of
+from cellseg_mm.core.instances import InstanceSet, concatenate
 
 MAX_PIECES = 1 << 22  # column pieces counted at once
 
@@ -66,3 +67,45 @@ def boxes_and_areas(instances: InstanceSet) -> tuple[NDArray[np.int64], NDArray[
         runs = rle.decode_runs(instances.rles[rows], instances.image_hw)
         boxes[rows], areas[rows] = rle.boxes_of(runs), rle.areas_of(runs)
     return boxes, areas
+
+
+def resize(instances: InstanceSet, hw: tuple[int, int]) -> InstanceSet:
+    """Return instances as they lie in the same image of another size.
+
+    A pixel takes the value of the pixel in which its centre falls, so masks that share no pixel
+    share none afterwards. Memory follows the result.
+    """
+    if instances.image_hw == hw:
+        return instances
+    (old_h, old_w), (height, width) = instances.image_hw, hw
+    # Pixel k of the old side becomes pixels edges[k] to edges[k + 1] of the new one.
+    rows, columns = _edges(old_h, height), _edges(old_w, width)
+    scale = np.array([width / old_w, height / old_h] * 2, dtype=np.float32)
+    parts = [] if len(instances) else [replace(instances, image_hw=hw)]
+    for start in range(0, len(instances), CHUNK):
+        part = instances[np.arange(start, min(start + CHUNK, len(instances)))]
+        owner, column, top, bottom = rle.column_pieces(rle.decode_runs(part.rles, (old_h, old_w)))
+        n_new = columns[column + 1] - columns[column]
+        source = np.repeat(np.arange(len(owner)), n_new)
+        new_column = columns[column][source] + ranges_of(n_new)
+        new_top, new_bottom = rows[top[source]], rows[bottom[source]]
+        filled = new_bottom > new_top
+        runs = runs_of_pieces(
+            owner[source][filled],
+            new_column[filled],
+            new_top[filled],
+            new_bottom[filled],
+            len(part),
+            hw,
+        )
+        rles = tuple(rle.encode_runs(runs))
+        boxes = part.boxes_xyxy * scale
+        parts.append(replace(part, image_hw=hw, rles=rles, boxes_xyxy=boxes))
+    return concatenate(parts)
+
+
+def _edges(old: int, new: int) -> Int:
+    """Return the first new pixel whose centre falls into each old pixel, and ``new``."""
+    # (p + 1/2) * old / new >= k  <=>  p >= k * new / old - 1/2, in whole numbers
+    k = np.arange(old + 1, dtype=np.int64)
+    return -((old - 2 * k * new) // (2 * old))

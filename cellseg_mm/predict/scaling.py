@@ -1,24 +1,20 @@
 """At which pixel size cells are looked for, and how they come back to the image's own pixels.
 
 In: the sizes of an image's levels, and pixel sizes of the image and of the model. Out: a grid to
-work in, a reader of it, and instances in the image's pixels. Invariant: every pixel of the image
-takes its value from one pixel of the grid: masks that share no pixel there share none here.
+work in, and a reader of it; ``windows.resize`` brings instances back. Invariant: what is read, and
+how it is resized, depends on these sizes alone.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from cellseg_mm.core import rle
-from cellseg_mm.core.arrays import Int, ranges_of
 from cellseg_mm.core.errors import ConfigError, ImageError
-from cellseg_mm.core.instances import InstanceSet, concatenate
-from cellseg_mm.core.windows import CHUNK, runs_of_pieces
 from cellseg_mm.data.pixel_size import Um, stated, um_text
 from cellseg_mm.data.regions import ImageReader, Picture
 
@@ -167,44 +163,3 @@ class ScaledReader(ImageReader):
             (x1 - x0, y1 - y0), Image.Resampling.BILINEAR, box=box
         )
         return np.asarray(resized)
-
-
-def resize_instances(instances: InstanceSet, hw: tuple[int, int]) -> InstanceSet:
-    """Return instances as they lie in the same image of another size.
-
-    A pixel takes the value of the pixel in which its centre falls. Memory follows the result.
-    """
-    if instances.image_hw == hw:
-        return instances
-    (old_h, old_w), (height, width) = instances.image_hw, hw
-    # Pixel k of the old side becomes pixels edges[k] to edges[k + 1] of the new one.
-    rows, columns = _edges(old_h, height), _edges(old_w, width)
-    scale = np.array([width / old_w, height / old_h] * 2, dtype=np.float32)
-    parts = [replace(instances, image_hw=hw, rles=())[:0]] if not len(instances) else []
-    for start in range(0, len(instances), CHUNK):
-        part = instances[np.arange(start, min(start + CHUNK, len(instances)))]
-        owner, column, top, bottom = rle.column_pieces(rle.decode_runs(part.rles, (old_h, old_w)))
-        n_new = columns[column + 1] - columns[column]
-        source = np.repeat(np.arange(len(owner)), n_new)
-        new_column = columns[column][source] + ranges_of(n_new)
-        new_top, new_bottom = rows[top[source]], rows[bottom[source]]
-        filled = new_bottom > new_top
-        runs = runs_of_pieces(
-            owner[source][filled],
-            new_column[filled],
-            new_top[filled],
-            new_bottom[filled],
-            len(part),
-            hw,
-        )
-        rles = tuple(rle.encode_runs(runs))
-        boxes = part.boxes_xyxy * scale
-        parts.append(replace(part, image_hw=hw, rles=rles, boxes_xyxy=boxes))
-    return concatenate(parts)
-
-
-def _edges(old: int, new: int) -> Int:
-    """Return the first new pixel whose centre falls into each old pixel, and ``new``."""
-    # (p + 1/2) * old / new >= k  <=>  p >= k * new / old - 1/2, in whole numbers
-    k = np.arange(old + 1, dtype=np.int64)
-    return -((old - 2 * k * new) // (2 * old))

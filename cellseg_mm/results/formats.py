@@ -22,6 +22,7 @@ from cellseg_mm.core.layout import (
     ROIS_SUFFIX,
     TABLE_SUFFIX,
 )
+from cellseg_mm.core.windows import resize
 from cellseg_mm.data.image_reader import ImageReader
 from cellseg_mm.data.pixel_size import Um
 from cellseg_mm.results import export, overlay
@@ -53,12 +54,14 @@ class Content:
         read: Reads regions of the image in true colours.
         look: Names and colours.
         um_per_px: Height and width of a pixel in micrometres; None if nobody knows.
+        small: Reads a smaller copy of the image, with its height and width; None if there is none.
     """
 
     cells: InstanceSet
     read: RegionReader
     look: Look
     um_per_px: Um | None = None
+    small: tuple[RegionReader, tuple[int, int]] | None = None
 
     @cached_property
     def features(self) -> CellFeatures:
@@ -101,10 +104,11 @@ def _write_coco(path: Path, content: Content) -> Exported:
 
 
 def _write_overlay(path: Path, content: Content) -> Exported:
-    cells, look = content.cells, content.look
-    picture = overlay.draw_large(
-        content.read, cells, look.class_colours, class_names=look.class_names
-    )
+    cells, look, read = content.cells, content.look, content.read
+    if content.small is not None:
+        read, hw = content.small
+        cells = resize(cells, hw)
+    picture = overlay.draw_large(read, cells, look.class_colours, class_names=look.class_names)
     overlay.write_png(path, picture)
     return Exported(path, len(cells))
 
@@ -141,7 +145,13 @@ def path_of(folder: Path | str, name: str, word: str) -> Path:
 
 
 def write_formats(
-    folder: Path | str, words: Sequence[str], cells: InstanceSet, reader: ImageReader, look: Look
+    folder: Path | str,
+    words: Sequence[str],
+    cells: InstanceSet,
+    reader: ImageReader,
+    look: Look,
+    *,
+    small: ImageReader | None = None,
 ) -> dict[str, Exported]:
     """Write an image's cells in several formats.
 
@@ -151,6 +161,7 @@ def write_formats(
         cells: Everything in it is written.
         reader: The image; the size of its pixels adds measures in micrometres.
         look: Names, colours and channel order.
+        small: A smaller level of the image, as large as a picture for people or larger.
 
     Returns:
         What each file holds and could not hold, by word.
@@ -159,7 +170,8 @@ def write_formats(
         ConfigError: A class has no name or colour.
         ImageError: The image cannot be read.
     """
-    content = Content(cells, _true_colours(reader, look), look, reader.um_per_px)
+    copy = None if small is None else (_true_colours(small, look), small.image_hw)
+    content = Content(cells, _true_colours(reader, look), look, reader.um_per_px, copy)
     return {word: FORMATS[word][1](path_of(folder, cells.name, word), content) for word in words}
 
 

@@ -76,3 +76,22 @@ def test_boxes_and_areas_in_small_parts(monkeypatch: pytest.MonkeyPatch) -> None
     assert (areas == 0).any()
     none = windows.boxes_and_areas(InstanceSet.empty('none', 1, HW))
     assert [part.shape for part in none] == [(0, 4), (0,)]
+
+
+@pytest.mark.parametrize('seed', range(5))
+@pytest.mark.parametrize('new_hw', [(46, 34), HW, (40, 5), (9, 30), (60, 45)])
+def test_resizing_takes_the_nearest_pixel_of_each_mask(
+    seed: int, new_hw: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(windows, 'CHUNK', 7)
+    cells = random_cells(seed)
+    resized = windows.resize(cells, new_hw)
+    y, x = ((np.arange(n) + 0.5) * old // n for n, old in zip(new_hw, HW, strict=True))
+    expected = cells.masks()[:, y.astype(int)[:, None], x.astype(int)[None]]
+    assert np.array_equal(resized.masks(), expected)
+    scale = np.array([new_hw[1] / HW[1], new_hw[0] / HW[0]] * 2)
+    assert np.allclose(resized.boxes_xyxy, cells.boxes_xyxy * scale, rtol=1e-6)  # float32
+
+
+def test_no_cells_are_resized_too() -> None:
+    assert windows.resize(InstanceSet.empty('a', 1, (3, 4)), (6, 8)).image_hw == (6, 8)

@@ -10,19 +10,16 @@ import pytest
 import tifffile
 
 from cellseg_mm.core.errors import ConfigError, ImageError
-from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.data.image_reader import open_image
 from cellseg_mm.predict.items import find_items
 from cellseg_mm.predict.predict import predict
 from cellseg_mm.predict.scaling import (
     ScaledReader,
     choose_grid,
-    resize_instances,
     scale_text,
     um_of_members,
 )
 from cellseg_mm.results.predictions import load_predictions
-from tests.predict.test_tiling import paint_cells
 from tests.support.drawn_slide import DarkCells, DrawnSlide, slide_params
 
 LEVELS = [(1000, 800), (500, 400), (250, 200), (125, 100)]
@@ -86,37 +83,6 @@ def test_pixel_size_of_members() -> None:
     assert um_of_members([{}]) is None
     with pytest.raises(ConfigError, match=r'pixels of 0\.25 um and 0\.5 um; expected one size'):
         um_of_members([{'um_per_px': 0.5}, {'um_per_px': 0.25}])
-
-
-@pytest.mark.parametrize('new_hw', [(34, 22), (17, 11), (40, 5), (9, 30), (51, 33)])
-def test_instances_are_resized_as_their_label_map_by_nearest_pixels(new_hw) -> None:
-    label_map = paint_cells((17, 11), 9, (2, 5), 3)
-    label_map[0, 0], label_map[16, 10] = 40, 41  # single pixels in the corners
-    present = [k for k in np.unique(label_map).tolist() if k]
-    instances = InstanceSet.from_crops(
-        'a',
-        1,
-        (17, 11),
-        crops=[label_map == k for k in present],
-        offsets_yx=np.zeros((len(present), 2), dtype=np.int64),
-        class_ids=np.zeros(len(present)),
-        scores=np.full(len(present), 0.5),
-    )
-    resized = resize_instances(instances, new_hw)
-    y, x = ((np.arange(n) + 0.5) * o // n for n, o in zip(new_hw, (17, 11), strict=True))
-    expected = label_map[np.ix_(y.astype(int), x.astype(int))]
-    masks = resized.masks()
-    for k, mask in zip(present, masks, strict=True):
-        assert np.array_equal(mask, expected == k)
-    assert np.allclose(
-        resized.boxes_xyxy,
-        instances.boxes_xyxy * np.tile([new_hw[1] / 11, new_hw[0] / 17], 2),
-        rtol=1e-6,  # float32
-    )
-
-
-def test_no_instances_are_resized_too() -> None:
-    assert resize_instances(InstanceSet.empty('a', 1, (3, 4)), (6, 8)).image_hw == (6, 8)
 
 
 @pytest.mark.parametrize('hw', [(60, 45), (200, 150), (61, 150)])

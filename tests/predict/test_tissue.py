@@ -244,3 +244,17 @@ def test_cells_at_the_edge_of_a_region_are_counted(slide: DrawnSlide, tmp_path: 
     upper = (slide.cells[:, 0] < 480).sum()
     assert abs(n_cells - upper) <= 2  # middles of masks and of drawn cells
     assert 'cells outside of the regions were left out' in said
+
+
+def test_an_overview_picture_is_drawn_from_a_smaller_level(
+    slide: DrawnSlide, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look(tmp_path, 'full', formats=('overlay',))
+    monkeypatch.setattr('cellseg_mm.predict.predict.MAX_PICTURE_PX', 400 * 400)
+    look(tmp_path, 'small', formats=('overlay',))
+    full, small = (cv2.imread(str(tmp_path / n / 'a.overlay.png')) for n in ('full', 'small'))
+    assert full.shape[1] == 1600
+    assert small.shape[1] == 400  # the second level, as it is
+    y, x = (slide.cells[0, :2] / 4).astype(int).tolist()
+    outlined = (small == (0, 94, 213)).all(axis=2)  # blue first
+    assert outlined[y - 4 : y + 5, x - 4 : x + 5].any()

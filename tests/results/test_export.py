@@ -227,3 +227,51 @@ def test_describe_tells_what_was_left_out(tmp_path: Path) -> None:
         'label-map: 1 cells without a pixel, 1 cells hidden by better ones, '
         '4 px lost to better cells'
     )
+
+
+# ------------------------------------------------------------------------------- micrometres
+
+UM = (0.5, 0.25)  # height and width: not square, so that swapped ones show
+
+
+def test_a_table_in_micrometres(tmp_path: Path) -> None:
+    instances = random_set(3, n=12)
+    features = measure.measure(instances)
+    export.write_cells_csv(tmp_path / 'a.csv', instances, NAMES, features=features, um_per_px=UM)
+    export.write_cells_csv(tmp_path / 'px.csv', instances, NAMES, features=features)
+    rows = list(csv.DictReader((tmp_path / 'a.csv').read_text().splitlines()))
+    plain = list(csv.DictReader((tmp_path / 'px.csv').read_text().splitlines()))
+    assert tuple(rows[0])[-4:] == export.UM_COLUMNS
+    for row, px in zip(rows, plain, strict=True):
+        um = [row.pop(name) for name in export.UM_COLUMNS]
+        assert row == px
+        if px['area_px'] == '0':
+            assert um == [''] * 4
+            continue
+        expected = [
+            int(px['area_px']) * 0.125,
+            float(px['centroid_x_px']) * 0.25,
+            float(px['centroid_y_px']) * 0.5,
+            float(px['perimeter_px']) * 0.375,
+        ]
+        assert np.allclose([float(value) for value in um], expected, atol=1e-4)  # 4 decimals
+
+
+def test_geojson_has_measurements_in_micrometres(tmp_path: Path) -> None:
+    instances = shapes_set()
+    features = measure.measure(instances)
+    path = tmp_path / 'a.geojson'
+    export.write_geojson(path, instances, NAMES, COLOURS, features=features, um_per_px=UM)
+    for feature in json.loads(path.read_text(encoding='utf-8'))['features']:
+        found = feature['properties']['measurements']
+        assert found['Area µm^2'] == found['Area px^2'] * 0.125
+        assert found['Perimeter µm'] == found['Perimeter px'] * 0.375
+
+
+def test_a_label_map_says_how_large_its_pixels_are(tmp_path: Path) -> None:
+    export.write_label_map(tmp_path / 'm.tif', shapes_set(), um_per_px=UM)
+    with tifffile.TiffFile(tmp_path / 'm.tif') as file:
+        tags = file.pages[0].tags
+        across, down = (tags[name].value for name in ('XResolution', 'YResolution'))
+        assert tags['ResolutionUnit'].value == 3  # centimetre
+    assert (across[0] / across[1], down[0] / down[1]) == (40_000, 20_000)
