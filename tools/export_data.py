@@ -13,8 +13,6 @@ from pathlib import Path
 from cellseg_mm.cli import run_tool
 from cellseg_mm.core.layout import folds_file
 from cellseg_mm.data.config import CLASS_NAMES
-from cellseg_mm.data.importing.import_data import imported_classes
-from cellseg_mm.results.data_sets import WRITERS, DataSetParams, write_data_set
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -23,7 +21,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add('kind', choices=sorted(WRITERS))
+    add('kind', choices=['coco', 'yolo'])
     add('data_root', type=Path, help='the data folder')
     add('out_dir', type=Path, help='folder to make')
     add(
@@ -40,6 +38,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Write the data set and say what is in it."""
     args = parse_args(argv)
+    from cellseg_mm.data.importing.import_data import imported_classes
+    from cellseg_mm.results.data_sets import DataSetParams, write_data_set
+
     names = tuple(args.classes or imported_classes(args.data_root) or CLASS_NAMES)
     # the configs read the same variable
     folds = folds_file(args.data_root, os.environ.get('CELLSEG_FOLDS'))
