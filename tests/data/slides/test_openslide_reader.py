@@ -12,8 +12,9 @@ import tifffile
 from cellseg_mm.core.errors import ConfigError, ImageError
 from cellseg_mm.data.contents import NO_CHOICE, Choice
 from cellseg_mm.data.image_reader import open_image
-from cellseg_mm.data.slides.openslide_reader import on_white, open_slide
+from cellseg_mm.data.slides.openslide_reader import SlideRegions, on_white, open_slide
 from tests.support.dicom_slide import write_dicom_slide
+from tests.support.ventana_slide import write_ventana_slide
 
 HW = (300, 420)
 REGIONS = [(0, 0, 61, 83), (13, 31, 50, 70), (60, 82, 61, 83), (0, 5, 1, 83)]
@@ -115,6 +116,25 @@ def test_a_dicom_slide_is_what_was_written(tmp_path: Path) -> None:
     paths[0].write_bytes(paths[0].read_bytes()[:100_000])
     with pytest.raises(ImageError, match=r'0\.dcm'), open_image(paths[0]) as reader:
         reader.read(0, 0, *HW)
+
+
+@pytest.mark.parametrize('name', ['a.bif', 'a.tif'])
+def test_ventanas_tiles_overlap(name: str, tmp_path: Path) -> None:
+    tiles = np.random.default_rng(0).integers(0, 256, (128, 192, 3)).astype(np.uint8)
+    path = tmp_path / name
+    write_ventana_slide(path, tiles, overlap_px=8)
+    with open_image(path) as reader:
+        assert isinstance(reader, SlideRegions)
+        assert reader.level_hws == [(128, 176), (64, 88)]  # 3 x 64 less 2 x 8
+        assert reader.um_per_px == (0.25, 0.25)
+        # tiles begin at 0, 56 and 112; columns that belong to one alone are as stored
+        for left, first in ((0, 0), (64, 72), (120, 136)):
+            found = reader.read(3, left, 128, left + 48)
+            assert np.array_equal(found, tiles[3:, first : first + 48])
+    write_ventana_slide(path, tiles, overlap_px=0)
+    with open_image(path, level=1) as reader:
+        assert np.array_equal(reader.read(0, 0, 64, 96), tiles[::2, ::2])
+        assert reader.um_per_px == (0.5, 0.5)
 
 
 def test_what_is_no_slide_is_a_sentence(tmp_path: Path) -> None:
