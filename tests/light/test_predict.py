@@ -16,8 +16,9 @@ pytest.importorskip('onnxruntime')
 
 from onnx import TensorProto, helper
 
-from cellseg_mm.core.errors import CheckpointError
+from cellseg_mm.core.errors import CheckpointError, ConfigError
 from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.fusion.settings import default_settings
 from cellseg_mm.light.detector import OnnxModel
 from cellseg_mm.light.from_options import predict_images
 from cellseg_mm.light.model_file import read_model_file, write_model_file
@@ -244,3 +245,28 @@ def test_swapped_colours_are_put_right(model: Path, image: Path) -> None:
     assert len(run(model, image)[1]) == 0
     _, found = run(model, image, red_blue_swapped=True)
     assert len(found) == N_CELLS
+
+
+def test_scales_need_a_step_that_resizes(model: Path, image: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match='scales need a Resize in the test pipeline'):
+        run(model, image, members=MemberOptions(tta='hflip,scales=2'))
+    step = {'type': 'Resize', 'scale_factor': 1.0, 'keep_ratio': True, 'interpolation': 'nearest'}
+    resized = write_marker_model(tmp_path / 'resized.onnx', resize=step)
+    _, found = run(resized, image, members=MemberOptions(tta='hflip,scales=2'))
+    assert len(found) >= N_CELLS
+
+
+def test_settings_of_a_file_hold_until_others_are_named(
+    model: Path, image: Path, tmp_path: Path
+) -> None:
+    profile = default_settings('instances', CLASSES).to_json()
+    profile['score_thr'] = dict.fromkeys(CLASSES, 0.55)
+    settings = {'version': 1, 'class_names': list(CLASSES), 'profiles': {'instances': profile}}
+    inside = tmp_path / 'inside.cellseg'
+    write_model_file(inside, [model.read_bytes()], settings=settings, card={})
+    _, found = run(inside, image)
+    assert 0 < len(found) < N_CELLS
+    assert found.scores.min() >= 0.55
+    with pytest.raises(ConfigError, match='holds settings that were found for its own members'):
+        run([inside, model], image)
+    assert len(run(inside, image, members=MemberOptions(post='disjoint'))[1]) == N_CELLS
