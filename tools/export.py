@@ -3,6 +3,7 @@
     python tools/export.py configs/fold0.py --out model.onnx
     python tools/export.py configs/fold?.py --settings inference.json --out model.cellseg
     python tools/export.py configs/fold0.py --card card.json --out package.zip       (BioImage.IO)
+    python tools/export.py he4 --out he4.html                (a page that finds cells)
 
 The file is checked before it is written: it must find the same cells as the model. Then:
 
@@ -22,8 +23,12 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('configs', nargs='+', help='one config per member, or one for all')
-    parser.add_argument('--out', type=Path, required=True, help='.onnx, .cellseg or .zip')
+    parser.add_argument(
+        'configs',
+        nargs='+',
+        help='one config per member, or one for all; for a page also a model file or its name',
+    )
+    parser.add_argument('--out', type=Path, required=True, help='.onnx, .cellseg, .zip or .html')
     parser.add_argument(
         '--checkpoint',
         nargs='+',
@@ -32,7 +37,7 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         '--format',
-        choices=['onnx', 'cellseg', 'bioimageio'],
+        choices=['onnx', 'cellseg', 'bioimageio', 'html'],
         help="as --out's suffix says; bioimageio is a .zip of one member for bioimage.io",
     )
     parser.add_argument('--settings', help='inference.json of tools/find_best.py, for .cellseg')
@@ -54,6 +59,9 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
         default='config',
         help='whether the pictures that the file will be given have red and blue swapped',
     )
+    parser.add_argument(
+        '--ort-web', type=Path, help='onnxruntime-web for a page, folder or .tgz (default: by npm)'
+    )
     parser.add_argument('--work-root', help='folder of the work folders (default: work_dirs)')
     add_config_arguments(parser, launcher=False)
     args = parser.parse_args(words)
@@ -66,6 +74,15 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Export, check, and say how well the file agrees with the model."""
     args = parse_args()
+    from cellseg_mm.light.model_file import is_model, read_model_file
+
+    if args.out.suffix.lower() == '.html' and is_model(args.configs[0]):
+        from cellseg_mm.exporting.html_page import check_one, write_page
+
+        check_one(len(args.configs), str(args.out))
+        file = read_model_file(args.configs[0])
+        print(write_page(args.out, file, ort_web=args.ort_web).describe())
+        return
     import cellseg_mm.components  # noqa: F401 - registers what a config may name
     from cellseg_mm.exporting.export import ExportOptions, export
     from cellseg_mm.predict.options import MemberOptions
@@ -87,6 +104,7 @@ def main() -> None:
         card=args.card,
         scores=args.scores,
         red_blue_swapped={'normal': False, 'swapped': True}.get(args.red_blue),
+        ort_web=args.ort_web,
     )
     print(export(configs, members, options).describe())
 

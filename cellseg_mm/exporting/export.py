@@ -8,6 +8,7 @@ model in torch in a real picture.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,14 +29,21 @@ from cellseg_mm.data.images import find_images
 from cellseg_mm.detectors.detector import ModelDetector, build_detector
 from cellseg_mm.detectors.from_options import Configs, sources_of
 from cellseg_mm.detectors.member_models import MemberSource
-from cellseg_mm.exporting import onnx_file
+from cellseg_mm.exporting import html_page, onnx_file
 from cellseg_mm.exporting.bioimage import PACKAGE, load_library, write_package
 from cellseg_mm.exporting.card import find_scores, make_card, read_said, read_scores
 from cellseg_mm.exporting.carried import check_model, resize_step
+from cellseg_mm.exporting.ort_web import runtime_files
 from cellseg_mm.exporting.parity import Parity, compare, share_alike
 from cellseg_mm.fusion.settings import load_settings
 from cellseg_mm.light.detector import LightDetector, OnnxModel
-from cellseg_mm.light.model_file import SUFFIXES, Member, ModelRecord, write_model_file
+from cellseg_mm.light.model_file import (
+    SUFFIXES,
+    Member,
+    ModelRecord,
+    read_model_file,
+    write_model_file,
+)
 from cellseg_mm.light.picture import resize
 from cellseg_mm.predict.options import MemberOptions
 
@@ -59,6 +67,7 @@ class ExportOptions:
         scores: Out-of-fold scores for the card; None takes those that lie beside the work folders.
         red_blue_swapped: Whether the pictures that the file will be given hold blue where red
             belongs; None takes it from the training images.
+        ort_web: Where a page's onnxruntime-web comes from, see ``ort_web.runtime_files``.
     """
 
     out: Path
@@ -67,6 +76,7 @@ class ExportOptions:
     card: Path | None = None
     scores: Path | None = None
     red_blue_swapped: bool | None = None
+    ort_web: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +126,8 @@ def export(configs: Configs, members: MemberOptions, options: ExportOptions) -> 
             find what the model finds.
         CheckpointError: See ``member_models``.
     """
+    if options.out.suffix.lower() == html_page.SUFFIX:
+        return _export_page(configs, members, options)
     sources = sources_of(configs, members)
     _check_options(sources, members, options)
     first = DataSettings.from_config(sources[0].cfg, 'test_dataloader')
@@ -144,6 +156,18 @@ def export(configs: Configs, members: MemberOptions, options: ExportOptions) -> 
     size = options.out.stat().st_size
     has_settings = settings is not None
     return Exported(options.out, size, tuple(parities), tuple(halved), has_settings, about)
+
+
+def _export_page(configs: Configs, members: MemberOptions, options: ExportOptions) -> Exported:
+    """Export a model file, and make the page of that."""
+    html_page.check_one(len(sources_of(configs, members)), str(options.out))
+    runtime_files(options.ort_web)  # before minutes of work
+    with tempfile.TemporaryDirectory() as folder:
+        inner = replace(options, out=Path(folder) / f'{options.out.stem}.cellseg')
+        exported = export(configs, members, inner)
+        file = read_model_file(inner.out)
+        written = html_page.write_page(options.out, file, ort_web=options.ort_web)
+    return replace(exported, path=written.path, n_bytes=written.n_bytes, card='')
 
 
 def _settings(
@@ -175,7 +199,7 @@ def _check_options(
     if suffix not in (*SUFFIXES, PACKAGE):
         raise ConfigError(
             f'{options.out}: a file of this kind cannot be written; expected a name that ends in '
-            f'{" or ".join([*SUFFIXES, PACKAGE])}; correct --out'
+            f'{" or ".join([*SUFFIXES, PACKAGE, html_page.SUFFIX])}; correct --out'
         )
     if suffix == PACKAGE and (len(sources) > 1 or members.settings_path is not None):
         raise ConfigError(

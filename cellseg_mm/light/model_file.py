@@ -156,6 +156,11 @@ def is_name(word: str) -> bool:
     return is_bare and (word in names_of_models() or not Path(word).exists())
 
 
+def is_model(word: str) -> bool:
+    """Tell whether a word names a model: a file of one, or a model of the package."""
+    return is_name(word) or word.lower().endswith(SUFFIXES)
+
+
 def _of_name(name: str) -> Path:
     names = names_of_models()
     if name in names:
