@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cellseg_mm.core.errors import CellSegError, ConfigError
+from cellseg_mm.core.layout import as_typed
 from cellseg_mm.core.progress import track
 from cellseg_mm.predict.items import Item
 from cellseg_mm.predict.params import Detector, PredictParams
@@ -244,7 +245,7 @@ def slurm_script(words: Sequence[str], n_parts: int) -> str:
         words: The command line, without ``--slurm``.
         n_parts: Tasks of the array.
     """
-    command = shlex.join(['python', 'tools/predict.py', *words])
+    command = f'{as_typed("python tools/predict.py")} {shlex.join(words)}'
     lines = [
         '#!/usr/bin/env bash',
         '# sbatch THIS_FILE, in the folder of the project. Adapt the next lines to your cluster.',

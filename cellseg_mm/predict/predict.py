@@ -12,7 +12,9 @@ from __future__ import annotations
 import logging
 import re
 import time
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 
 import numpy as np
@@ -23,7 +25,7 @@ from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.core.progress import track
 from cellseg_mm.core.provenance import code_commit, versions
 from cellseg_mm.core.windows import resize
-from cellseg_mm.data.image_reader import SUFFIXES
+from cellseg_mm.data.image_reader import BY_REGION
 from cellseg_mm.data.intensity import ValueRange, is_nearly_black
 from cellseg_mm.fusion.settings import apply_settings
 from cellseg_mm.predict.items import Item
@@ -47,6 +49,7 @@ from cellseg_mm.results.predictions import Predictions, save_predictions
 logger = logging.getLogger(__name__)
 
 MAX_NAME_BYTES = 255
+MAX_SAVING = 4  # tiles that wait for the disk
 NUMBER = re.compile(r'[0-9.]+')
 PART = (
     'this was part {} of {}: when all are done, the same command without --part puts the images '
@@ -122,7 +125,7 @@ class Run:
     def count_tiles(self, item: Item) -> int:
         """Return how many tiles an image has, for the progress bar; 1 if it cannot be told."""
         try:
-            if item.path.suffix.lower() not in SUFFIXES[:7] or self._look_up(item).is_done:
+            if item.path.suffix.lower() not in BY_REGION or self._look_up(item).is_done:
                 return 1
             # whole_px=0: no pixels are read
             with open_at(item, self.params, whole_px=0) as reader:
@@ -220,12 +223,21 @@ class Run:
                 pass
 
     def look_at(self, slide: Slide, tiles: Sequence[Tile]) -> Iterator[None]:
-        """Look at tiles and keep what was found; one step per tile."""
-        for tile, result in self._looker.look(slide, tiles):
-            slide.store.save(tile, result)
-            self.summary.n_tiles += 1
-            self._n_seen += len(result.instances)
-            yield
+        """Look at tiles and keep what was found; one step per tile.
+
+        Writing waits for the disk while the next tile is looked at.
+        """
+        saving: deque[Future[None]] = deque()
+        with ThreadPoolExecutor(1) as writer:
+            for tile, result in self._looker.look(slide, tiles):
+                saving.append(writer.submit(slide.store.save, tile, result))
+                if len(saving) > MAX_SAVING:
+                    saving.popleft().result()
+                self.summary.n_tiles += 1
+                self._n_seen += len(result.instances)
+                yield
+        for future in saving:
+            future.result()
 
     def _check_name(self, item: Item) -> None:
         paths = [path_of(self.params.out_dir, item.name, word) for word in self.params.formats]

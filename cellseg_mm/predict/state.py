@@ -81,7 +81,7 @@ class Journal:
 
     def tiles(self, item: Item) -> TileStore:
         """Return where an image's tiles are kept until it is whole."""
-        image = item.fingerprint() if item.path.is_file() else None
+        image = item.fingerprint() if item.path.exists() else None
         about = json.dumps([self.settings_hash, image], sort_keys=True)
         return TileStore.of(self.out_dir, item.name, files.text_hash(about))
 
@@ -115,7 +115,7 @@ class Journal:
         return state if isinstance(state, dict) else {}
 
     def _fits(self, item: Item, state: Mapping[str, JsonValue]) -> bool:
-        if state.get('settings') != self.settings_hash or not item.path.is_file():
+        if state.get('settings') != self.settings_hash or not item.path.exists():
             return False
         return state.get('input') == item.fingerprint() and self.instances_path(item).is_file()
 

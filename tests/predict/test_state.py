@@ -132,3 +132,15 @@ def test_damaged_instances_are_none(tmp_path: Path, item: Item) -> None:
 def test_states_of_two_images_do_not_mix(tmp_path: Path, item: Item) -> None:
     other = replace(item, name='b')
     assert not journal_of(tmp_path / 'out').look_up(other).is_predicted
+
+
+def test_an_image_that_is_a_folder_is_done_too(tmp_path: Path, item: Item) -> None:
+    """OME-Zarr."""
+    folder, journal = tmp_path / 'a.zarr', journal_of(tmp_path / 'out')
+    folder.mkdir()
+    journal.close(Item(folder, 'a'), journal.nothing())
+    assert journal.look_up(Item(folder, 'a')).is_done
+    before = journal.tiles(Item(folder, 'a')).key
+    os.utime(folder, (1, 1))
+    assert not journal.look_up(Item(folder, 'a')).is_done
+    assert journal.tiles(Item(folder, 'a')).key != before

@@ -126,6 +126,28 @@ def test_tiles_of_other_settings_are_not_taken(slide: DrawnSlide, tmp_path: Path
     assert not (tmp_path / 'out/a.tiles').exists()
 
 
+def test_a_full_disk_is_the_failure_of_the_image_and_what_is_there_stays(
+    slide: DrawnSlide, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = TileStore.save
+    n_left = [5]
+
+    def full(store: TileStore, tile: Tile, result: TileResult) -> None:
+        n_left[0] -= 1
+        if n_left[0] < 0:
+            raise OSError(28, 'No space left on device')
+        saved(store, tile, result)
+
+    n_tiles = run(tmp_path, 'whole').n_calls
+    with monkeypatch.context() as patch:
+        patch.setattr(TileStore, 'save', full)
+        params = slide_params(tmp_path / 'full', **CUT, model_um_per_px=(0.5, 0.5))
+        summary = predict(find_items([str(tmp_path / 'in')]), DarkCells(0.5), params)
+    assert 'No space left on device' in summary.failed['a']
+    assert run(tmp_path, 'full').n_calls == n_tiles - 5
+    assert results_of(tmp_path / 'full') == results_of(tmp_path / 'whole')
+
+
 def test_again_looks_at_every_tile_again(slide: DrawnSlide, tmp_path: Path) -> None:
     n_tiles = run(tmp_path, 'whole').n_calls
     with pytest.raises(KeyboardInterrupt):
