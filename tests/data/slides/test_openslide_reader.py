@@ -14,6 +14,7 @@ from cellseg_mm.data.contents import NO_CHOICE, Choice
 from cellseg_mm.data.image_reader import open_image
 from cellseg_mm.data.slides.openslide_reader import SlideRegions, on_white, open_slide
 from tests.support.dicom_slide import write_dicom_slide
+from tests.support.mirax_slide import write_mirax_slide
 from tests.support.ventana_slide import write_ventana_slide
 
 HW = (300, 420)
@@ -135,6 +136,28 @@ def test_ventanas_tiles_overlap(name: str, tmp_path: Path) -> None:
     with open_image(path, level=1) as reader:
         assert np.array_equal(reader.read(0, 0, 64, 96), tiles[::2, ::2])
         assert reader.um_per_px == (0.5, 0.5)
+
+
+def test_a_mirax_slide_and_its_folder(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (128, 192, 3)).astype(np.uint8)
+    path = tmp_path / 'a.mrxs'
+    folder = write_mirax_slide(path, pixels, missing=[(1, 2)])
+    with open_image(path) as reader:
+        assert reader.level_hws == [(128, 192), (64, 96)]
+        assert reader.um_per_px == (0.5, 0.25)
+        expected = pixels.copy()
+        expected[32:64, 64:96] = 255  # not scanned, whatever colour fills it
+        for y0, x0, y1, x1 in [(0, 0, 128, 192), (31, 60, 65, 99), (127, 191, 128, 192)]:
+            assert np.array_equal(reader.read(y0, x0, y1, x1), expected[y0:y1, x0:x1])
+    with open_image(path, level=1) as reader:
+        assert np.array_equal(reader.read(0, 0, 64, 96), pixels[::2, ::2])
+    data = folder / 'Data0000.dat'
+    data.write_bytes(data.read_bytes()[:3000])
+    with pytest.raises(ImageError, match=r'a\.mrxs: is damaged'), open_image(path) as reader:
+        reader.read(0, 0, 128, 192)
+    data.unlink()
+    with pytest.raises(ImageError, match=r'a\.mrxs: is damaged'), open_image(path) as reader:
+        reader.read(0, 0, 128, 192)
 
 
 def test_what_is_no_slide_is_a_sentence(tmp_path: Path) -> None:
