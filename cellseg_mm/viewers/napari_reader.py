@@ -317,5 +317,5 @@ def _require_size(path: Path, image_hw: tuple[int, int]) -> None:
     if _n_px(image_hw) > MOST_LABEL_PX:
         raise ImageError(
             f'{path}: its cells lie on {image_hw[0]} x {image_hw[1]} px; expected at most '
-            f'{MOST_LABEL_PX} px; open it in QuPath, or predict a region (--tissue GEOJSON)'
+            f'{MOST_LABEL_PX} px; open it in QuPath, or predict a part (tools/predict.py --tissue)'
         )
