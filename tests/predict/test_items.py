@@ -22,6 +22,7 @@ from tests.support.dicom_slide import write_dicom_slide
         ('s/slide.OME.TIFF', 'slide'),
         ('s/plate.1.png', 'plate.1'),
         ('case3/image.tif', 'case3'),
+        ('case3/image.png', 'image'),  # cases hold TIFF; a picture is called as it is
         ('case3/IMAGE.TIF', 'case3'),
         ('s/imagej.tif', 'imagej'),
     ],
