@@ -9,7 +9,6 @@ bytes.
 from __future__ import annotations
 
 import csv
-import io
 import json
 import uuid
 import zipfile
@@ -379,32 +378,42 @@ def write_cells_csv(
     _check_classes(instances, class_names)
     found = measure(instances, image) if features is None else features
     channels = _channel_names(found.mean_intensities.shape[1])
-    stream = io.StringIO()
-    table = csv.writer(stream, lineterminator='\n')
-    lengths = np.zeros((len(instances), 0)) if um_per_px is None else in_um(found, um_per_px)
-    table.writerow(
-        [*CSV_COLUMNS, *(f'mean_{n}' for n in channels), *UM_COLUMNS[: lengths.shape[1]]]
-    )
     order = np.argsort(-instances.scores, kind='stable')
-    for number, i in enumerate(order.tolist(), start=1):
-        y, x = (found.centroids_yx[i] + 0.5).tolist()
-        floats = [x, y, found.perimeters[i], found.eccentricities[i]]
-        floats += [*found.mean_intensities[i], *lengths[i]]
-        x, y, perimeter, eccentricity, *means = ('' if v != v else f'{v:.4f}' for v in floats)
-        has_pixels = found.areas[i] > 0
-        box = found.boxes_xyxy[i].tolist() if has_pixels else [''] * 4
-        name, score = class_names[int(instances.class_ids[i])], _short(instances.scores[i])
-        row = [number, name, score, int(found.areas[i]), x, y, *box, perimeter, eccentricity]
-        table.writerow([*row, *means])
-    files.write_text(path, stream.getvalue())
+    lengths = np.zeros((len(instances), 0)) if um_per_px is None else in_um(found, um_per_px)
+    with (
+        files.atomic_path(path) as temporary,
+        temporary.open('w', encoding='utf-8', newline='') as stream,
+    ):
+        table = csv.writer(stream, lineterminator='\n')
+        table.writerow(
+            [*CSV_COLUMNS, *(f'mean_{n}' for n in channels), *UM_COLUMNS[: lengths.shape[1]]]
+        )
+        for number, i in enumerate(order.tolist(), start=1):
+            y, x = (found.centroids_yx[i] + 0.5).tolist()
+            floats = [x, y, found.perimeters[i], found.eccentricities[i]]
+            floats += [*found.mean_intensities[i], *lengths[i]]
+            x, y, perimeter, eccentricity, *more = ('' if v != v else f'{v:.4f}' for v in floats)
+            box = found.boxes_xyxy[i].tolist() if found.areas[i] > 0 else [''] * 4
+            name, score = class_names[int(instances.class_ids[i])], _short(instances.scores[i])
+            row = [number, name, score, int(found.areas[i]), x, y, *box, perimeter, eccentricity]
+            table.writerow([*row, *more])
     return Exported(Path(path), len(instances), int((found.areas == 0).sum()))
 
 
 def write_coco(path: Path | str, sets: Sequence[InstanceSet]) -> Exported:
     """Write COCO results as JSON: 1-based ``category_id``, ``bbox`` xywh, compressed RLE."""
-    records = to_coco_results([instances.by_score() for instances in sets])
-    files.write_json(path, [*records], indent=None)
-    return Exported(Path(path), len(records))
+    n_written = 0
+    with files.atomic_path(path) as temporary, temporary.open('w', encoding='utf-8') as stream:
+        stream.write('[')
+        for instances in sets:
+            ranked = instances.by_score()
+            for start in range(0, len(ranked), CHUNK):  # a million records at once take a GB
+                records = to_coco_results([ranked[np.arange(start, len(ranked))[:CHUNK]]])
+                text = json.dumps(records, ensure_ascii=False, allow_nan=False)
+                stream.write((', ' if n_written else '') + text[1:-1])
+                n_written += len(records)
+        stream.write(']\n')
+    return Exported(Path(path), n_written)
 
 
 def describe(exported: Mapping[str, Exported]) -> str:

@@ -28,6 +28,7 @@ from cellseg_mm.core import rle
 from cellseg_mm.core.errors import PredictionError
 from cellseg_mm.core.files import JsonValue, atomic_path, regular
 from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.core.windows import CHUNK
 from cellseg_mm.results.coco_results import (
     ZIP_ERRORS,
     ImageRef,
@@ -231,7 +232,7 @@ def _unpack(arrays: dict[str, NDArray[Any]]) -> Predictions:
         hw = (height, width)
         try:
             # Strings of foreign make may be longer than needed; C readers want the shortest.
-            counts = rle.encode_runs(rle.decode_runs(rles[rows], hw))
+            counts = _shortest(rles[rows], hw)
         except PredictionError as problem:
             raise PredictionError(f'image {name}: {problem}') from problem
         sets.append(
@@ -247,6 +248,14 @@ def _unpack(arrays: dict[str, NDArray[Any]]) -> Predictions:
             )
         )
     return Predictions(tuple(sets), header['provenance'])
+
+
+def _shortest(rles: Sequence[bytes], hw: tuple[int, int]) -> list[bytes]:
+    """Return strings as they are written here; a part at a time, for a million take a GB."""
+    counts: list[bytes] = []
+    for start in range(0, len(rles), CHUNK):
+        counts += rle.encode_runs(rle.decode_runs(rles[start : start + CHUNK], hw))
+    return counts
 
 
 def _header(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
