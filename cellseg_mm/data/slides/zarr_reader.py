@@ -164,4 +164,6 @@ def _size_of(scale: Json, axes: str, units: Mapping[str, str]) -> PixelSize:
                 steps *= one['scale']
     lengths = [um_of(units.get(axis)) or 0.0 for axis in 'yx']
     y, x = (float(steps[axes.index(axis)]) for axis in 'yx')
+    if not all(units.get(axis) for axis in 'yx') and (y, x) != (1, 1):
+        return PixelSize(says=f'its pixels are {y:.4g} x {x:.4g} of no named unit; it is not used')
     return judge(y * lengths[0], x * lengths[1], 'its coordinateTransformations')

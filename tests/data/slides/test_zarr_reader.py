@@ -106,8 +106,9 @@ def test_units(unit: str | None, expected: tuple | None, tmp_path: Path) -> None
     write_image(new_store(tmp_path / 'a.zarr', 3), 3, levels_of(), unit=unit)
     with open_image(tmp_path / 'a.zarr') as reader:
         assert reader.um_per_px == expected
-        # 250 to 500 of anything but micrometres is no picture of cells; without a unit it is none
-        assert ('not used' in reader.says) == (unit in ('nanometer', 'millimeter'))
+        # 0.25 and 0.5 of anything but micrometres are no picture of cells
+        assert ('not used' in reader.says) == (unit != 'micrometer')
+        assert ('0.25 x 0.5 of no named unit' in reader.says) == (unit is None)
 
 
 @pytest.mark.parametrize('version', VERSIONS)
