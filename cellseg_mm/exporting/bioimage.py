@@ -76,7 +76,8 @@ def write_package(
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder)
             _write_parts(root, content, model, picture, tensors)
-            page = describe(ModelFile(path, (), None, card)) + _page(model.record)
+            shown = {**card, 'red_blue_swapped': False}  # tensors are red first, whatever files are
+            page = describe(ModelFile(path, (), None, shown)) + _page(model.record)
             (root / 'README.md').write_text(page, encoding='utf-8')
             said = {**_of_people(path.stem, card), **_of_parts(root, model.record, tensors)}
             described = _described(spec, path, said)
@@ -296,13 +297,15 @@ def _config(record: ModelRecord) -> dict[str, Any]:
 
 def _page(record: ModelRecord) -> str:
     """Return what the package's page says below the card."""
-    step = 'as it is' if record.resize is None else f'resized before as by `{dict(record.resize)}`'
+    step = dict(record.resize or {})
+    is_same = not step or step.get('scale_factor') == 1
+    resized = 'as it is' if is_same else f'resized before as by `{step}`'
     classes = ', '.join(f'{i} {name}' for i, name in enumerate(record.class_names, 1))
     return f"""
 
 ## What goes in and comes out
 
-`{INPUT}`: (H, W, 3) uint8, red first, {step}. Normalising and padding are in the graph.
+`{INPUT}`: (H, W, 3) uint8, red first, {resized}. Normalising and padding are in the graph.
 
 A row a cell, by falling score, of {SCORE_THR} and more: `boxes` (x0, y0, x1, y1 in px of the
 input), `categories` ({classes}), `scores`, and `masks`: probabilities on a grid over the box made

@@ -25,7 +25,7 @@ from tests.support.marker_model import CLASSES, marked_picture, marker_model  # 
 
 CARD = {
     'class_names': list(CLASSES),
-    'red_blue_swapped': False,
+    'red_blue_swapped': True,
     'half': False,
     'scores': None,
     'members': [{'fold': 0, 'source_hash': 'abc'}],
@@ -81,6 +81,8 @@ def test_what_is_inside(written: tuple[Path, list[str]]) -> None:
     assert described['config']['cellseg_mm']['class_names'] == list(CLASSES)
     assert '1 round, 2 square' in page
     assert 'MoNuSAC2020' in page
+    assert 'Pictures: RGB in the natural order' in page
+    assert 'red first, as it is.' in page
     width, height = (int.from_bytes(cover[at : at + 4], 'big') for at in (16, 20))  # PNG's header
     assert (width, height) == (300, 150)
     assert len(cover) < 500_000
