@@ -116,7 +116,8 @@ def _types(table: Path, variables: Variables, ids: list[int]) -> list[str]:
     if 'inst_type' in variables:
         types = _grid(table, 'inst_type', variables).reshape(-1)
         # one entry for each id that there is, or for each number up to the largest
-        chosen = types if len(types) == len(ids) else types[[i - 1 for i in ids if i <= len(types)]]
+        known = np.array([i - 1 for i in ids if i <= len(types)], dtype=np.intp)
+        chosen = types if len(types) == len(ids) else types[known]
         if len(chosen) != len(ids):
             raise LabelMapError(
                 f'{table}: inst_type has {len(types)} entries, inst_map {len(ids)} cells up to id '

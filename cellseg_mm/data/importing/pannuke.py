@@ -58,7 +58,7 @@ def _beside(masks: Path, what: str) -> Path:
 def _map(path: Path) -> NDArray[Any]:
     try:
         array: NDArray[Any] = np.load(path, mmap_mode='r', allow_pickle=False)
-    except (OSError, ValueError, EOFError) as problem:
+    except Exception as problem:  # damaged headers raise anything, errors of Python's parser too
         raise CellSegError(
             f'{path}: cannot be read ({str(problem)[:100]}); expected an array of numpy, without '
             f'pickled objects; unpack or download it again'
@@ -88,10 +88,10 @@ def _tissues(path: Path, n_images: int, notes: list[str]) -> Sequence[str]:
             raise CellSegError(
                 f'{path}: holds {types.dtype} of the shape {types.shape}; expected {n_images} names'
             )
-    except CellSegError as problem:
-        notes.append(f'{problem}; tissues are left out')
+        return [name.decode() for name in types.astype('S')]
+    except (CellSegError, UnicodeEncodeError, SystemError) as problem:  # characters that are none
+        notes.append(f'{path}: tissues are left out ({problem})')
         return [''] * n_images
-    return [str(name) for name in types]
 
 
 def _read_image(

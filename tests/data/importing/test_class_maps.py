@@ -12,6 +12,7 @@ from PIL import Image
 
 from cellseg_mm.core.errors import CellSegError
 from tests.support.import_sources import HW, IMAGE, assert_masks, f_mask, run, stored
+from tools.import_data import parse_args
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 MASKS = [f_mask(1, 1), f_mask(9, 8), f_mask(1, 15)]
@@ -39,6 +40,12 @@ def test_colours_are_classes(tmp_path: Path) -> None:
     assert report.class_names == ('tumor', 'stroma')
     assert_masks(stored(tmp_path / 'out', 'a'), {1: [MASKS[0], MASKS[2]], 2: [MASKS[1]]})
     assert 'every connected part of a class became a cell' in report.text()
+
+
+def test_the_command_takes_colours_again_and_again() -> None:
+    words = ['--colour', '#ff0000=tumor', '--colour', 'blue=stroma', '1=x']
+    args = parse_args(['colour-mask', 'in', 'out', *words])
+    assert dict(args.colour) == COLOURS | {'1': 'x'}
 
 
 def test_a_palette_and_a_tiff_hold_colours_too(tmp_path: Path) -> None:

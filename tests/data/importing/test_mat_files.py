@@ -71,6 +71,7 @@ def test_bad_files_cost_no_other(tmp_path: Path) -> None:
     io.savemat(add(source, 'f'), {'other': TYPE_MAP})
     add(source, 'g', inst_type=np.array([[1], [1]]))
     add(source, 'h', inst_map=TYPE_MAP / 2)
+    add(source, 'j', inst_type=np.zeros((0, 1)))
     (source / 'Images' / 'a.png').rename(source / 'Images' / 'i.png')
     Image.fromarray(IMAGE).save(source / 'Images' / 'a.png')
     report = run('consep', source, tmp_path / 'out')
@@ -82,5 +83,6 @@ def test_bad_files_cost_no_other(tmp_path: Path) -> None:
     assert 'f.mat: has no inst_map' in text
     assert 'g.mat: inst_type has 2 entries, inst_map 3 cells up to id 9' in text
     assert 'h.mat: inst_map holds float64' in text
+    assert 'j.mat: inst_type has 0 entries' in text
     assert '1 images without annotations were not used (i.png)' in report.text()
     assert [path.name for path in (tmp_path / 'out' / 'train').iterdir()] == ['a']

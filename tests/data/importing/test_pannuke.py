@@ -68,6 +68,9 @@ def test_damaged_and_pickled_arrays_are_refused(tmp_path: Path) -> None:
     masks.write_bytes(masks.read_bytes()[:-8])
     with pytest.raises(CellSegError, match=r'masks.npy: cannot be read'):
         run('pannuke', tmp_path / 'in', tmp_path / 'out')
+    masks.write_bytes(masks.read_bytes().replace(b"'shape': (", b"'shape': [", 1))
+    with pytest.raises(CellSegError, match=r'masks.npy: cannot be read'):
+        run('pannuke', tmp_path / 'in', tmp_path / 'out')
     np.save(masks, np.array([{'a': 1}], dtype=object), allow_pickle=True)
     with pytest.raises(CellSegError, match='without pickled objects'):
         run('pannuke', tmp_path / 'in', tmp_path / 'out')
@@ -85,7 +88,9 @@ def test_a_bad_image_costs_no_other(tmp_path: Path) -> None:
     report = run('pannuke', tmp_path / 'in', tmp_path / 'out')
     assert 'image 0 has values that are no ids' in report.problems[0]
     assert [row['uuid'] for row in report.rows] == ['fold1_00001']
-    assert 'tissues are left out' in report.text()
+    assert 'types.npy: tissues are left out' in report.text()
+    np.save(images / 'types.npy', np.frombuffer(b'\xff' * 8, '<U1'))  # beyond Unicode
     np.save(images / 'images.npy', np.stack([IMAGE, IMAGE]) / 255)
     report = run('pannuke', tmp_path / 'in', tmp_path / 'again')
     assert 'no whole numbers from 0 to 255' in report.problems[1]
+    assert 'types.npy: tissues are left out' in report.text()
