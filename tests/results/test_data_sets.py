@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,6 +17,7 @@ from cellseg_mm.data.folds import Folds, save_folds
 from cellseg_mm.data.labels import find_cases, read_gt, read_image
 from cellseg_mm.results import data_sets
 from cellseg_mm.results.data_sets import DataSetParams, write_data_set
+from cellseg_mm.results.polygons import trace_polygons
 from tests.support.import_sources import run
 from tools.export_data import main
 
@@ -29,7 +31,7 @@ def cells(seed: int, n: int = 6) -> np.ndarray:
     label_map = np.zeros(HW, dtype=np.int32)
     for k in range(1, n + 1):
         y, x = rng.integers(0, 26, 2)
-        label_map[y : y + 10, x : x + 9][rng.random((10, 9)) < 0.8] = k
+        label_map[y : y + 10, x : x + 9][rng.random((10, 9)) < (0.8 if k % 2 else 1)] = k
     return label_map
 
 
@@ -100,6 +102,24 @@ def test_ids_of_annotations_go_on_over_both_sets(data: Path, tmp_path: Path) -> 
         for row in json.loads((tmp_path / 'set' / f'{name}.json').read_text())['annotations']
     ]
     assert ids == list(range(1, report.n_cells + 1))
+
+
+def test_ultralytics_fills_the_same_pixels(data: Path, tmp_path: Path) -> None:
+    """ultralytics.data.utils.polygon2mask cuts fractions off and fills with the outline."""
+    write_data_set('yolo', data, tmp_path / 'set', params(data))
+    n_plain = 0
+    for case in find_cases(data, 'train', 2):
+        text = (tmp_path / 'set' / 'labels' / 'train' / f'{case.name}.txt').read_text()
+        for row, mask in zip(text.splitlines(), read_gt(case).masks(), strict=True):
+            points = np.array(row.split()[1:], dtype=float).reshape(-1, 2) * HW[::-1]
+            filled = np.zeros(HW, np.uint8)
+            cv2.fillPoly(filled, points.astype(np.int32)[None], 1)
+            (polygons,) = trace_polygons([mask], np.zeros((1, 2), dtype=np.int64))
+            is_joined = len(polygons) > 1 or polygons[0].holes
+            n_plain += not is_joined
+            assert is_joined or (filled == mask).all()
+            assert (filled | ~mask).all()  # lines between rings are painted, nothing is missing
+    assert n_plain > 2
 
 
 def test_yolo_has_both_sets_and_says_what_is_joined(data: Path, tmp_path: Path) -> None:
