@@ -304,7 +304,7 @@ def _layers(
             (y, x), (height, width) = (cell.top, cell.left), cell.mask.shape
             labels[y : y + height, x : x + width][cell.mask] = k
         if own:
-            features = {
+            features: dict[str, list[Any]] = {
                 'index': own,
                 'class': [name] * len(own),
                 'score': [round(found[k - 1].score, 4) for k in own],
