@@ -51,6 +51,11 @@ logger = logging.getLogger(__name__)
 MAX_NAME_BYTES = 255
 MAX_SAVING = 4  # tiles that wait for the disk
 NUMBER = re.compile(r'[0-9.]+')
+COCO = 'coco'
+TOO_LARGE_FOR_COCO = (
+    'coco: the image has more pixels than the 32-bit counts of pycocotools; this project reads the '
+    'file, pycocotools does not'
+)
 PART = (
     'this was part {} of {}: when all are done, the same command without --part puts the images '
     'together'
@@ -342,6 +347,8 @@ class Run:
                 self.params.out_dir, words, shown, reader, self.params.look, small=small
             )
         self._note(item, export.describe(done))
+        if COCO in words and shown.image_hw[0] * shown.image_hw[1] >= 1 << 32:
+            self._note(item, TOO_LARGE_FOR_COCO)
 
     def _note(self, item: Item, note: str) -> None:
         before = self.summary.notes.get(item.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import threading
 from functools import partial
@@ -81,9 +82,10 @@ def failing_recipe() -> tuple[DarkCells, PredictParams]:
     raise ConfigError('model.onnx: is not there; expected a model')
 
 
-def test_a_recipe_that_fails_is_the_failure_of_each_image(images: Path) -> None:
-    summary = predict_with_dask(find_items([str(images / 'c.tif')]), failing_recipe, '1')
-    assert summary.failed == {'c': 'model.onnx: is not there; expected a model'}
+def test_a_recipe_that_fails_is_the_failure_of_the_image(images: Path) -> None:
+    (item,) = find_items([str(images / 'c.tif')])
+    found = many._in_worker('plan', pickle.dumps(failing_recipe), item, ())
+    assert found == many._Problem('model.onnx: is not there; expected a model')
 
 
 def test_nobody_answers() -> None:
@@ -101,8 +103,6 @@ def test_the_script_of_a_job_array() -> None:
 
 
 def test_a_detector_is_made_once_in_a_process(tmp_path: Path, images: Path) -> None:
-    import pickle
-
     made = pickle.dumps(partial(recipe, tmp_path / 'out', 0.5, CUT))
     (item,) = find_items([str(images / 'c.tif')])
     many._in_worker('finish', made, item, ())

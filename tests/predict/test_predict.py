@@ -151,6 +151,19 @@ def test_tiled_equals_whole(n_workers: int, swapped: bool, tmp_path: Path) -> No
     assert table[0] == table[1]
 
 
+def test_an_image_too_large_for_pycocotools_is_told(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        predict, 'apply_settings', lambda *_: InstanceSet.empty('a', 0, (1 << 16, 1 << 16))
+    )
+    monkeypatch.setattr(predict, 'write_formats', lambda *_, **__: {})
+    summary, _ = run(images / 'a.tif', params_for(tmp_path, formats=('coco', 'csv')))
+    assert '32-bit counts of pycocotools' in summary.notes['a']
+    summary, _ = run(images / 'a.tif', params_for(tmp_path, formats=('csv',), again=True))
+    assert summary.notes == {}
+
+
 def test_provenance(images: Path, tmp_path: Path) -> None:
     run(images, params_for(tmp_path))
     found = load_predictions(tmp_path / 'out' / 'a.npz').provenance
