@@ -280,6 +280,15 @@ def test_a_file_that_finds_something_else_is_not_written(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_package_gets_the_drawn_picture_as_the_model_sees_it(
+    tiny: TinyFolds, tmp_path: Path
+) -> None:
+    pytest.importorskip('bioimageio.core')
+    with pytest.raises(ConfigError, match=r'the test picture: has 96 x 96 px .* expected 128 px'):
+        run(tiny, tmp_path / 'model.zip', 1)
+    assert not list(tmp_path.iterdir())
+
+
 def test_names_that_do_not_fit(tiny: TinyFolds, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match='ends in'):
         run(tiny, tmp_path / 'model.pt', 1)
