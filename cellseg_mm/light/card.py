@@ -127,10 +127,11 @@ def _made(card: Mapping[str, Any]) -> Iterator[str]:
     yield from ('## How it was made', '')
     for i, one in enumerate(card['training']):
         order = 'with red and blue swapped (put right)' if one['red_blue_swapped'] else 'in RGB'
+        folds = 'all' if one['split'] == 'all' else one['fold_hash'] or '?'
         yield (
             f'- Model {i}: {one["config"]}, {one["iterations"] or "?"} iterations, seed '
             f'{one["seed"]}, {one["n_images"] or "?"} images in files {order}, data '
-            f'{one["data_hash"] or "?"}, folds {one["fold_hash"] or "?"}, commit '
+            f'{one["data_hash"] or "?"}, folds {folds}, commit '
             f'{one["commit"] or "?"}; checkpoint {card["members"][i]["source_hash"]}'
         )
     made = card['made_with']
