@@ -19,7 +19,6 @@ from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.core.layout import work_dir_of
 from cellseg_mm.data.config import DataSettings
 from cellseg_mm.data.images import Images, Split, find_images
-from cellseg_mm.data.pixel_size import recorded_size
 from cellseg_mm.detectors.detector import ModelDetector, build_detector, choose_device
 from cellseg_mm.detectors.member_models import MemberSource
 from cellseg_mm.detectors.run_ensemble import ensemble_models
@@ -95,7 +94,7 @@ def prepare(
         options,
         has_settings=members.settings_path is not None,
         data_range=data.value_range(),
-        model_um=cfg.get('um_per_px') or recorded_size(data.data_root, data.folds_path),
+        model_um=data.um_per_px(),
     )
     return detector, params
 
