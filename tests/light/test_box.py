@@ -149,6 +149,7 @@ def test_other_stains_may_have_any_colour(
     assert '--red-blue' not in said
 
 
+@pytest.mark.usefixtures('box')
 def test_the_tool_takes_names_and_shows_cards(tmp_path: Path) -> None:
     def tool(*words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(ROOT / 'tools/predict.py'), *words]
