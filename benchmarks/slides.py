@@ -15,6 +15,7 @@ import argparse
 import os
 import resource
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.core.provenance import code_commit, machine

@@ -195,7 +195,7 @@ def _steps(crew: _Crew, items: Sequence[Item]) -> Iterator[None]:
     left, n_open = deque(items), 0
     stream: Any = as_completed()
     while left or n_open:
-        n_workers = max(len(crew.client.scheduler_info(n_workers=-1)['workers']), 1)
+        n_workers = max(len(crew.client.nthreads()), 1)
         while left and n_open < IMAGES_PER_WORKER * n_workers:
             stream.add(crew.give('plan', _Image(left.popleft())))
             n_open += 1
