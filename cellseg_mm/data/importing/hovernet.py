@@ -16,9 +16,16 @@ from cellseg_mm.core.errors import CellSegError, LabelMapError
 from cellseg_mm.data.importing.classes import UNNAMED, Classes, classes_found
 from cellseg_mm.data.importing.pairs import Pair, find_pairs, read_json
 from cellseg_mm.data.importing.shapes import Part, Ring, Shape, cells_of_shapes
-from cellseg_mm.data.importing.sources import Annotated, ImportParams, Job, Tally
+from cellseg_mm.data.importing.sources import (
+    Annotated,
+    ImportParams,
+    Job,
+    Tally,
+    first_of,
+)
 
 TYPE_INFO = 'type_info.json'  # HoVer-Net's table of types: {"1": ["neopla", [255, 0, 0]]}
+CENTRES = 'cell_detection'  # what CellViT writes beside the outlines
 SUFFIXES = ('_cells.json', '.cells.json', '.json')
 MAX_OUTLINE_PX = 1e6  # longer outlines are no nuclei
 
@@ -29,6 +36,12 @@ def find_hovernet(source: Path, params: ImportParams) -> tuple[list[Job], Classe
     """Find images with outlines of HoVer-Net or CellViT; see ``import_data``."""
     pairs, notes = find_pairs(source, SUFFIXES, params)
     pairs = [pair for pair in pairs if pair.table.name != TYPE_INFO]
+    centres = [pair.table.name for pair in pairs if pair.table.stem.endswith(CENTRES)]
+    if centres:
+        pairs = [pair for pair in pairs if pair.table.name not in centres]
+        notes.append(
+            f'{source}: files of centres without outlines were not used: {first_of(centres)}'
+        )
     names: dict[str, None] = {}
     jobs = []
     tables: dict[Path, Names] = {}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pytest
 from PIL import Image
 
 from tests.support.import_sources import IMAGE, assert_masks, f_mask, run, stored
@@ -64,15 +65,26 @@ def test_nuclei_without_types(tmp_path: Path) -> None:
     assert_masks(stored(tmp_path / 'out', 'a'), {1: MASKS})
 
 
-def test_cellvit(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    'type_map',
+    [
+        {'1': 'Neoplastic', '2': 'Inflammatory'},
+        {'Background': 0, 'Neoplastic': 1, 'Inflammatory': 2},  # before CellViT-Inference
+    ],
+)
+def test_cellvit(tmp_path: Path, type_map: dict[str, object]) -> None:
     content = {
         'wsi_metadata': {'magnification': 40},
-        'type_map': {'Background': 0, 'Neoplastic': 1, 'Inflammatory': 2},
+        'type_map': type_map,
         'cells': [{**row, 'cell_status': 2, 'offset_global': [0, 0]} for row in NUCLEI.values()],
     }
     source = source_of(tmp_path, content, 'a_cells.json')
+    centres = [{key: row[key] for key in ('bbox', 'centroid', 'type')} for row in NUCLEI.values()]
+    source_of(tmp_path, {**content, 'cells': centres}, 'a_cell_detection.json')
     report = run('hovernet', source, tmp_path / 'out', image_dir=tmp_path)
     assert report.class_names == ('Inflammatory', 'Neoplastic')
+    assert not report.problems
+    assert 'files of centres without outlines were not used: a_cell_detection.json' in report.text()
     assert_masks(stored(tmp_path / 'out', 'a'), {1: [MASKS[0], MASKS[2]], 2: [MASKS[1]]})
 
 
