@@ -17,7 +17,7 @@ READ_KEYS = {
     *('default_scope', 'randomness', 'experiment_name', 'custom_hooks', 'cfg'),
     *('default_hooks', 'model_wrapper_cfg', 'sync_bn', 'find_unused_parameters', 'compile'),
     *('efficient_conv_bn_eval', 'activation_checkpointing', 'auto_scale_lr', 'log_processor'),
-    *('train_cfg', 'val_cfg', 'test_cfg', 'tta_model', 'tta_pipeline'),
+    *('train_cfg', 'val_cfg', 'test_cfg', 'tta_model', 'tta_pipeline', 'um_per_px'),
 }
 
 
