@@ -126,6 +126,7 @@ def export(configs: Configs, members: MemberOptions, options: ExportOptions) -> 
             find what the model finds.
         CheckpointError: See ``member_models``.
     """
+    _check_folder(options.out.parent)
     if options.out.suffix.lower() == html_page.SUFFIX:
         return _export_page(configs, members, options)
     sources = sources_of(configs, members)
@@ -190,6 +191,19 @@ def _scores(
     if options.scores is None and not path.is_file():
         return None, f'card: no scores outside the training: there is no {path}'
     return read_scores(path), f'card: scores of {path}'
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be written, before minutes of work."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as problem:
+        raise ConfigError(
+            f'{folder}: cannot be written ({problem.strerror}); expected a folder with the right '
+            'to write; correct --out'
+        ) from problem
 
 
 def _check_options(

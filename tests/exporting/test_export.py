@@ -295,6 +295,9 @@ def test_names_that_do_not_fit(tiny: TinyFolds, tmp_path: Path) -> None:
     for name in ('model.onnx', 'model.zip'):
         with pytest.raises(ConfigError, match='one member without settings'):
             run(tiny, tmp_path / name, 2)
+    (tmp_path / 'file').touch()
+    with pytest.raises(ConfigError, match='file: cannot be written'):
+        run(tiny, tmp_path / 'file/model.onnx', 1)
 
 
 def test_members_of_other_classes_are_no_ensemble(
