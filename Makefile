@@ -2,10 +2,13 @@
 PYTHON ?= python3
 VENV_PYTHON = $(or $(CELLSEG_VENV),.venv)/bin/python
 
-.PHONY: setup demo test test-browser test-gpu test-slow faults fuzz wild check fmt
+.PHONY: setup light demo test test-browser test-gpu test-slow faults fuzz wild check fmt
 
 setup:  ## install into .venv
 	$(PYTHON) tools/bootstrap.py setup
+
+light:  ## install what predicting with models in files needs, no torch
+	$(PYTHON) tools/bootstrap.py light
 
 demo:  ## install, make sample data, train two folds, ensemble, score, draw
 	$(PYTHON) tools/bootstrap.py demo

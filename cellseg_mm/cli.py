@@ -7,7 +7,6 @@ a traceback means a fault of ours.
 from __future__ import annotations
 
 import argparse
-import errno
 import re
 import shlex
 import sys
@@ -15,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from cellseg_mm.core import layout, worker_watch
 from cellseg_mm.core.errors import CellSegError
+from cellseg_mm.core.files import DISK_ERRORS
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, *, launcher: bool = True) -> None:
@@ -109,17 +109,19 @@ def root_error(error: BaseException) -> CellSegError | None:
     return next((e for e in reversed(list(causes(error))) if isinstance(e, CellSegError)), None)
 
 
-# What a machine, not the code, is to blame for.
-DISK_ERRORS = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG),
-    errno.ENOTDIR,  # a file where a folder was named
-)
-
 OUT_OF_MEMORY = (
     'the device ran out of memory ({reason}); expected the model and a batch to fit; when training '
     'lower train_dataloader.batch_size (and the learning rate with it) or the image size, or add '
     '--amp to tools/train.py; when testing lower model.test_cfg.rpn.max_per_img, or cut large '
     'images into tiles with tools/predict.py --tile'
+)
+
+
+WITH_TORCH = ('torch', 'mmengine', 'mmcv', 'mmdet')
+NOT_INSTALLED = (
+    '{name}: is not installed; configs, checkpoints and training need the whole installation '
+    '(pip install . in a clone); tools/predict.py needs none of it for models in files (.cellseg, '
+    '.onnx)'
 )
 
 
@@ -129,6 +131,8 @@ def explain(error: BaseException) -> str | None:
     if known is not None:
         return _without_worker_traceback(str(known))
     for one in causes(error):
+        if isinstance(one, ModuleNotFoundError) and one.name in WITH_TORCH:
+            return NOT_INSTALLED.format(name=one.name)
         if type(one).__name__ == 'OutOfMemoryError':  # torch's; torch may not be imported
             return OUT_OF_MEMORY.format(reason=str(one).split('. ')[0][:200])
         if isinstance(one, RuntimeError) and 'DefaultCPUAllocator' in str(one):

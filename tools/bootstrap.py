@@ -4,6 +4,7 @@
     python3 tools/bootstrap.py test    install, check the code (ruff, mypy), run the tests
     python3 tools/bootstrap.py check   install, check the code only
     python3 tools/bootstrap.py setup   install only
+    python3 tools/bootstrap.py light   install what models in files need only: no torch
 
 Needs Python 3.10 to 3.13 and nothing else: no compiler, no network but the package index.
 Everything goes into .venv of this folder (or $CELLSEG_VENV); a second run installs nothing again.
@@ -29,6 +30,7 @@ from cellseg_mm.cli import run_tool  # noqa: E402
 from cellseg_mm.core.errors import CellSegError  # noqa: E402
 
 CHECKS = [['-m', 'ruff', 'check', '.'], ['-m', 'ruff', 'format', '--check', '.'], ['-m', 'mypy']]
+LIGHT = Path('requirements') / 'predict.txt'
 TORCH = '2.13.0'
 TORCH_CPU_INDEX = 'https://download.pytorch.org/whl/cpu'
 
@@ -75,9 +77,10 @@ def install_torch(python: Path) -> None:
     pip(python, '-q', f'torch=={TORCH}', '-c', str(ROOT / 'constraints.txt'))
 
 
-def fingerprint() -> str:
+def fingerprint(what: str) -> str:
     """Return what the installed set depends on."""
-    parts = [(ROOT / name).read_bytes() for name in ('pyproject.toml', 'constraints.txt')]
+    names = ('pyproject.toml', 'constraints.txt', *([str(LIGHT)] if what == 'light' else []))
+    parts = [(ROOT / name).read_bytes() for name in names]
     return hashlib.sha256(b''.join(parts) + sys.version.encode()).hexdigest()
 
 
@@ -101,21 +104,32 @@ def refuse_to_delete(folder: Path) -> None:
         )
 
 
-def install(folder: Path) -> Path:
-    """Make the virtual environment complete and return its interpreter."""
+def install(folder: Path, what: str = 'all') -> Path:
+    """Make the virtual environment complete and return its interpreter.
+
+    Args:
+        folder: Of the environment.
+        what: ``all``, or ``light`` for predicting with models in files alone.
+    """
     python, stamp = venv_python(folder), folder / 'cellseg_mm_installed'
-    if python.exists() and stamp.is_file() and stamp.read_text() == fingerprint():
+    complete = {fingerprint('all'), fingerprint(what)}  # everything is light, too
+    if python.exists() and stamp.is_file() and stamp.read_text() in complete:
         say(f'{folder} is complete')
         return python
     refuse_to_delete(folder)
     say(f'making the virtual environment {folder}')
     venv.create(folder, with_pip=True, clear=folder.exists())
-    say('installing torch')
-    install_torch(python)
-    say('installing the rest')
-    extras = f'{ROOT}[test,dev]'
-    pip(python, '-q', '-c', str(ROOT / 'constraints.txt'), '-e', extras)
-    stamp.write_text(fingerprint())
+    exact = ('-q', '-c', str(ROOT / 'constraints.txt'))
+    if what == 'light':
+        say('installing, without torch')
+        pip(python, *exact, '-r', str(ROOT / LIGHT))
+        pip(python, '-q', '--no-deps', '-e', str(ROOT))
+    else:
+        say('installing torch')
+        install_torch(python)
+        say('installing the rest')
+        pip(python, *exact, '-e', f'{ROOT}[test,dev]')
+    stamp.write_text(fingerprint(what))
     say('installed')
     return python
 
@@ -125,16 +139,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('what', choices=['setup', 'demo', 'test', 'check'])
+    parser.add_argument('what', choices=['setup', 'demo', 'test', 'check', 'light'])
     parser.add_argument('rest', nargs=argparse.REMAINDER, help='passed on to the demo or pytest')
     args = parser.parse_args()
-    if args.rest and args.what in ('setup', 'check'):
+    if args.rest and args.what in ('setup', 'check', 'light'):
         parser.error(f'{args.what} takes no further words: {" ".join(args.rest)}')
     if not (3, 10) <= sys.version_info[:2] <= (3, 13):
         raise CellSegError(f'this is Python {platform.python_version()}; expected 3.10 to 3.13')
-    python = install(Path(os.environ.get('CELLSEG_VENV', ROOT / '.venv')))
-    if args.what == 'setup':
-        print(f'activate it with: source {python.parent / "activate"}')
+    folder = Path(os.environ.get('CELLSEG_VENV', ROOT / '.venv'))
+    python = install(folder, 'light' if args.what == 'light' else 'all')
+    if args.what in ('setup', 'light'):
+        print(f'activate it with: source {python.parent / "activate"}; then: cellseg --help')
         return 0
     commands = {
         'demo': [['tools/demo.py', *args.rest]],
