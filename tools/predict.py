@@ -143,7 +143,9 @@ def add_sharing_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _part(word: str) -> tuple[int, int]:
-    i, n = word.split('/')
+    i, slash, n = word.partition('/')
+    if not (slash and i.isdigit() and n.isdigit()):
+        raise argparse.ArgumentTypeError(f'found {word!r}; expected for example 3/100')
     return int(i), int(n)
 
 

@@ -536,6 +536,10 @@ def test_words_of_the_command_line() -> None:
     args = parse_args(['0.py', '1.py', 'x.pth', 'y.pth', 'a.png', '--out', 'o', '--format', 'csv'])
     assert (args.configs, args.checkpoints) == (['0.py', '1.py'], ['x.pth', 'y.pth'])
     assert args.inputs == ['a.png']
+    args = parse_args(['0.py', 'a.png', '--out', 'o', '--part', '3/100'])
+    assert (args.part, args.tissue, args.level) == ((3, 100), 'slides', None)
+    with pytest.raises(SystemExit):
+        parse_args(['0.py', 'a.png', '--out', 'o', '--part', '3'])
     for words in (['0.py', '--out', 'o'], ['a.png', '--out', 'o']):
         with pytest.raises(SystemExit):
             parse_args(words)
