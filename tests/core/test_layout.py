@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cellseg_mm.core import layout
+from cellseg_mm.core.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -51,3 +52,24 @@ def test_the_ensemble_lies_beside_the_folds() -> None:
 
 def test_the_repository_is_the_checkout() -> None:
     assert (layout.REPOSITORY / 'pyproject.toml').is_file()
+
+
+def test_packaged_configs_are_found_by_name_and_pattern() -> None:
+    (one,) = layout.packaged_configs('cellseg_mm::laptop/fold0.py')
+    assert one == layout.CONFIGS / 'laptop' / 'fold0.py'
+    five = layout.packaged_configs('cellseg_mm::fold*.py')
+    assert [path.name for path in five] == [f'fold{k}.py' for k in range(5)]
+
+
+@pytest.mark.parametrize('name', ['cellseg_mm::lptop/fold0.py', 'cellseg_mm::', 'cellseg_mm::/etc'])
+def test_no_such_packaged_config_names_some_that_are(name: str) -> None:
+    with pytest.raises(ConfigError, match=r'expected for example cellseg_mm::\S+\.py'):
+        layout.packaged_configs(name)
+
+
+def test_texts_name_tools_as_they_are_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = 'next: python tools/test.py a.py; tools/train.py with --resume; /home/me/tools/train.py'
+    assert layout.as_typed(text) == text
+    monkeypatch.setattr(layout, 'HOME', layout.PACKAGE / '.mim')
+    said = 'next: cellseg test a.py; cellseg train with --resume; /home/me/tools/train.py'
+    assert layout.as_typed(text) == said

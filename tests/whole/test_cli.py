@@ -110,3 +110,54 @@ def test_bootstrap_setup_takes_no_further_words(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert not (tmp_path / 'venv').exists()
     assert 'setup takes no further words: --help' in done.stderr
+
+
+def cellseg(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, '-m', 'cellseg_mm', *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize('shell', ['bash', 'zsh', 'fish'])
+def test_completion_knows_every_tool_and_its_options(shell: str, tmp_path: Path) -> None:
+    done = cellseg('--print-completion', shell)
+    assert done.returncode == 0, done.stderr
+    for name in TOOLS:
+        assert (name.removesuffix('.py') in done.stdout) == (name != 'bootstrap.py')
+    assert 'score-thr' in done.stdout
+    if shell == 'bash':
+        subprocess.run(['bash', '-n'], input=done.stdout, text=True, check=True)
+
+
+def test_a_tool_is_a_word_of_the_command() -> None:
+    done = cellseg('make-sample', '--help')
+    assert done.stdout.startswith('usage: cellseg make_sample ')
+    done = cellseg('predikt')
+    assert done.returncode == 2
+    assert done.stderr.startswith('error: predikt: no such tool; expected one of browse, check')
+    assert done.stderr.endswith('did you mean predict\n')
+    assert cellseg().stdout == cellseg('--help').stdout
+
+
+def test_the_command_runs_a_script_of_others_too(tmp_path: Path) -> None:
+    script = tmp_path / 'test.py'  # the tool of that name is another
+    script.write_text('import sys; print(sys.argv, __name__)')
+    assert cellseg(str(script), 'a').stdout.split() == [f"['{script}',", "'a']", '__main__']
+
+
+def test_packaged_configs_are_words_of_every_tool(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, 'argv', ['tool', 'cellseg_mm::fold*.py', 'x'])
+    with pytest.raises(SystemExit):
+        run_tool(lambda: None)
+    assert [Path(word).name for word in sys.argv[1:]] == [*(f'fold{k}.py' for k in range(5)), 'x']
+    monkeypatch.setattr(sys, 'argv', ['tool', 'cellseg_mm::fold9.py'])
+    with pytest.raises(SystemExit) as ended:
+        run_tool(lambda: None)
+    assert ended.value.code == 2
+
+
+def test_a_missing_torch_is_a_sentence(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        run_tool(lambda: fail(ModuleNotFoundError("No module named 'torch'", name='torch')))
+    assert 'error: torch: is not installed; ' in capsys.readouterr().err
+    with pytest.raises(ModuleNotFoundError):  # ours to mend
+        run_tool(lambda: fail(ModuleNotFoundError('x', name='cellseg_mm.nothing')))
