@@ -13,6 +13,7 @@ from cellseg_mm.core import rle
 from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.core.instances import InstanceSet, concatenate
 from cellseg_mm.core.windows import crop_to
+from cellseg_mm.predict import tiling
 from cellseg_mm.predict.tiling import (
     StitchParams,
     StitchReport,
@@ -188,6 +189,49 @@ def test_cells_of_every_size(seed: int, margin: int) -> None:
     assert report.n_joined > 0
     assert report.n_parts >= 2 * report.n_joined
     assert_consistent(report)
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_seams_are_compared_in_strips_of_any_size(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = label_set(paint_cells((130, 97), 60, (3, 50), seed), seed)
+    parts = split(whole, plan_tiles((130, 97), 48, 20))
+    expected, report = stitch(parts, (130, 97))
+    monkeypatch.setattr(tiling, 'STRIP', 3)
+    found, same_report = stitch(parts, (130, 97))
+    assert (content(found), same_report) == (content(expected), report)
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_windows_that_a_box_meets_are_counted(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    tiles = plan_tiles((130, 97), 32, 12)
+    tiles = [tile for tile in tiles if rng.random() < 0.6]  # the others were not looked at
+    low = rng.integers(0, (130, 97), (200, 2))
+    boxes = np.concatenate([low, low + rng.integers(1, 40, (200, 2))], axis=1)
+    for unit, sides in ((1, 'window_yxyx'), (2, 'core_yxyx')):
+        windows = np.array([getattr(tile, sides) for tile in tiles])
+        y0, x0, y1, x1 = (windows * unit).T
+        meets = (boxes[:, :1] < y1) & (boxes[:, 2:3] > y0) & (boxes[:, 1:2] < x1)
+        meets &= boxes[:, 3:] > x0
+        assert np.array_equal(tiling._Grid(windows).count(boxes, unit), meets.sum(axis=1))
+        points = low[:, [0, 1, 0, 1]]
+        inside = (low[:, :1] >= y0) & (low[:, :1] < y1) & (low[:, 1:] >= x0) & (low[:, 1:] < x1)
+        assert np.array_equal(tiling._Grid(windows).count(points, unit), inside.sum(axis=1))
+
+
+def test_a_cell_in_the_core_of_a_tile_that_was_not_looked_at_is_kept_once() -> None:
+    tiles = plan_tiles((40, 100), 40, 20)  # at 0, 20, 40, 60; cores end at 30, 50, 70
+    assert [t.core_yxyx[1::2] for t in tiles] == [(0, 30), (30, 50), (50, 70), (70, 100)]
+    label_map = np.zeros((40, 100), dtype=np.int32)
+    label_map[5:15, 31:38] = 1  # seen whole by the first two tiles, and of the second's core
+    label_map[20:30, 51:58] = 2  # of the third's core; the second and the third see it
+    whole = label_set(label_map)
+    for looked_at in ([0, 2, 3], [0, 1, 3], [0, 1, 2, 3], [0, 3, 1]):
+        found, report = stitch(split(whole, [tiles[k] for k in looked_at]), (40, 100))
+        assert content(found) == content(whole)
+        assert report.n_unconfirmed == 0
 
 
 def test_a_cell_in_the_corner_of_four_tiles() -> None:
