@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 from numpy.lib import format as npy
@@ -89,7 +90,7 @@ def _read_dict(path: Path) -> Value:
         raise
     except UnreadableError as problem:
         raise LabelMapError(f'{path}: {problem}') from None
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, SyntaxError, TokenError) as problem:  # numpy parses the header
         raise LabelMapError(
             f'{path}: cannot be read ({str(problem)[:80]}); expected {EXPECTED}; save it again'
         ) from problem

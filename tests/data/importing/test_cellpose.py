@@ -90,6 +90,7 @@ def test_damaged_files_cost_themselves_only(tmp_path: Path) -> None:
     folder = seg(tmp_path / 'in')
     whole = (folder / 'a_seg.npy').read_bytes()
     contents = {'cut': whole[:-200], 'head': whole[:40], 'text': b'no array', 'empty': b''}
+    contents['shape'] = whole.replace(b'()', b'\xc2)', 1)  # found by changing bytes
     for name, content in contents.items():
         write_image(folder / f'{name}.png')
         (folder / f'{name}_seg.npy').write_bytes(content)
@@ -97,10 +98,10 @@ def test_damaged_files_cost_themselves_only(tmp_path: Path) -> None:
     np.save(folder / 'plain_seg.npy', IDS)
     report = run('cellpose', folder, tmp_path / 'out')
     assert [row['uuid'] for row in report.rows] == ['a']
-    texts = ['in the middle', 'cannot be read', 'cannot be read', 'is an array of uint16']
-    for name, text in zip(['cut', 'head', 'text', 'plain'], texts, strict=True):
+    texts = ['in the middle', *['cannot be read'] * 3, 'is an array of uint16']
+    for name, text in zip(['cut', 'head', 'text', 'shape', 'plain'], texts, strict=True):
         assert any(f'{name}_seg.npy' in p and text in p for p in report.problems), name
-    assert len(report.problems) == 5
+    assert len(report.problems) == 6
 
 
 def test_the_label_map_is_that_of_pickle(tmp_path: Path) -> None:
