@@ -87,11 +87,10 @@ def write_page(path: Path, file: ModelFile, *, ort_web: Path | None = None) -> W
         **_texts(file, record, settings),
         'css': _report('report.css') + _asset('page.css') + colour_css(record.class_colours),
         'data': script_json(page_info(record, settings)),
-        'ort': _packed(content[LOADER]),
         'wasm': _packed(content[WASM]),
         'model': _packed(file.members[0].content),
-        'worker': _scripts(WORKER),
-        'js': _report('viewer.js') + _scripts(PAGE),
+        'worker': _script(as_constant(content[LOADER].decode()), *map(_asset_js, WORKER)),
+        'js': _script(_report('viewer.js'), *map(_asset_js, PAGE)),
     }
     # One pass, so that text which came from files is never searched for placeholders.
     html = re.sub(r'\{\{(\w+)\}\}', lambda found: parts[found[1]], _asset('page.html'))
@@ -197,7 +196,7 @@ def _facts(
     size = f'{record.um_per_px:g} µm a pixel' if record.um_per_px else 'size of a pixel not said'
     yield 'pictures', f'8 bits, {order} (the switch above changes that), {size}; nothing is scaled'
     yield 'settings', _settings_text(settings, file)
-    yield 'score there', _evidence(record.evidence)
+    yield 'how good', _evidence(record.evidence)
     yield (
         'large pictures',
         'are cut into tiles that overlap; a cell belongs to the tile in whose inner part its '
@@ -205,14 +204,18 @@ def _facts(
     )
     yield (
         'browsers',
-        'Chrome and Edge from 97, Firefox from 114, Safari from 16.4; one thread of this computer',
+        'Chrome and Edge from 97, Firefox from 113, Safari from 16.4; one thread of this computer',
     )
     yield 'runs with', f'{PACKAGE} (Microsoft, MIT licence), which lies in this file'
     yield 'made with', f'commit {record.made_with.get("code_commit") or "?"}'
 
 
 def _settings_text(settings: InferenceSettings, file: ModelFile) -> str:
-    scores = ', '.join(f'{thr:g}' for thr in dict.fromkeys(settings.score_thr))
+    thrs = settings.score_thr
+    scores = f'{thrs[0]:g}'
+    if len(set(thrs)) > 1:
+        pairs = zip(thrs, settings.class_names, strict=True)
+        scores = ', '.join(f'{thr:g} ({name})' for thr, name in pairs)
     parts = [f'score from {scores}']
     if settings.min_area_px:
         parts.append(f'at least {settings.min_area_px} px')
@@ -232,13 +235,35 @@ def _evidence(evidence: Mapping[str, Any]) -> str:
 
 
 def _packed(content: bytes) -> str:
-    return base64.b64encode(gzip.compress(content, 9, mtime=0)).decode()
+    return base64.b64encode(gzip.compress(content, 6, mtime=0)).decode()
 
 
-def _scripts(names: tuple[str, ...]) -> str:
-    text = '\n'.join(_asset(f'{name}.js') for name in names)
-    assert '</script' not in text.lower()
+def as_constant(module: str) -> str:
+    """Return a module's text as a constant ``ort`` with what it exports, for a classic script.
+
+    Chromium starts no module as a worker where a page comes from a file.
+
+    Raises:
+        ConfigError: It does not end with its exports.
+    """
+    found = re.search(r'export\s*\{([^{}]*)\};?\s*(//# sourceMappingURL=\S*)?\s*$', module)
+    if found is None:
+        raise ConfigError(f'{LOADER}: has no exports at its end; expected that of {PACKAGE}')
+    pairs = [one.split(' as ') for one in found[1].split(',')]
+    exports = ','.join(f'{pair[-1].strip()}:{pair[0].strip()}' for pair in pairs)
+    body = module[: found.start()].replace('import.meta.url', 'self.location.href')
+    return f'const ort=(()=>{{{body}\nreturn{{{exports}}};}})();'
+
+
+def _script(*texts: str) -> str:
+    text = '\n'.join(texts)
+    if '</script' in text.lower():
+        raise ConfigError('page: a script holds the end of a script element; expected none')
     return text
+
+
+def _asset_js(name: str) -> str:
+    return _asset(f'{name}.js')
 
 
 def _asset(name: str) -> str:

@@ -45,6 +45,14 @@ def runtime_files(named: Path | None = None) -> dict[str, bytes]:
     return _checked(_read(cache_dir()), str(cache_dir()))
 
 
+def fetch_or_say() -> None:
+    """Fill the cache, or print why it stays empty; for setting up the browser tests."""
+    try:
+        runtime_files()
+    except ConfigError as problem:
+        print(problem)
+
+
 def cache_dir() -> Path:
     """Return where the files are kept: below ``$CELLSEG_CACHE`` or the user's cache."""
     home = os.environ.get('CELLSEG_CACHE')

@@ -162,11 +162,33 @@ class Chromium:
             self._read(end, str(path))
 
     def run(self, script: str) -> object:
-        """Return the value of a JavaScript expression."""
-        answer = self.call('Runtime.evaluate', expression=script, returnByValue=True)
+        """Return the value of a JavaScript expression; a promise is waited for."""
+        answer = self.call(
+            'Runtime.evaluate', expression=script, returnByValue=True, awaitPromise=True
+        )
         if 'exceptionDetails' in answer:
             raise RuntimeError(f'{script}: {answer["exceptionDetails"]}')
         return answer['result'].get('value')
+
+    def wait_for(self, script: str) -> None:
+        """Wait until a JavaScript expression is true."""
+        end = time.monotonic() + self.timeout_s
+        while not self.run(script):
+            if time.monotonic() > end:
+                raise TimeoutError(f'{script}: stayed false; {self.problems}')
+            time.sleep(0.05)
+
+    def give_files(self, selector: str, *paths: Path) -> None:
+        """Choose files in a file input, as a person would."""
+        root = self.call('DOM.getDocument')['root']['nodeId']
+        node = self.call('DOM.querySelector', nodeId=root, selector=selector)['nodeId']
+        names = [str(path.resolve()) for path in paths]
+        self.call('DOM.setFileInputFiles', files=names, nodeId=node)
+
+    def save_into(self, folder: Path) -> None:
+        """Put what pages save into a folder."""
+        folder.mkdir(exist_ok=True)
+        self.call('Browser.setDownloadBehavior', behavior='allow', downloadPath=str(folder))
 
     def screenshot(self, path: Path, selector: str | None = None) -> None:
         """Write a PNG of the page, or of one element."""

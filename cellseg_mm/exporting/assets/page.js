@@ -22,7 +22,7 @@
     event.preventDefault();
     error({ text: `${event.message || 'the worker cannot start'}; see which browsers are new enough below` });
   };
-  const parts = ['ort', 'wasm', 'model'].map((id) => [id, byId(id).textContent]);
+  const parts = ['wasm', 'model'].map((id) => [id, byId(id).textContent]);
   worker.postMessage({ type: 'load', info, ...Object.fromEntries(parts) });
   for (const [id] of parts) byId(id).remove(); // they are large
   let isReady = false;
@@ -46,13 +46,20 @@
     byId('notes').hidden = false;
   }
 
-  function add(files) {
-    for (const file of files) {
+  async function add(files) {
+    const isSwapped = byId('swapped').checked;
+    for (const file of [...files]) {
       nSent += 1;
-      waiting.set(nSent, { name: file.name });
-      worker.postMessage({ type: 'find', id: nSent, file, isSwapped: byId('swapped').checked });
+      const id = nSent;
+      waiting.set(id, { name: file.name });
+      say();
+      try {
+        const buffer = await file.arrayBuffer();
+        worker.postMessage({ type: 'find', id, buffer, isSwapped }, [buffer]);
+      } catch (problem) {
+        error({ id, text: 'cannot be read; is it open elsewhere, or a folder?' });
+      }
     }
-    say();
   }
 
   function picture({ id, width, height, notes, blob }) {
@@ -95,7 +102,6 @@
   function show(index) {
     chooser.value = String(index);
     shown = { entry: entries[index], cells: [] };
-    byId('facts').textContent = `${shown.entry.name} · ${shown.entry.facts}`;
     viewer.reset();
     draw();
   }
@@ -123,7 +129,7 @@
     const counts = info.classNames.map((_, k) => shown.cells.filter(({ cell }) => cell.k === k).length);
     switches.forEach((one, k) => { byId(`n${k}`).textContent = counts[k]; });
     const total = counts.reduce((sum, n, k) => sum + (isOn[k] ? n : 0), 0);
-    byId('facts').textContent = `${shown.entry.name} · ${shown.entry.facts} · ${total} cells shown`;
+    byId('facts').textContent = `${total} cells shown · ${shown.entry.facts}`;
     svg.classList.toggle('filled', byId('fill').checked);
   }
 
@@ -155,7 +161,7 @@
   // ---- controls ----
   const drop = byId('drop');
   byId('files').addEventListener('change', (event) => {
-    add(event.target.files);
+    add([...event.target.files]);
     event.target.value = '';
   });
   for (const kind of ['dragover', 'dragleave', 'drop']) {

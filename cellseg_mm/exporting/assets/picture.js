@@ -4,9 +4,8 @@
 const MAX_PIXELS = 64e6;
 
 // Return {width, height, rgba, notes}; throws an Error whose message is what was found.
-async function readPicture(file) {
+async function readPicture(buffer) {
   checkCanvas();
-  const buffer = await file.arrayBuffer();
   const head = new Uint8Array(buffer.slice(0, 32));
   const starts = (...bytes) => bytes.every((byte, i) => head[i] === byte);
   if (starts(0x49, 0x49, 42, 0) || starts(0x4d, 0x4d, 0, 42)

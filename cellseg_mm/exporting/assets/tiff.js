@@ -140,10 +140,18 @@ async function unpack(packed, compression, length) {
   return packed.slice(0, length);
 }
 
+function unpacked(packed, format) {
+  const stream = new DecompressionStream(format);
+  const writer = stream.writable.getWriter();
+  // what goes wrong comes out at the other end
+  writer.write(packed).catch(() => {});
+  writer.close().catch(() => {});
+  return stream.readable;
+}
+
 // Some writers leave bytes behind the end, which DecompressionStream reports after the content.
 async function inflate(packed, format, length) {
-  const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream(format));
-  const reader = stream.getReader();
+  const reader = unpacked(packed, format).getReader();
   const values = new Uint8Array(length);
   let n = 0;
   while (n < length) {

@@ -1,7 +1,8 @@
 'use strict';
 // The worker: loads the model once, then finds the cells of one picture after another.
+// onnxruntime-web stands before it in the same script, as ``ort``: browsers are strict about what a
+// worker of a page without a server may load.
 
-let ort = null;
 let session = null;
 let info = null;
 let stoppedUpTo = 0; // number of a picture
@@ -21,10 +22,6 @@ self.onmessage = (event) => {
 
 async function load(message) {
   info = message.info;
-  const code = new Blob([await unzip(message.ort)], { type: 'text/javascript' });
-  const url = URL.createObjectURL(code);
-  ort = await import(url);
-  URL.revokeObjectURL(url);
   ort.env.logLevel = 'error';
   ort.env.wasm.numThreads = 1; // more need a server that isolates the page
   ort.env.wasm.wasmBinary = await unzip(message.wasm);
@@ -36,14 +33,13 @@ async function unzip(text) {
   const binary = atob(text);
   const bytes = new Uint8Array(binary.length);
   for (let i = 0; i < bytes.length; i += 1) bytes[i] = binary.charCodeAt(i);
-  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream('gzip'));
-  return new Uint8Array(await new Response(stream).arrayBuffer());
+  return new Uint8Array(await new Response(unpacked(bytes, 'gzip')).arrayBuffer());
 }
 
-async function find({ id, file, isSwapped }) {
+async function find({ id, buffer, isSwapped }) {
   if (id <= stoppedUpTo) throw new Error('stopped');
   const began = performance.now();
-  const picture = await readPicture(file);
+  const picture = await readPicture(buffer);
   if (isSwapped) swapRedBlue(picture.rgba);
   const { width, height, notes } = picture;
   self.postMessage({ type: 'picture', id, width, height, notes, blob: await toPngBlob(picture) });
