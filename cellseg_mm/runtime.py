@@ -58,6 +58,8 @@ def provide_mmcv_ops() -> None:
     sys.meta_path.insert(0, _TorchvisionGuard())
     sys.meta_path.insert(0, _OneDLSilencer())
     sys.meta_path.insert(0, _PackagedConfigs())
+    if _PackagedConfigs.module_name in sys.modules:
+        _read_packaged_configs(sys.modules[_PackagedConfigs.module_name])
     if forced in ('torchvision', 'torch'):
         sys.meta_path.insert(0, _OpsFinder())
     else:
@@ -268,19 +270,23 @@ class _PackagedConfigs(_WatchedImport):
 
     def execute(self, original: Callable[[ModuleType], None], module: ModuleType) -> None:
         original(module)
-        read, find = module.Config.fromfile, module.Config._get_cfg_path
+        _read_packaged_configs(module)
 
-        @functools.wraps(read)
-        def fromfile(filename: object, *args: object, **kwargs: object) -> object:
-            return read(_path_of(str(filename)) or filename, *args, **kwargs)
 
-        @functools.wraps(find)
-        def get_cfg_path(cfg_path: str, filename: str) -> tuple[str, str | None]:
-            path = _path_of(cfg_path)
-            return (path, None) if path else find(cfg_path, filename)
+def _read_packaged_configs(module: ModuleType) -> None:
+    read, find = module.Config.fromfile, module.Config._get_cfg_path
 
-        module.Config.fromfile = staticmethod(fromfile)
-        module.Config._get_cfg_path = staticmethod(get_cfg_path)
+    @functools.wraps(read)
+    def fromfile(filename: object, *args: object, **kwargs: object) -> object:
+        return read(_path_of(str(filename)) or filename, *args, **kwargs)
+
+    @functools.wraps(find)
+    def get_cfg_path(cfg_path: str, filename: str) -> tuple[str, str | None]:
+        path = _path_of(cfg_path)
+        return (path, None) if path else find(cfg_path, filename)
+
+    module.Config.fromfile = staticmethod(fromfile)
+    module.Config._get_cfg_path = staticmethod(get_cfg_path)
 
 
 def _path_of(name: str) -> str:

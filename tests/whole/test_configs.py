@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import cellseg_mm  # noqa: F401 - lets mmengine read cellseg_mm::...
+
 pytestmark = pytest.mark.mm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -162,3 +164,28 @@ def test_own_classes_and_colours_are_said_once(folder: str, tmp_path: Path) -> N
     assert "'num_classes': 4" not in text
     assert "'red_blue_swapped': True" not in text
     assert 'epithelial' not in text
+
+
+def test_configs_of_the_package_are_read_and_inherited_by_name(tmp_path: Path) -> None:
+    """MMDetection's classes are found: what is inherited gets no scope of its own."""
+    from mmengine.config import Config
+
+    there = load(ROOT / 'configs/laptop-quick/fold1.py')
+    assert Config.fromfile('cellseg_mm::laptop-quick/fold1.py').to_dict() == there.to_dict()
+    own = tmp_path / 'own.py'
+    own.write_text("_base_ = ['cellseg_mm::laptop-quick/fold1.py']\nlog_level = 'ERROR'\n")
+    assert load(own).to_dict() == {**there.to_dict(), 'log_level': 'ERROR'}
+    assert (
+        Config.fromfile('cellseg_mm::fold1.py').to_dict()
+        == load(ROOT / 'configs/fold1.py').to_dict()
+    )
+
+
+def test_the_model_index_names_configs_that_are_there() -> None:
+    import yaml
+
+    index = yaml.safe_load((ROOT / 'model-index.yml').read_text())
+    for name in index['Import']:
+        found = yaml.safe_load((ROOT / name).read_text())
+        assert [model['Config'] for model in found['Models']]
+        assert all((ROOT / model['Config']).is_file() for model in found['Models'])
