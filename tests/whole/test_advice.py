@@ -28,6 +28,7 @@ PRINTED_BY = {
     'data/contents.py': ['predict.py'],  # only predict gives a choice that can be wrong
     'data/importing': ['import_data.py'],
     'data/preparing': ['prepare_data.py'],
+    'data/slides': ['predict.py'],  # the same choice
     'exporting': ['export.py'],
     'light': ['predict.py'],
     'predict': ['predict.py'],
@@ -39,6 +40,7 @@ PRINTED_BY = {
 OTHERS = (  # options of pip, of Slurm, and of style sheets
     *('--force-reinstall', '--no-deps', '--no-cache-dir', '--no-build-isolation', '--no-binary'),
     *('--array', '--gres', '--cpus-per-task', '--time', '--output', '--p', '--e', '--share'),
+    *('--dependency', '--wrap'),
 )
 
 
