@@ -84,6 +84,7 @@ def test_a_variable_that_changes_nothing(tmp_path: Path, text: str, sentence: st
             'px = 96\ntest_dataloader = dict(dataset=dict(indices=px))', id='used in the child'
         ),
         pytest.param('_hidden = 3', id='private'),
+        pytest.param('um_per_px = 0.25', id='what predicting reads'),
     ],
 )
 def test_a_variable_that_does_no_harm(tmp_path: Path, text: str) -> None:
