@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tarfile
 import venv
 from pathlib import Path
 
@@ -31,12 +30,12 @@ def build_wheels(folder: Path) -> tuple[Path, Path]:
             shutil.copytree(ROOT / name, tree / name, ignore=leave)
         else:
             shutil.copy2(ROOT / name, tree)
-    _build(tree, 'build_sdist', folder / 'sdist')
-    (packed,) = (folder / 'sdist').glob('*.tar.gz')
-    with tarfile.open(packed) as archive:
-        archive.extractall(folder / 'unpacked')
-    (unpacked,) = (folder / 'unpacked').iterdir()
-    return _build(tree, 'build_wheel', folder / 'a'), _build(unpacked, 'build_wheel', folder / 'b')
+    sdist = _build(tree, 'build_sdist', folder / 'sdist')
+    wheel = _build(tree, 'build_wheel', folder / 'wheel')
+    here = ('--no-deps', '--no-index', '--no-build-isolation')
+    pip = [sys.executable, '-m', 'pip', 'wheel', '-q', *here, '-w', str(folder / 'again')]
+    run([*pip, str(sdist)])
+    return wheel, next((folder / 'again').iterdir())
 
 
 def _build(tree: Path, what: str, target: Path) -> Path:
@@ -59,7 +58,8 @@ def install(folder: Path, *words: str) -> None:
 
 def packages_of(folder: Path) -> Path:
     """Return where an environment's packages lie."""
-    return Path(sysconfig.get_path('purelib', 'venv', {'base': str(folder)}))
+    scheme = 'nt' if os.name == 'nt' else 'posix_prefix'
+    return Path(sysconfig.get_path('purelib', scheme, {'base': str(folder)}))
 
 
 def lend_packages(folder: Path) -> None:
