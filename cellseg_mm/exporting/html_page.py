@@ -23,7 +23,7 @@ from cellseg_mm.core import files
 from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.core.files import JsonValue
 from cellseg_mm.exporting.ort_web import LOADER, PACKAGE, WASM, runtime_files
-from cellseg_mm.fusion.settings import InferenceSettings, choose_settings
+from cellseg_mm.fusion.settings import InferenceSettings, default_settings
 from cellseg_mm.light import card
 from cellseg_mm.light.detector import OnnxModel
 from cellseg_mm.light.model_file import ModelFile, ModelRecord
@@ -82,7 +82,7 @@ def write_page(path: Path, file: ModelFile, *, ort_web: Path | None = None) -> W
             'bilinear; use the file with tools/predict.py'
         )
     content = runtime_files(ort_web)
-    settings = _settings(file, record)
+    settings = default_settings('instances', record.class_names)
     parts = {
         **_texts(file, record, settings),
         'css': _report('report.css') + _asset('page.css') + colour_css(record.class_colours),
@@ -112,8 +112,6 @@ def check_one(n_members: int, where: str) -> None:
 
 def page_info(record: ModelRecord, settings: InferenceSettings) -> dict[str, JsonValue]:
     """Return what the page's scripts know of the model."""
-    n_classes = len(record.class_names)
-    thresholds = settings.score_thr * (n_classes if len(settings.score_thr) == 1 else 1)
     factor = 1.0
     if record.resize is not None and record.resize['type'] == 'ScaleBy':
         factor = float(record.resize['factor'])
@@ -123,10 +121,10 @@ def page_info(record: ModelRecord, settings: InferenceSettings) -> dict[str, Jso
         'classColours': [list(colour) for colour in record.class_colours],
         'resize': dict(record.resize) if record.resize is not None else None,
         'maskFrame': record.mask_frame,
-        'maskThr': settings.mask_cut or record.mask_thr,
+        'maskThr': record.mask_thr,
         'cap': record.max_per_img,
         'leastScore': max(record.score_thr, LEAST_SCORE),
-        'scoreThr': [max(thr, record.score_thr, LEAST_SCORE) for thr in thresholds],
+        'scoreThr': max(settings.score_thr[0], record.score_thr, LEAST_SCORE),
         'minAreaPx': settings.min_area_px,
         'disjoint': settings.disjoint,
         'maxLostShare': settings.max_lost_share,
@@ -134,15 +132,6 @@ def page_info(record: ModelRecord, settings: InferenceSettings) -> dict[str, Jso
         'overlapPx': tile // 8,
         'wholePx': round(tile * WHOLE),
     }
-
-
-def _settings(file: ModelFile, record: ModelRecord) -> InferenceSettings:
-    return choose_settings(
-        record.class_names,
-        path=str(file.path) if file.settings is not None else None,
-        content=file.settings,
-        profile='instances',
-    )
 
 
 def _texts(file: ModelFile, record: ModelRecord, settings: InferenceSettings) -> dict[str, str]:
@@ -211,20 +200,13 @@ def _facts(
 
 
 def _settings_text(settings: InferenceSettings, file: ModelFile) -> str:
-    thrs = settings.score_thr
-    scores = f'{thrs[0]:g}'
-    if len(set(thrs)) > 1:
-        pairs = zip(thrs, settings.class_names, strict=True)
-        scores = ', '.join(f'{thr:g} ({name})' for thr, name in pairs)
-    parts = [f'score from {scores}']
-    if settings.min_area_px:
-        parts.append(f'at least {settings.min_area_px} px')
-    if settings.disjoint:
-        parts.append('each pixel in one cell only')
-    if settings.tta not in (None, 'none'):
-        parts.append(f'without the views {settings.tta}, which a page does not compute')
-    source = 'found on held-out images' if file.settings is not None else 'the defaults'
-    return f'{"; ".join(parts)} ({source})'
+    text = f'score from {settings.score_thr[0]:g}, each pixel in one cell only: the defaults'
+    if file.settings is None:
+        return text
+    return (
+        f"{text}; the settings in the model's file hold for its answers in several views, joined, "
+        'which a page does not compute'
+    )
 
 
 def _evidence(evidence: Mapping[str, Any]) -> str:

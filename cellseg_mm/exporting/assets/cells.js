@@ -2,11 +2,11 @@
 // Cells that a person sees and saves: overlaps resolved, outlines, measures.
 
 // Return what stays, by falling score, each pixel in one cell; as fusion's make_disjoint.
-function resolveCells(cells, thresholds, picture, settings) {
+function resolveCells(cells, threshold, picture, settings) {
   const isTaken = new Uint8Array(settings.disjoint ? picture.width * picture.height : 0);
   const kept = [];
   for (const cell of cells) { // they come by falling score
-    if (cell.score < thresholds[cell.k]) continue;
+    if (cell.score < threshold) break;
     const area = count(cell.mask);
     const mask = settings.disjoint ? free(cell, isTaken, picture.width) : cell.mask;
     const left = count(mask);

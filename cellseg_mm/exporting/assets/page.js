@@ -8,7 +8,7 @@
   const switches = [...document.querySelectorAll('.class-switch')];
   const entries = []; // pictures that are done: {name, width, height, url, blob, cells, facts}
   const waiting = new Map(); // id to what is known of a picture so far
-  let thresholds = [...info.scoreThr];
+  let threshold = info.scoreThr;
   let shown = null; // {entry, cells: [{cell, path}]}
   let nSent = 0;
   startTheme(byId('theme'));
@@ -108,7 +108,7 @@
 
   function draw() {
     const { entry } = shown;
-    const kept = resolveCells(entry.cells, thresholds, entry, info);
+    const kept = resolveCells(entry.cells, threshold, entry, info);
     const image = element('image', { href: entry.url, x: 0, y: 0, width: entry.width, height: entry.height });
     const group = element('g', {});
     shown.cells = kept.map((cell) => {
@@ -134,8 +134,7 @@
   }
 
   function sayThreshold() {
-    const [low, high] = [Math.min(...thresholds), Math.max(...thresholds)];
-    byId('threshold-value').textContent = low.toFixed(2) + (high > low ? `–${high.toFixed(2)}` : '');
+    byId('threshold-value').textContent = threshold.toFixed(2);
   }
 
   // ---- saving ----
@@ -181,9 +180,9 @@
   byId('zoom-in').addEventListener('click', () => viewer.zoom(1.5));
   byId('zoom-out').addEventListener('click', () => viewer.zoom(1 / 1.5));
   byId('zoom-reset').addEventListener('click', viewer.reset);
-  slider.value = String(Math.min(...thresholds));
+  slider.value = String(threshold);
   slider.addEventListener('input', () => {
-    thresholds = thresholds.map(() => Number(slider.value));
+    threshold = Number(slider.value);
     sayThreshold();
     draw();
   });
