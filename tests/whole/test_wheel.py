@@ -104,7 +104,7 @@ def test_it_trains_and_predicts(installed: Installed) -> None:
     own.write_text("_base_ = 'cellseg_mm::sample/fold0.py'\n")
     installed.cellseg('make-sample', 'data', '--n-train', '4', '--n-test', '1')
     said = installed.cellseg('prepare_data', 'data', '--folds', '2', '--no-manifest')
-    assert 'cellseg train' in said
+    assert 'cellseg train cellseg_mm::fold0.py' in said
     options = {**MICRO, 'train_cfg.max_iters': 2, 'default_hooks.checkpoint.interval': 2}
     words = ['--cfg-options', *(f'{key}={value}' for key, value in options.items())]
     said = installed.cellseg('train', str(own), *words)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cellseg_mm.core.layout import DATA_REPORT, folds_file
+from cellseg_mm.core.layout import CONFIG_SCHEME, DATA_REPORT, HOME, REPOSITORY, folds_file
 from cellseg_mm.core.text_table import text_table
 from cellseg_mm.data.pixel_size import um_text
 from cellseg_mm.data.preparing.case_checks import Finding
@@ -36,7 +36,8 @@ def next_command(report: PrepareReport, environment: Mapping[str, str]) -> str:
     named = environment.get('CELLSEG_FOLDS', 'auto')
     if folds_file(root, named).resolve() != folds.resolve():
         exports.append(f'CELLSEG_FOLDS={shlex.quote(str(folds.resolve()))}')
-    train = 'python tools/train.py configs/fold0.py'
+    config = 'configs/fold0.py' if HOME == REPOSITORY else f'{CONFIG_SCHEME}fold0.py'
+    train = f'python tools/train.py {config}'
     return f'export {" ".join(exports)} && {train}' if exports else train
 
 
