@@ -80,7 +80,7 @@ def choose_grid(
     hw = level_hws[best]
     if any(abs(n / w - 1) > SAME_SCALE for n, w in zip(hw, wanted, strict=True)):
         hw = (max(round(wanted[0]), 1), max(round(wanted[1]), 1))
-    return Grid(best, hw, full_hw, f'at the {um_text(model_um)} per px of the model')
+    return Grid(best, hw, full_hw, f'with the {um_text(model_um)} per px of the model')
 
 
 def _unknown(model_um: Um | None) -> str:
@@ -97,7 +97,7 @@ def scale_text(says: Sequence[str], n_scaled: int) -> str:
     n_images, n_model = says.count('the images'), says.count('the model')
     parts = []
     if n_scaled:
-        kinds = sorted({text for text in says if text.startswith('at the ')})
+        kinds = sorted({text for text in says if text.startswith('with the ')})
         parts.append(f'{n_scaled} images were looked at {" and ".join(kinds)}')
     if n_images:
         parts.append(f'{n_images} images do not say how large their pixels are (--um-per-px does)')

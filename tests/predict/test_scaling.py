@@ -125,7 +125,7 @@ def test_cells_are_found_at_any_pixel_size_and_measured_in_micrometres(
     near = np.abs(centres[:, None] - slide.cells[None, :, :2] * um_per_px).max(axis=2).min(axis=1)
     assert near.max() < 1.0
     said = summary.describe()
-    assert ('1 images were looked at at the 0.5 um per px of the model' in said) == (
+    assert ('1 images were looked at with the 0.5 um per px of the model' in said) == (
         um_per_px != 0.5
     )
 
