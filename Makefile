@@ -16,8 +16,9 @@ demo:  ## install, make sample data, train two folds, ensemble, score, draw
 test:  ## install, run the tests
 	$(PYTHON) tools/bootstrap.py test
 
-test-browser: setup  ## the report in a headless Chromium; fails where there is none
-	CELLSEG_REQUIRE_BROWSER=1 $(VENV_PYTHON) -m pytest -q tests/report/test_report.py
+test-browser: setup  ## the report and the page of a model in a headless Chromium; fails without
+	CELLSEG_REQUIRE_BROWSER=1 $(VENV_PYTHON) -m pytest -q tests/report/test_report.py \
+	  tests/exporting/test_html_page.py
 
 test-gpu: setup  ## the CUDA paths; fails where there is no CUDA device
 	CELLSEG_REQUIRE_GPU=1 $(VENV_PYTHON) -m pytest -m gpu

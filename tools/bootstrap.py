@@ -30,6 +30,8 @@ from cellseg_mm.cli import run_tool  # noqa: E402
 from cellseg_mm.core.errors import CellSegError  # noqa: E402
 
 CHECKS = [['-m', 'ruff', 'check', '.'], ['-m', 'ruff', 'format', '--check', '.'], ['-m', 'mypy']]
+# the browser tests need onnxruntime-web, which npm has; without it they say that they did not run
+FETCH = ['-c', 'from cellseg_mm.exporting.ort_web import fetch_or_say; fetch_or_say()']
 LIGHT = Path('requirements') / 'predict.txt'
 TORCH = '2.13.0'
 TORCH_CPU_INDEX = 'https://download.pytorch.org/whl/cpu'
@@ -155,7 +157,7 @@ def main() -> int:
         'demo': [['tools/demo.py', *args.rest]],
         'check': CHECKS,
         # a file's tests stay together: several share what takes long to make
-        'test': [*CHECKS, ['-m', 'pytest', '-n', 'auto', '--dist', 'loadfile', *args.rest]],
+        'test': [*CHECKS, FETCH, ['-m', 'pytest', '-n', 'auto', '--dist', 'loadfile', *args.rest]],
     }[args.what]
     for words in commands:
         say(' '.join(words))
