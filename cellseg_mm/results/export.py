@@ -57,6 +57,7 @@ class Exported:
         n_empty: Cells left out because their mask has no pixel.
         n_hidden: Cells left out because better ones cover them whole (label maps only).
         n_lost_px: Pixels that a cell lost to a better one (label maps only).
+        n_to_review: Cells marked for a person to look at; None where none are asked for.
     """
 
     path: Path
@@ -64,6 +65,7 @@ class Exported:
     n_empty: int = 0
     n_hidden: int = 0
     n_lost_px: int = 0
+    n_to_review: int | None = None
 
 
 def write_label_map(
@@ -166,6 +168,7 @@ def write_geojson(
     object_type: str = 'detection',
     features: CellFeatures | None = None,
     um_per_px: Um | None = None,
+    to_review: NDArray[np.intp] | None = None,
 ) -> Exported:
     """Write a GeoJSON FeatureCollection that QuPath opens by drag and drop.
 
@@ -180,6 +183,8 @@ def write_geojson(
         object_type: ``detection``, ``cell`` or ``annotation``, QuPath's kinds of objects.
         features: From ``measure(instances)``, in the order of ``instances``: become measurements.
         um_per_px: Adds measurements in micrometres.
+        to_review: Indices of cells to look at, the first first: become annotations, which QuPath
+            lets people edit, with the measurement ``review rank`` from 1; None marks nothing.
 
     Raises:
         ConfigError: ``object_type`` is another word, or a class has no name or colour.
@@ -191,7 +196,8 @@ def write_geojson(
     _check_classes(instances, class_names, class_colours)
     path, order = Path(path), np.argsort(-instances.scores, kind='stable')
     ranked, measures = instances[order], _measurements(features, order, um_per_px)
-    n_written = 0
+    rank_of = {int(i): rank for rank, i in enumerate(() if to_review is None else to_review, 1)}
+    n_written = n_to_review = 0
     with files.atomic_path(path) as temporary, temporary.open('w', encoding='utf-8') as stream:
         stream.write('{"type":"FeatureCollection","features":[')
         for k, polygons in _outlines(ranked):
@@ -203,10 +209,7 @@ def write_geojson(
                 'geometry': _geometry(polygons),
                 'properties': {
                     'objectType': object_type,
-                    'classification': {
-                        'name': class_names[class_id],
-                        'color': [int(value) for value in class_colours[class_id]],
-                    },
+                    'classification': _class_of(class_id, class_names, class_colours),
                     'measurements': {'score': _short(ranked.scores[k]), **values},
                 },
             }
@@ -214,7 +217,26 @@ def write_geojson(
             stream.write((',\n' if n_written else '\n') + text)
             n_written += 1
         stream.write('\n]}\n')
-    return Exported(path, n_written, len(ranked) - n_written)
+    n_said = None if to_review is None else n_to_review
+    return Exported(path, n_written, len(ranked) - n_written, n_to_review=n_said)
+
+
+def most_doubtful(instances: InstanceSet, n: int) -> NDArray[np.intp]:
+    """Return the indices of the ``n`` cells that a person should look at first, in this order.
+
+    Where the instances carry votes, those with the fewest come first; then, and without votes, the
+    lowest scores, which are the nearest to the threshold that let them in.
+    """
+    votes = instances.extra.get('agreement', np.zeros(len(instances)))
+    order: NDArray[np.intp] = np.lexsort((instances.scores, np.round(votes, 3)))
+    return order[:n]
+
+
+def _class_of(
+    class_id: int, class_names: Sequence[str], class_colours: Sequence[Sequence[int]]
+) -> dict[str, object]:
+    colour = [int(value) for value in class_colours[class_id]]
+    return {'name': class_names[class_id], 'color': colour}
 
 
 def _check_classes(instances: InstanceSet, *per_class: Sequence[object]) -> None:
@@ -417,7 +439,7 @@ def write_coco(path: Path | str, sets: Sequence[InstanceSet]) -> Exported:
 
 
 def describe(exported: Mapping[str, Exported]) -> str:
-    """Return what was left out, for a terminal; '' when nothing was."""
+    """Return what was left out or marked, for a terminal; '' when nothing was."""
     lines = []
     for kind, e in exported.items():
         faults = [
@@ -427,4 +449,6 @@ def describe(exported: Mapping[str, Exported]) -> str:
         ]
         text = ', '.join(f'{n} {what}' for n, what in faults if n)
         lines += [f'{kind}: {text}'] if text else []
+        if e.n_to_review is not None:
+            lines.append(f'{kind}: {e.n_to_review} of {e.n_written} cells to look at first')
     return '; '.join(lines)
