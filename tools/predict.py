@@ -42,7 +42,7 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
         '--format',
         nargs='+',
         default=['overlay'],
-        help='label-map, geojson, imagej, csv, coco, overlay; joined by commas or spaces',
+        help='label-map, geojson, review, imagej, csv, coco, overlay; joined by commas or spaces',
     )
     parser.add_argument(
         '--score-thr',

@@ -45,6 +45,7 @@ STATE_SUFFIX = '.state.json'
 ROIS_SUFFIX = '.rois.zip'
 TABLE_SUFFIX = '.cells.csv'
 COCO_SUFFIX = '.coco.json'
+REVIEW_SUFFIX = '.review.geojson'
 TISSUE_SUFFIX = '.tissue.png'
 TILES_SUFFIX = '.tiles'  # a folder: tiles of a slide that is not whole yet
 RESULT_SUFFIXES = (
@@ -54,6 +55,7 @@ RESULT_SUFFIXES = (
     ROIS_SUFFIX,
     TABLE_SUFFIX,
     COCO_SUFFIX,
+    REVIEW_SUFFIX,
     TISSUE_SUFFIX,
     PREDICTIONS_SUFFIX,
     SCORES_SUFFIX,

@@ -203,16 +203,17 @@ def write_geojson(
         for k, polygons in _outlines(ranked):
             class_id = int(ranked.class_ids[k])
             values = {key: v for key, column in measures.items() if np.isfinite(v := column[k])}
-            feature = {
-                'type': 'Feature',
-                'id': _feature_id(ranked, k),
-                'geometry': _geometry(polygons),
-                'properties': {
-                    'objectType': object_type,
-                    'classification': _class_of(class_id, class_names, class_colours),
-                    'measurements': {'score': _short(ranked.scores[k]), **values},
-                },
+            rank = rank_of.get(int(order[k]))
+            if rank is not None:
+                n_to_review += 1
+                values['review rank'] = rank
+            properties = {
+                'objectType': object_type if rank is None else 'annotation',
+                'classification': _class_of(class_id, class_names, class_colours),
+                'measurements': {'score': _short(ranked.scores[k]), **values},
             }
+            feature = {'type': 'Feature', 'id': _feature_id(ranked, k)}
+            feature |= {'geometry': _geometry(polygons), 'properties': properties}
             text = json.dumps(feature, separators=(',', ':'), ensure_ascii=False, allow_nan=False)
             stream.write((',\n' if n_written else '\n') + text)
             n_written += 1

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.core.instances import InstanceSet
@@ -19,6 +20,7 @@ from cellseg_mm.core.layout import (
     COCO_SUFFIX,
     LABELS_SUFFIX,
     OVERLAY_SUFFIX,
+    REVIEW_SUFFIX,
     ROIS_SUFFIX,
     TABLE_SUFFIX,
 )
@@ -73,7 +75,9 @@ def _write_label_map(path: Path, content: Content) -> Exported:
     return export.write_label_map(path, content.cells, um_per_px=content.um_per_px)
 
 
-def _write_geojson(path: Path, content: Content) -> Exported:
+def _write_geojson(
+    path: Path, content: Content, to_review: NDArray[np.intp] | None = None
+) -> Exported:
     look, features = content.look, content.features
     return export.write_geojson(
         path,
@@ -82,7 +86,12 @@ def _write_geojson(path: Path, content: Content) -> Exported:
         look.class_colours,
         features=features,
         um_per_px=content.um_per_px,
+        to_review=to_review,
     )
+
+
+def _write_review(path: Path, content: Content) -> Exported:
+    return _write_geojson(path, content, export.most_doubtful(content.cells, MOST_TO_REVIEW))
 
 
 def _write_imagej(path: Path, content: Content) -> Exported:
@@ -114,10 +123,12 @@ def _write_overlay(path: Path, content: Content) -> Exported:
 
 
 OVERLAY = 'overlay'
+MOST_TO_REVIEW = 50  # cells of an image: some ten minutes of a person's time
 # What a format's file is called after the image's name, and what writes it.
 FORMATS: dict[str, tuple[str, Callable[[Path, Content], Exported]]] = {
     'label-map': (LABELS_SUFFIX, _write_label_map),
     'geojson': ('.geojson', _write_geojson),
+    'review': (REVIEW_SUFFIX, _write_review),
     'imagej': (ROIS_SUFFIX, _write_imagej),
     'csv': (TABLE_SUFFIX, _write_csv),
     'coco': (COCO_SUFFIX, _write_coco),

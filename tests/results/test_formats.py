@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -15,7 +16,7 @@ import tifffile
 from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.data.image_reader import open_image
-from cellseg_mm.results import formats
+from cellseg_mm.results import export, formats
 from cellseg_mm.results.formats import FORMATS, Look, check_words, path_of, write_formats
 
 COLOURS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 9, 9))
@@ -104,3 +105,29 @@ def test_unknown_formats_are_refused() -> None:
     check_words(FORMATS)
     with pytest.raises(ConfigError, match='found pdf, qupath; expected some of label-map'):
         check_words(('csv', 'qupath', 'pdf'))
+
+
+def reviewed(folder: Path) -> list[tuple[str, object, float]]:
+    content = geojson.loads((folder / 'a.1.review.geojson').read_text())
+    properties = [feature.properties for feature in content.features]
+    return [
+        (p['objectType'], p['measurements'].get('review rank'), p['measurements']['score'])
+        for p in properties
+    ]
+
+
+def test_doubtful_cells_become_annotations_and_their_number_is_said(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(formats, 'MOST_TO_REVIEW', 2)
+    done = write(image, ('review',), make_cells())
+    out = image.parent / 'out'
+    assert reviewed(out) == [
+        ('detection', None, 0.9),
+        ('annotation', 2, 0.6),
+        ('annotation', 1, 0.4),
+    ]
+    assert export.describe(done) == 'review: 2 of 3 cells to look at first'
+    votes = replace(make_cells(), extra={'agreement': np.float32([1, 0.2, 1])})
+    write(image, ('review',), votes)  # the best score has the fewest votes
+    assert [rank for _, rank, _ in reviewed(out)] == [1, None, 2]
