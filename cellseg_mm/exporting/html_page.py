@@ -185,7 +185,7 @@ def _facts(
     size = f'{record.um_per_px:g} µm a pixel' if record.um_per_px else 'size of a pixel not said'
     yield 'pictures', f'8 bits, {order} (the switch above changes that), {size}; nothing is scaled'
     yield 'settings', _settings_text(settings, file)
-    yield 'how good', _evidence(record.evidence)
+    yield 'how good', _evidence(file, record.evidence)
     yield (
         'large pictures',
         'are cut into tiles that overlap; a cell belongs to the tile in whose inner part its '
@@ -209,10 +209,10 @@ def _settings_text(settings: InferenceSettings, file: ModelFile) -> str:
     )
 
 
-def _evidence(evidence: Mapping[str, Any]) -> str:
+def _evidence(file: ModelFile, evidence: Mapping[str, Any]) -> str:
     score = (evidence.get('headline') or {}).get('segm_AP50')
     if score is None:
-        return 'see the card' if not evidence else 'not measured'
+        return 'see the card below' if file.card.get('scores') else 'not measured'
     return f'mask AP50 {score:.3f} on fold {evidence.get("fold")}, which it was not trained on'
 
 

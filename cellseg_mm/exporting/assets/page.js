@@ -51,7 +51,7 @@
     for (const file of [...files]) {
       nSent += 1;
       const id = nSent;
-      waiting.set(id, { name: file.name });
+      waiting.set(id, { name: file.name, file });
       say();
       try {
         const buffer = await file.arrayBuffer();
@@ -170,6 +170,14 @@
       if (kind === 'drop') add(event.dataTransfer.files);
     });
   }
+  byId('swapped').addEventListener('change', () => {
+    const files = entries.map((entry) => entry.file);
+    for (const entry of entries) URL.revokeObjectURL(entry.url);
+    entries.length = chooser.length = 0;
+    shown = null;
+    byId('result').hidden = true;
+    add(files);
+  });
   byId('stop').addEventListener('click', () => {
     worker.postMessage({ type: 'stop', upTo: nSent });
   });
