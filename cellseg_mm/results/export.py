@@ -201,20 +201,16 @@ def write_geojson(
     with files.atomic_path(path) as temporary, temporary.open('w', encoding='utf-8') as stream:
         stream.write('{"type":"FeatureCollection","features":[')
         for k, polygons in _outlines(ranked):
-            class_id = int(ranked.class_ids[k])
             values = {key: v for key, column in measures.items() if np.isfinite(v := column[k])}
-            rank = rank_of.get(int(order[k]))
-            if rank is not None:
-                n_to_review += 1
-                values['review rank'] = rank
+            if rank := rank_of.get(int(order[k])):
+                values, n_to_review = {'review rank': rank, **values}, n_to_review + 1
+            class_id = int(ranked.class_ids[k])
             properties = {
-                'objectType': object_type if rank is None else 'annotation',
+                'objectType': 'annotation' if rank else object_type,
                 'classification': _class_of(class_id, class_names, class_colours),
                 'measurements': {'score': _short(ranked.scores[k]), **values},
             }
-            feature = {'type': 'Feature', 'id': _feature_id(ranked, k)}
-            feature |= {'geometry': _geometry(polygons), 'properties': properties}
-            text = json.dumps(feature, separators=(',', ':'), ensure_ascii=False, allow_nan=False)
+            text = _feature(ranked, k, polygons, properties)
             stream.write((',\n' if n_written else '\n') + text)
             n_written += 1
         stream.write('\n]}\n')
@@ -231,6 +227,18 @@ def most_doubtful(instances: InstanceSet, n: int) -> NDArray[np.intp]:
     votes = instances.extra.get('agreement', np.zeros(len(instances)))
     order: NDArray[np.intp] = np.lexsort((instances.scores, np.round(votes, 3)))
     return order[:n]
+
+
+def _feature(
+    ranked: InstanceSet, k: int, polygons: Sequence[Polygon], properties: Mapping[str, object]
+) -> str:
+    feature = {
+        'type': 'Feature',
+        'id': _feature_id(ranked, k),
+        'geometry': _geometry(polygons),
+        'properties': properties,
+    }
+    return json.dumps(feature, separators=(',', ':'), ensure_ascii=False, allow_nan=False)
 
 
 def _class_of(
