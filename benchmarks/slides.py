@@ -46,6 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('what', choices=['million', 'pyramid'])
     parser.add_argument('--side', type=int, help='px (90,000 or 60,000)')
+    parser.add_argument('--um-per-px', nargs='*', type=float, default=[0.25, 0.5, 1.0])
     parser.add_argument('--formats', nargs='*', default=['csv', 'geojson', 'overlay', 'label-map'])
     parser.add_argument('--folder', type=Path, help='for files of some GB (a temporary one)')
     args = parser.parse_args()
@@ -54,7 +55,7 @@ def main() -> None:
         if args.what == 'million':
             million(Path(name), args.side or 90_000, tuple(args.formats))
         else:
-            for um_per_px in (0.25, 0.5, 1.0):
+            for um_per_px in args.um_per_px:
                 pyramid(Path(name), args.side or 60_000, um_per_px, tuple(args.formats))
 
 

@@ -85,7 +85,7 @@ class DrawnSlide:
         # the middle of the first pixel is OpenCV's origin
         centre = (round((x - 0.5) * scale), round((y - 0.5) * scale))
         # it fills the pixels under the outline too: about half a px more
-        axes = (round((radii[1] - 0.5) * scale), round((radii[0] - 0.5) * scale))
+        axes = tuple(max(round((radius - 0.5) * scale), 0) for radius in radii[::-1])
         cv2.ellipse(picture, centre, axes, 0, 0, 360, colour, cv2.FILLED, cv2.LINE_8, SHIFT)
 
     def _tiles(self, shrink: int, tile: int) -> Iterator[np.ndarray]:
