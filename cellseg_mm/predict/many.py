@@ -184,6 +184,8 @@ def predict_with_dask(items: Sequence[Item], recipe: Recipe, where: str) -> Summ
         getattr(summary, name).sort()
     for name in ('failed', 'notes'):
         setattr(summary, name, dict(sorted(getattr(summary, name).items())))
+    # whoever puts an image together finds the tiles of this run there
+    summary.n_kept = max(summary.n_kept - summary.n_tiles, 0)
     summary.asides += summary.range_texts()
     return summary
 

@@ -61,7 +61,9 @@ class Summary:
     seconds_looking: float = 0.0
 
     def add(self, other: Summary) -> None:
-        """Take in what happened in another process."""
+        """Take in what happened in another process of the same run."""
+        self.score_thr = other.score_thr
+        self.value_range, self.range_from = other.value_range, other.range_from
         for name in ('predicted', 'rewritten', 'skipped', 'scales'):
             getattr(self, name).extend(getattr(other, name))
         for name in ('failed', 'notes', 'ranges', 'n_empty'):

@@ -75,6 +75,10 @@ def test_two_workers_write_what_one_process_writes_also_when_they_are_killed(
     assert (shared.n_cells, shared.n_shown) == (alone.n_cells, alone.n_shown)
     assert shared.notes == alone.notes
     assert shared.exit_code == 1
+    # tiles that killed workers finished are found, and nobody reported them
+    assert shared.n_tiles + shared.n_kept == alone.n_tiles
+    said, expected = (s.describe().splitlines()[0] for s in (shared, alone))
+    assert said == expected
 
 
 def failing_recipe() -> tuple[DarkCells, PredictParams]:
