@@ -24,7 +24,7 @@ from cellseg_mm.core.errors import CheckpointError, ConfigError  # noqa: E402
 from cellseg_mm.core.files import write_json  # noqa: E402
 from cellseg_mm.core.instances import InstanceSet  # noqa: E402
 from cellseg_mm.detectors.from_options import make_detector  # noqa: E402
-from cellseg_mm.exporting import onnx_file  # noqa: E402
+from cellseg_mm.exporting import onnx_file, ort_web  # noqa: E402
 from cellseg_mm.exporting.export import Exported, ExportOptions, export  # noqa: E402
 from cellseg_mm.exporting.parity import compare  # noqa: E402
 from cellseg_mm.fusion.settings import default_settings  # noqa: E402
@@ -313,3 +313,19 @@ def test_members_of_other_classes_are_no_ensemble(
     both = [read_model_file(files['one'].path), read_model_file(path)]
     with pytest.raises(CheckpointError, match='stroma'):
         light.make_detector(both, MemberOptions(), options)
+
+
+def test_a_page_is_made_of_the_checked_file(
+    tiny: TinyFolds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = dict.fromkeys((ort_web.LOADER, ort_web.WASM), b'var a=1;export{a as default};')
+    for module in ('export', 'html_page'):
+        name = f'cellseg_mm.exporting.{module}.runtime_files'
+        monkeypatch.setattr(name, lambda named: content)
+    exported = run(tiny, tmp_path / 'one.html', 1)
+    assert exported.members[0][1].n_same > 50
+    assert exported.n_bytes == (tmp_path / 'one.html').stat().st_size
+    assert 'Cells by one' in (tmp_path / 'one.html').read_text(encoding='utf-8')
+    with pytest.raises(ConfigError, match='2 members; a page carries one'):
+        run(tiny, tmp_path / 'two.html', 2)
+    assert [path.name for path in tmp_path.iterdir()] == ['one.html']

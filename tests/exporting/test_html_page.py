@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import runpy
 import stat
 import tarfile
 from dataclasses import replace
@@ -84,6 +85,24 @@ def test_what_a_page_cannot_hold_is_a_sentence(
     with pytest.raises(ConfigError, match='bicubic'):
         html_page.write_page(tmp_path / 'page.html', model)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures('small_runtime')
+def test_the_tool_takes_models_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    tool = str(Path(__file__).resolve().parents[2] / 'tools/export.py')
+    path = tmp_path / 'he4.html'
+    monkeypatch.setattr('sys.argv', [tool, 'he4', '--format', 'html', '--out', str(path)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(tool, run_name='__main__')
+    assert ended.value.code in (0, None)
+    assert 'Cells by he4' in path.read_text(encoding='utf-8')
+    assert str(path) in capsys.readouterr().out
+    monkeypatch.setattr('sys.argv', [tool, 'he4', 'he4', '--out', str(path)])
+    with pytest.raises(SystemExit):
+        runpy.run_path(tool, run_name='__main__')
+    assert '2 members; a page carries one' in capsys.readouterr().err
 
 
 def test_a_module_becomes_a_constant() -> None:
