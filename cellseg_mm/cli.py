@@ -7,6 +7,7 @@ a traceback means a fault of ours.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import sys
@@ -182,7 +183,8 @@ def run_tool(
     Words such as ``cellseg_mm::laptop/fold*.py`` become the paths of those configs first.
 
     Exit codes: 0 done; 1 ``main`` returned it, there are problems in what it was asked to look at;
-    2 a user's error, in one sentence; 130 Ctrl-C; 143 ended by SIGTERM.
+    2 a user's error, in one sentence; 130 Ctrl-C; 141 who read the output has gone, as ``head``
+    does; 143 ended by SIGTERM.
 
     Args:
         main: What the tool does.
@@ -191,6 +193,11 @@ def run_tool(
     try:
         sys.argv[1:] = [path for word in sys.argv[1:] for path in _paths_of(word)]
         code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_has_gone():
+            raise
+        sys.exit(141)
     except KeyboardInterrupt:
         print(f'interrupted; {go_on}', file=sys.stderr)
         sys.exit(130)
@@ -201,6 +208,16 @@ def run_tool(
         print(f'error: {layout.as_typed(sentence)}', file=sys.stderr)
         sys.exit(2)
     sys.exit(code or 0)
+
+
+def _reader_has_gone() -> bool:
+    """Tell whether it is the output's pipe that broke; what is left for it is then thrown away."""
+    try:
+        print(flush=True)  # what broke the pipe may have left nothing to write
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _paths_of(word: str) -> list[str]:

@@ -161,3 +161,21 @@ def test_a_missing_torch_is_a_sentence(capsys: pytest.CaptureFixture) -> None:
     assert 'error: torch: is not installed; ' in capsys.readouterr().err
     with pytest.raises(ModuleNotFoundError):  # ours to mend
         run_tool(lambda: fail(ModuleNotFoundError('x', name='cellseg_mm.nothing')))
+
+
+def test_a_reader_that_goes_away_ends_a_tool_without_a_traceback() -> None:
+    code = (
+        'from cellseg_mm.cli import run_tool\n'
+        "run_tool(lambda: [print('x' * 80) for _ in range(10_000)] and None)"
+    )
+    words = f'set -o pipefail; {sys.executable} -c "$1" | head -n 1; echo ${{PIPESTATUS[0]}}'
+    done = subprocess.run(
+        ['bash', '-c', words, 'bash', code], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.splitlines() == ['x' * 80, '141']
+    assert done.stderr == ''
+
+
+def test_another_broken_pipe_is_no_silent_end() -> None:
+    with pytest.raises(BrokenPipeError):
+        run_tool(lambda: fail(BrokenPipeError('a worker')))
