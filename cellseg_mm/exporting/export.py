@@ -263,7 +263,8 @@ def _member(
     detector = build_detector([source], device='cpu')
     where = f'{source.config_path} with {source.checkpoint}'
     check_model(detector.model, where)
-    record = replace(_record(source, detector, members, where), um_per_px=said.get('um_per_px'))
+    size = said.get('um_per_px') or trained_size(detector)
+    record = replace(_record(source, detector, members, where), um_per_px=size)
     shown = pictures[0][..., ::-1] if record.red_blue_swapped else pictures[0]
     traced = resize(np.ascontiguousarray(shown[:TRACE_PX, :TRACE_PX]), record.resize)
     content = onnx_file.to_onnx(detector.model, traced, where)
@@ -280,6 +281,12 @@ def _member(
     if options.red_blue_swapped is not None:
         record = replace(record, red_blue_swapped=options.red_blue_swapped)
     return onnx_file.with_record(content, record), record, parity, alike
+
+
+def trained_size(detector: ModelDetector) -> float | None:
+    """Return the side of a pixel that the checkpoint was trained with; None if not square."""
+    height, width = detector.provenance['members'][0].get('um_per_px') or (None, None)
+    return height if height == width else None
 
 
 def _light(content: bytes, record: ModelRecord) -> LightDetector:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,12 @@ from cellseg_mm.core.files import write_json  # noqa: E402
 from cellseg_mm.core.instances import InstanceSet  # noqa: E402
 from cellseg_mm.detectors.from_options import make_detector  # noqa: E402
 from cellseg_mm.exporting import onnx_file, ort_web  # noqa: E402
-from cellseg_mm.exporting.export import Exported, ExportOptions, export  # noqa: E402
+from cellseg_mm.exporting.export import (  # noqa: E402
+    Exported,
+    ExportOptions,
+    export,
+    trained_size,
+)
 from cellseg_mm.exporting.parity import compare  # noqa: E402
 from cellseg_mm.fusion.settings import default_settings  # noqa: E402
 from cellseg_mm.light import from_options as light  # noqa: E402
@@ -329,3 +335,11 @@ def test_a_page_is_made_of_the_checked_file(
     with pytest.raises(ConfigError, match='2 members; a page carries one'):
         run(tiny, tmp_path / 'two.html', 2)
     assert [path.name for path in tmp_path.iterdir()] == ['one.html']
+
+
+@pytest.mark.parametrize(
+    ('said', 'expected'),
+    [({}, None), ({'um_per_px': [0.5, 0.5]}, 0.5), ({'um_per_px': [1, 2]}, None)],
+)
+def test_size_of_a_pixel_comes_from_the_training_where_the_card_is_silent(said, expected) -> None:
+    assert trained_size(SimpleNamespace(provenance={'members': [said]})) == expected
