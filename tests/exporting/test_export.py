@@ -341,5 +341,5 @@ def test_a_page_is_made_of_the_checked_file(
     ('said', 'expected'),
     [({}, None), ({'um_per_px': [0.5, 0.5]}, 0.5), ({'um_per_px': [1, 2]}, None)],
 )
-def test_size_of_a_pixel_comes_from_the_training_where_the_card_is_silent(said, expected) -> None:
+def test_size_of_a_pixel_is_the_trainings_where_the_card_is_silent(said, expected) -> None:
     assert trained_size(SimpleNamespace(provenance={'members': [said]})) == expected
