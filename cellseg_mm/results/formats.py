@@ -6,6 +6,7 @@ write the same bytes for the same cells, and every format holds every cell that 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -91,7 +92,8 @@ def _write_geojson(
 
 
 def _write_review(path: Path, content: Content) -> Exported:
-    return _write_geojson(path, content, export.most_doubtful(content.cells, MOST_TO_REVIEW))
+    n = min(MOST_TO_REVIEW, math.ceil(len(content.cells) * SHARE_TO_REVIEW))
+    return _write_geojson(path, content, export.most_doubtful(content.cells, n))
 
 
 def _write_imagej(path: Path, content: Content) -> Exported:
@@ -123,7 +125,8 @@ def _write_overlay(path: Path, content: Content) -> Exported:
 
 
 OVERLAY = 'overlay'
-MOST_TO_REVIEW = 50  # cells of an image: some ten minutes of a person's time
+MOST_TO_REVIEW = 50  # cells of an image, and no more of all of them than
+SHARE_TO_REVIEW = 0.25
 # What a format's file is called after the image's name, and what writes it.
 FORMATS: dict[str, tuple[str, Callable[[Path, Content], Exported]]] = {
     'label-map': (LABELS_SUFFIX, _write_label_map),

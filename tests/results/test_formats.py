@@ -119,6 +119,9 @@ def reviewed(folder: Path) -> list[tuple[str, object, float]]:
 def test_doubtful_cells_become_annotations_and_their_number_is_said(
     image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    done = write(image, ('review',), make_cells())
+    assert export.describe(done) == 'review: 1 of 3 cells to look at first'  # a quarter, rounded up
+    monkeypatch.setattr(formats, 'SHARE_TO_REVIEW', 1.0)
     monkeypatch.setattr(formats, 'MOST_TO_REVIEW', 2)
     done = write(image, ('review',), make_cells())
     out = image.parent / 'out'
