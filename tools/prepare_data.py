@@ -48,6 +48,11 @@ def parse_args() -> argparse.Namespace:
     add('--seed', type=int, default=ORIGINAL_SEED)
     add('--method', choices=get_args(Method), default='grouped')
     add('--new-folds', action='store_true', help='replace a folds file that differs')
+    add(
+        '--extend-folds',
+        action='store_true',
+        help='add new cases to the folds that are there; no old case changes its fold',
+    )
     add('--workers', type=int, default=0, help='processes (default: one per core, at most 8)')
     add('--max-pixels', type=int, default=DEFAULT_MAX_PIXELS, help='largest image accepted, in px')
     add(
@@ -90,6 +95,7 @@ def main() -> int:
         seed=args.seed,
         method=args.method,
         new_folds=args.new_folds,
+        extend_folds=args.extend_folds,
         n_workers=args.workers,
         max_pixels=args.max_pixels,
         use_index=not args.no_index,
@@ -101,7 +107,9 @@ def main() -> int:
     if report.errors:
         print(f'error: {len(report.errors)} problem(s), see above', file=sys.stderr)
         return 1
-    kept = ' (kept as it was)' if report.is_folds_kept else ''
+    added = len(report.folds.added)
+    kept = f' ({added} cases were added, the others kept their folds)' if added else ''
+    kept = kept or (' (kept as it was)' if report.is_folds_kept else '')
     print(f'folds {report.folds.hash} in {report.folds_path}{kept}')
     print(f'next: {next_command(report, os.environ)}')
     return 0

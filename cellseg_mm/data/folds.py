@@ -2,7 +2,8 @@
 
 In: case names, instances per class, and each case's group (patient or slide). Out: :class:`Folds`
 and ``folds.json``, one line per case, made to be read and edited by hand.
-Invariant: every case is in exactly one fold, no fold is empty, and no group is split.
+Invariant: every case is in exactly one fold, no fold is empty, and no group is split; folds that
+were extended prove by their cases which folds they extend.
 """
 
 from __future__ import annotations
@@ -48,10 +49,11 @@ class Folds:
             ``exclude.txt``; they replace it. None where that one holds.
         rule: Where ``groups`` come from, see ``preparing.groups.GroupRule.record``; None where
             nobody wrote it down.
+        added: Which extension brought a case, from 1; cases that were there first are not named.
 
     Raises:
         FoldError: A case is in two folds, a fold is empty, there are fewer than two folds, a
-            group is split, or ``groups`` names an unknown case.
+            group is split, or ``groups`` or ``added`` names an unknown case.
     """
 
     names_by_fold: tuple[tuple[str, ...], ...]
@@ -60,6 +62,7 @@ class Folds:
     seed: int = ORIGINAL_SEED
     excluded: tuple[str, ...] | None = None
     rule: Rule | None = None
+    added: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         names_by_fold = tuple(tuple(sorted(names)) for names in self.names_by_fold)
@@ -83,7 +86,7 @@ class Folds:
                         f'every case belongs to exactly one fold; remove one of the two entries'
                     )
                 fold_of[name] = fold
-        unknown = sorted(set(self.groups) - set(fold_of))
+        unknown = sorted({*self.groups, *self.added} - set(fold_of))
         if unknown:
             raise FoldError(f'folds: {_quoted(unknown)} have a group but are in no fold')
 
@@ -115,6 +118,21 @@ class Folds:
     def hash(self) -> str:
         """16 hex digits that depend on which case is in which fold and on nothing else."""
         return text_hash(json.dumps(self.names_by_fold))
+
+    @property
+    def lineage(self) -> tuple[str, ...]:
+        """Hashes of the folds that these extend, oldest first.
+
+        They are computed from the cases: where one was moved since, its folds' hash is not here.
+        A model of such folds has seen exactly what it saw then, and no case that came later.
+        """
+        found = []
+        for step in range(max(self.added.values(), default=0)):
+            parts = [
+                [n for n in part if self.added.get(n, 0) <= step] for part in self.names_by_fold
+            ]
+            found.append(text_hash(json.dumps(parts)))
+        return tuple(found)
 
     def val_names(self, fold: int) -> tuple[str, ...]:
         """Return the cases that ``fold`` holds out, sorted.
@@ -284,9 +302,14 @@ def save_folds(path: Path | str, folds: Folds) -> None:
         head['excluded'] = list(folds.excluded)
     if folds.rule is not None:
         head['rule'] = dict(folds.rule)
+    if folds.added:
+        head['extends'] = list(folds.lineage)
     lines = [f' {json.dumps(key)}: {json.dumps(value)},' for key, value in head.items()]
     rows = [
-        json.dumps({'fold': fold, 'case': name, 'group': folds.groups.get(name)})
+        json.dumps(
+            {'fold': fold, 'case': name, 'group': folds.groups.get(name)}
+            | ({'added': folds.added[name]} if name in folds.added else {})
+        )
         for fold, names in enumerate(folds.names_by_fold)
         for name in names
     ]
@@ -317,7 +340,7 @@ def load_folds(path: Path | str, names: Collection[str] | None = None) -> Folds:
     method = content.get('method')
     if method not in get_args(Method):
         raise FoldError(f'{path}: method is {method!r}, expected one of {get_args(Method)}')
-    parts, groups = _read_cases(path, content, n_folds)
+    parts, groups, added = _read_cases(path, content, n_folds)
     try:
         folds = Folds(
             parts,
@@ -326,6 +349,7 @@ def load_folds(path: Path | str, names: Collection[str] | None = None) -> Folds:
             seed,
             _read_excluded(path, content),
             _read_rule(path, content),
+            added,
         )
     except FoldError as error:
         raise FoldError(f'{path}: {error}') from None
@@ -393,7 +417,7 @@ def _whole_number(path: Path, content: Mapping[str, object], key: str, *, least:
 
 def _read_cases(
     path: Path, content: Mapping[str, object], n_folds: int
-) -> tuple[tuple[tuple[str, ...], ...], dict[str, str]]:
+) -> tuple[tuple[tuple[str, ...], ...], dict[str, str], dict[str, int]]:
     rows = content.get('cases')
     if not isinstance(rows, list) or not rows:
         raise FoldError(f'{path}: cases is missing or empty, expected a list with one row per case')
@@ -404,6 +428,7 @@ def _read_cases(
         )
     parts: list[list[str]] = [[] for _ in range(n_folds)]
     groups: dict[str, str] = {}
+    added: dict[str, int] = {}
     for number, row in enumerate(rows, start=1):
         where = f'{path}: row {number} of cases'
         if not isinstance(row, dict) or not isinstance(row.get('case'), str) or not row['case']:
@@ -418,7 +443,9 @@ def _read_cases(
         parts[fold].append(row['case'])
         if group:
             groups[row['case']] = group
-    return tuple(tuple(part) for part in parts), groups
+        if 'added' in row:
+            added[row['case']] = _whole_number(path, row, 'added', least=1)
+    return tuple(tuple(part) for part in parts), groups, added
 
 
 def _check_names(path: Path, folds: Folds, names: Collection[str]) -> None:

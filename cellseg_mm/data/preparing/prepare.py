@@ -32,7 +32,8 @@ from cellseg_mm.data.folds import Folds
 from cellseg_mm.data.intensity import recorded_range, save_range
 from cellseg_mm.data.preparing import value_range
 from cellseg_mm.data.preparing.case_checks import CaseFacts, Finding, check_case
-from cellseg_mm.data.preparing.groups import SPLIT_ALIKE, GroupRule, alike_pairs, find_groups
+from cellseg_mm.data.preparing.extension import extend_folds
+from cellseg_mm.data.preparing.groups import SPLIT_ALIKE, alike_pairs, find_groups
 from cellseg_mm.data.preparing.index import Index
 from cellseg_mm.data.preparing.records import PrepareParams, PrepareReport
 from cellseg_mm.data.preparing.text import full_text
@@ -289,8 +290,8 @@ def _with_folds(
     if params.exclude_file is not None:  # nothing but the folds file would know of it later
         listed = read_exclude(report.data_root, params.exclude_file)
         made = replace(made, excluded=tuple(sorted(listed)))
-    kept = _existing_folds(report.folds_path, made, params, rule)
-    if kept is not None and kept.hash != made.hash:
+    kept = _existing_folds(report, made, params)
+    if kept is not None and kept.hash != made.hash and not kept.added:
         text = f'{report.folds_path}: was changed by hand and fits the data; it is kept.'
         warnings.append(Finding('folds changed by hand', 1, text))
     return replace(
@@ -309,17 +310,22 @@ def _way_out(report: PrepareReport, alike: Sequence[tuple[int, int]]) -> str:
     return ''.join(f'; {text}' for text in told)
 
 
-def _existing_folds(
-    path: Path, made: Folds, params: PrepareParams, rule: GroupRule
-) -> Folds | None:
-    """Return an existing file's folds to keep; None where there is none or it may be replaced."""
+def _existing_folds(report: PrepareReport, made: Folds, params: PrepareParams) -> Folds | None:
+    """Return an existing file's folds, extended if asked for; None where it may be replaced."""
+    path, rule = report.folds_path, report.rule
     if params.new_folds or not os.path.lexists(path):
         return None
     way_out = 'pass --new-folds to replace it, or keep it and give its settings'
     try:
-        old = fold_files.load_folds(path, made.names)
+        old = fold_files.load_folds(path, None if params.extend_folds else made.names)
     except FoldError as problem:
+        way_out += '; new cases are added by --extend-folds'
         raise FoldError(f'{problem} ({way_out})') from problem
+    if params.extend_folds and old.names != made.names:
+        try:
+            old = extend_folds(old, report.train, report.groups)
+        except FoldError as problem:
+            raise FoldError(f'{path}: cannot be extended: {problem}') from problem
     for what in ('n_folds', 'method', 'seed', 'groups'):
         before, now = getattr(old, what), getattr(made, what)
         if before != now:

@@ -33,6 +33,7 @@ class PrepareParams:
         seed: Seed of the folds.
         method: See ``folds.make_folds``.
         new_folds: Whether an existing folds file that differs may be replaced.
+        extend_folds: Whether cases that an existing folds file does not know are added to it.
         n_workers: Processes; 0 means one per core, at most 8.
         max_pixels: Most pixels of an image that are accepted.
         value_range: ``keep`` what is recorded, ``auto`` for a new look at all images, or
@@ -51,6 +52,7 @@ class PrepareParams:
     seed: int = ORIGINAL_SEED
     method: Method = 'grouped'
     new_folds: bool = False
+    extend_folds: bool = False
     n_workers: int = 0
     max_pixels: int = DEFAULT_MAX_PIXELS
     value_range: str = KEEP
@@ -62,6 +64,8 @@ class PrepareParams:
         if self.value_range not in (KEEP, AUTO):
             ValueRange.from_text(self.value_range)
         stated(self.um_per_px, 'prepare')
+        if self.new_folds and self.extend_folds:
+            raise ConfigError('--new-folds and --extend-folds: expected one of the two.')
         if not self.class_names or len(set(self.class_names)) < len(self.class_names):
             raise ConfigError(f'classes: {self.class_names}; expected at least one, all different.')
         for key, low in (('n_workers', 0), ('max_pixels', 1)):
