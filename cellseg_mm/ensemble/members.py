@@ -166,7 +166,7 @@ def clean_members(
             ``leave_out_seen`` is off; or nobody is clean on an image.
     """
     for member in members:
-        if member.fold_hash != folds.hash:
+        if member.fold_hash not in (folds.hash, *folds.lineage):
             raise FoldError(
                 f'{member.source}: trained with folds {member.fold_hash or "unknown"}, '
                 f'{folds_path} has {folds.hash}; nobody knows which of these images it saw; '

@@ -228,7 +228,7 @@ def _checked_fold(
             f'{folds.hash}; the member may have trained on these images; restore the folds file '
             'or train again'
         )
-    _check_trained(path, provenance.get('trained'), fold, folds.hash)
+    _check_trained(path, provenance.get('trained'), fold, folds)
     has, wanted = {s.name for s in predictions.sets}, set(folds.val_names(fold))
     if has != wanted:
         raise FoldError(
@@ -238,16 +238,16 @@ def _checked_fold(
     return fold
 
 
-def _check_trained(path: Path, trained: object, fold: int, fold_hash: str) -> None:
+def _check_trained(path: Path, trained: object, fold: int, folds: Folds) -> None:
     """Refuse a file whose checkpoint is not known to have held the fold out."""
     if not isinstance(trained, dict):  # made elsewhere: the file's own word has to do
         return
     clean = (trained.get('fold'), *(trained.get('excluded_folds') or ()))
-    if trained.get('fold_hash') != fold_hash or fold not in clean:
+    if trained.get('fold_hash') not in (folds.hash, *folds.lineage) or fold not in clean:
         raise FoldError(
             f'{path}: its checkpoint was trained for fold {trained.get("fold")} of folds '
             f'{trained.get("fold_hash") or "unknown"}, the images are those of fold {fold} of '
-            f'folds {fold_hash}; it may have seen them; test the checkpoint of fold {fold}'
+            f'folds {folds.hash}; it may have seen them; test the checkpoint of fold {fold}'
         )
 
 

@@ -82,6 +82,7 @@ class CellDataset(BaseDetDataset):
         self.exclude_folds = tuple(sorted(set(exclude_folds)))
         self.folds_file = layout.folds_file(data_root, folds_file)
         self.fold_hash = ''
+        self.fold_lineage: tuple[str, ...] = ()  # hashes of the folds that these extend
         self.data_hash = ''
         self.value_range: ValueRange | None = None
         worker_watch.prepare()
@@ -132,7 +133,7 @@ class CellDataset(BaseDetDataset):
                     f'{self.folds_file}: has folds 0 to {folds.n_folds - 1}, the config asks for '
                     f'fold {fold}; make more folds or choose one of these'
                 )
-        self.fold_hash = folds.hash
+        self.fold_hash, self.fold_lineage = folds.hash, folds.lineage
         wanted = set(folds.val_names(self.fold))
         if self.split == 'train':
             left_out = {self.fold, *self.exclude_folds}

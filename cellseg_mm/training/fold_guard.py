@@ -215,7 +215,9 @@ def refuse_other_folds(trained: dict, dataset: CellDataset) -> None:
             'checkpoint: was trained on all images of its data (--all-folds), so that none is left '
             'to score it on; score the folds of its recipe, and use it for new images'
         )
-    if trained['fold_hash'] != dataset.fold_hash:
+    # A model of folds that were extended since has seen no more than then; see Folds.lineage.
+    earlier = () if dataset.split == 'train' else dataset.fold_lineage
+    if trained['fold_hash'] not in (dataset.fold_hash, *earlier):
         raise FoldError(
             f'checkpoint: trained with folds {trained["fold_hash"]}, {dataset.folds_file} now has '
             f'folds {dataset.fold_hash}; its validation images may have been trained on; restore '
@@ -238,13 +240,15 @@ def refuse_seen_start(trained: dict, dataset: CellDataset) -> None:
     """Raise FoldError if weights to begin with have seen images that this training holds out.
 
     Their scores would not be out of fold, and no later checkpoint would tell. Weights of other data
-    are welcome.
+    are welcome; those of folds that were extended since are of these data.
     """
     held_out = {dataset.fold, *dataset.exclude_folds}
     clean: set = set()
-    if trained.get('fold_hash') == dataset.fold_hash:
+    # corrections change the data's hash, not what a model of all its images has seen
+    saw_all = trained.get('split') == 'all' and trained.get('data_root') == str(dataset.data_root)
+    if trained.get('fold_hash') in (dataset.fold_hash, *dataset.fold_lineage):
         clean = {trained.get('fold'), *(trained.get('excluded_folds') or ())}
-    elif trained.get('data_hash') != dataset.data_hash:
+    elif trained.get('data_hash') != dataset.data_hash and not saw_all:
         return
     if seen := sorted(held_out - clean):
         raise FoldError(

@@ -59,6 +59,18 @@ def test_members_of_other_folds_are_never_clean(fold_hash: str) -> None:
         clean_members([stranger], ('a',), FOLDS, leave_out_seen=True, folds_path='x.json')
 
 
+def test_members_of_folds_that_were_extended_are_clean_where_they_were_and_on_new_cases() -> None:
+    longer = Folds((('a', 'b', 'n'), ('c',), ('d', 'e')), added={'n': 1})
+    members = [member(0), member(1)]
+    found = clean_members(members, ('a', 'n', 'c'), longer, leave_out_seen=True)
+    assert found == {'a': (0,), 'n': (0,), 'c': (1,)}
+    with pytest.raises(FoldError, match='has trained on image n'):
+        clean_members(members, ('n',), longer, leave_out_seen=False)
+    moved = Folds((('a', 'n'), ('b', 'c'), ('d', 'e')), added={'n': 1})
+    with pytest.raises(FoldError, match='nobody knows which of these images it saw'):
+        clean_members(members, ('a',), moved, leave_out_seen=True)
+
+
 def test_an_image_outside_the_folds_is_named() -> None:
     with pytest.raises(FoldError, match='image zz: is in no fold of the folds file'):
         clean_members([member(0)], ('a', 'zz'), FOLDS, leave_out_seen=True)

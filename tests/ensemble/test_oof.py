@@ -103,6 +103,23 @@ def test_the_checkpoint_must_have_held_the_images_out(
             pool(world, [path])
 
 
+def test_checkpoints_of_folds_that_were_extended_count_by_their_own_fold(
+    world: World, tmp_path: Path
+) -> None:
+    last = world.folds.names[-1]  # as if it had been added
+    longer = replace(world.folds, added={last: 1})
+    fold = next(k for k in range(3) if last not in longer.val_names(k))
+    earlier = {'fold_hash': longer.lineage[0], 'excluded_folds': []}
+    path = tmp_path / 'x.npz'
+    write(world, path, fold=fold, trained={**earlier, 'fold': fold})
+    assert oof.pool_predictions([path], longer, world.data_root).folds == (fold,)
+    with pytest.raises(FoldError, match='may have seen them'):  # as other folds they are unknown
+        pool(world, [path])
+    write(world, path, fold=fold, trained={**earlier, 'fold': (fold + 1) % 3})
+    with pytest.raises(FoldError, match='may have seen them'):
+        oof.pool_predictions([path], longer, world.data_root)
+
+
 def test_unknown_checkpoints_doubles_and_foreign_folds_are_refused(
     world: World, tmp_path: Path
 ) -> None:

@@ -38,6 +38,8 @@ class Part:
     split: str = 'val'
     exclude_folds: tuple[int, ...] = ()
     fold_hash: str = 'ours'
+    fold_lineage: tuple[str, ...] = ('first', 'second')
+    data_root: str = 'data'
     data_hash: str = 'cells'
     folds_file: str = 'folds.json'
 
@@ -94,6 +96,30 @@ def test_weights_of_other_data_are_welcome_and_of_other_folds_are_not() -> None:
     refuse_seen_start(trained(0, folds='theirs', data='cats'), Part(1, 'train'))
     with pytest.raises(FoldError, match='of folds theirs and has seen images of fold 1'):
         refuse_seen_start(trained(1, folds='theirs'), Part(1, 'train'))
+
+
+@pytest.mark.parametrize(('model_fold', 'fold'), list(product(FOLDS, FOLDS)))
+def test_models_of_folds_that_were_extended_count_by_what_they_held_out(
+    model_fold: int, fold: int
+) -> None:
+    for start in (trained(model_fold, folds=f, data='fewer') for f in ('first', 'second')):
+        if model_fold == fold:
+            refuse_seen_start(start, Part(fold, 'train'))
+            refuse_other_folds(start, Part(fold))
+        else:
+            with pytest.raises(FoldError, match=f'has seen images of fold {fold} of folds.json'):
+                refuse_seen_start(start, Part(fold, 'train'))
+            with pytest.raises(FoldError, match='has seen images that this config holds out'):
+                refuse_other_folds(start, Part(fold))
+        with pytest.raises(FoldError, match='trained with folds'):  # others were trained on
+            refuse_other_folds(start, Part(fold, 'train'))
+
+
+def test_a_model_of_all_images_is_no_start_after_their_correction_either() -> None:
+    everything = {'split': 'all', 'fold': None, 'fold_hash': '', 'data_hash': 'uncorrected'}
+    refuse_seen_start({**everything, 'data_root': 'elsewhere'}, Part(1, 'train'))
+    with pytest.raises(FoldError, match='has seen images of fold 1'):
+        refuse_seen_start({**everything, 'data_root': 'data'}, Part(1, 'train'))
 
 
 class Head(nn.Module):
