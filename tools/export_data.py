@@ -38,7 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Write the data set and say what is in it."""
     args = parse_args(argv)
-    from cellseg_mm.data.importing.import_data import imported_classes
+    from cellseg_mm.data.importing.folder_notes import imported_classes
     from cellseg_mm.results.data_sets import DataSetParams, write_data_set
 
     names = tuple(args.classes or imported_classes(args.data_root) or CLASS_NAMES)

@@ -85,6 +85,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add('--swap-red-blue', action='store_true', help='store BGR, as the course collection does')
     add('--replace', action='store_true', help='write cases again that are already there')
+    add(
+        '--add',
+        action='store_true',
+        help='correct cases of a data folder, or add new ones: pictures stay, old cells are kept '
+        'in its folder "replaced", origins are noted in origins.json',
+    )
     add('--max-pixels', type=int, default=DEFAULT_MAX_PIXELS, help='largest image accepted, in px')
     args = parser.parse_args(argv)
     for source in dict(args.map):
@@ -109,6 +115,7 @@ def main(argv: list[str] | None = None) -> int:
         strict=args.strict,
         swap_red_blue=args.swap_red_blue,
         replace=args.replace,
+        add=args.add,
         max_pixels=args.max_pixels,
     )
     report = import_data(args.source_format, args.source, args.out_dir, params)

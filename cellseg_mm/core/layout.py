@@ -28,6 +28,8 @@ INDEX = 'index.json'
 VALUE_RANGE = 'range.json'
 PIXEL_SIZE = 'pixel_size.json'
 DATA_REPORT = 'data_report.txt'
+ORIGINS = 'origins.json'
+REPLACED = 'replaced'  # a folder: cases as they were before a correction
 ID_MAP = 'test_image_name_to_ids.json'
 
 # In a work folder, or in the ensemble's.

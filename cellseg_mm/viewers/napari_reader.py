@@ -20,7 +20,7 @@ from cellseg_mm.core.layout import LABELS_SUFFIX
 from cellseg_mm.data.config import default_colours
 from cellseg_mm.data.image_reader import SUFFIXES, open_image
 from cellseg_mm.data.importing.classes import classes_found
-from cellseg_mm.data.importing.import_data import CLASSES_FILE
+from cellseg_mm.data.importing.folder_notes import CLASSES_FILE
 from cellseg_mm.data.importing.pairs import read_json
 from cellseg_mm.data.importing.shapes import Part, Shape, cells_of_shapes, ring_of
 from cellseg_mm.data.importing.sources import ImportParams, Tally

@@ -32,7 +32,7 @@ def find_cellpose(source: Path, params: ImportParams) -> tuple[list[Job], Classe
     jobs = []
     for pair in pairs:
         read = partial(_read_pair, pair, number, params)
-        jobs.append(Job(pair.name, pair.table, '', read, pair.folder))
+        jobs.append(pair.job(read))
     return jobs, classes, notes
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from cellseg_mm.core.errors import LabelMapError
+from cellseg_mm.core.layout import REVIEW_SUFFIX
 from cellseg_mm.data.importing.classes import UNNAMED, Classes, classes_found, clean
 from cellseg_mm.data.importing.pairs import Pair, find_pairs, read_json
 from cellseg_mm.data.importing.parts import tell_apart
@@ -44,7 +45,7 @@ class _Object:
 
 def find_geojson(source: Path, params: ImportParams) -> tuple[list[Job], Classes, list[str]]:
     """Find images with QuPath objects; see ``import_data``."""
-    pairs, notes = find_pairs(source, ('.geojson',), params)
+    pairs, notes = find_pairs(source, (REVIEW_SUFFIX, '.geojson'), params)
     if not pairs:
         pairs, notes = find_pairs(source, ('.geo.json', '.json'), params)
     names = dict.fromkeys(name for pair in pairs for name in _names_in(pair.table))
@@ -53,7 +54,7 @@ def find_geojson(source: Path, params: ImportParams) -> tuple[list[Job], Classes
     jobs = []
     for pair in pairs:
         read = partial(_read_pair, pair, classes, params)
-        jobs.append(Job(pair.name, pair.table, '', read, pair.folder))
+        jobs.append(pair.job(read))
     return jobs, classes, notes
 
 

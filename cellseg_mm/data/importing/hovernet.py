@@ -53,7 +53,7 @@ def find_hovernet(source: Path, params: ImportParams) -> tuple[list[Job], Classe
     classes = classes_found(params, names)
     for pair in pairs:
         read = partial(_read_pair, pair, tables[pair.table.parent], classes, params)
-        jobs.append(Job(pair.name, pair.table, '', read, pair.folder))
+        jobs.append(pair.job(read))
     return jobs, classes, notes
 
 

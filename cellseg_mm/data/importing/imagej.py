@@ -58,7 +58,7 @@ def find_imagej(source: Path, params: ImportParams) -> tuple[list[Job], Classes,
     jobs = []
     for pair in pairs:
         read = partial(_read_pair, pair, written, classes, params)
-        jobs.append(Job(pair.name, pair.table, '', read, pair.folder))
+        jobs.append(pair.job(read))
     return jobs, classes, notes
 
 

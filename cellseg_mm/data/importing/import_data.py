@@ -12,9 +12,6 @@ would otherwise swallow it. Cells of different classes keep all their pixels.
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import shutil
 import tempfile
 from collections import Counter
@@ -26,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_mm.core.errors import CellSegError
-from cellseg_mm.core.files import write_json, write_text
+from cellseg_mm.core.files import write_json
+from cellseg_mm.core.layout import REPLACED
 from cellseg_mm.core.progress import track
 from cellseg_mm.data.case_writer import Pixels, write_case
 from cellseg_mm.data.importing.cellpose import find_cellpose
@@ -34,6 +32,13 @@ from cellseg_mm.data.importing.class_maps import find_colour_masks
 from cellseg_mm.data.importing.classes import Classes
 from cellseg_mm.data.importing.coco import find_coco
 from cellseg_mm.data.importing.cvat import find_cvat
+from cellseg_mm.data.importing.folder_notes import (
+    CLASSES_FILE,
+    columns_of,
+    read_manifest,
+    require_same_classes,
+    write_manifest,
+)
 from cellseg_mm.data.importing.geojson import find_geojson
 from cellseg_mm.data.importing.hovernet import find_hovernet
 from cellseg_mm.data.importing.imagej import find_imagej
@@ -45,6 +50,7 @@ from cellseg_mm.data.importing.mat_files import find_mat_files
 from cellseg_mm.data.importing.monusac import find_monusac
 from cellseg_mm.data.importing.nnunet import find_nnunet
 from cellseg_mm.data.importing.pannuke import find_pannuke
+from cellseg_mm.data.importing.pictures import read_picture
 from cellseg_mm.data.importing.run_lengths import find_run_lengths
 from cellseg_mm.data.importing.sources import (
     Annotated,
@@ -52,11 +58,14 @@ from cellseg_mm.data.importing.sources import (
     Format,
     ImportParams,
     Job,
+    Tally,
     composed,
     first_of,
 )
 from cellseg_mm.data.importing.yolo import find_yolo
 from cellseg_mm.data.names import safe_name
+from cellseg_mm.data.origins import note_origin, origin_of
+from cellseg_mm.data.pixel_size import Um, of_case
 
 MAX_NAME_LENGTH = 150
 WITH_IMAGE_DIR = (
@@ -65,7 +74,6 @@ WITH_IMAGE_DIR = (
 )
 # whose masks may hold many cells each
 WITH_MASKS = ('coco', 'label-map', 'mask-folders', 'geojson', 'cellpose', 'run-lengths')
-CLASSES_FILE = 'import.json'  # what class 1, 2, ... of a folder mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,11 +138,15 @@ def import_data(
             f'{source}: nothing to import as {source_format}; expected images with their cells; '
             f'check the path and the format'
         )
-    run = _Run(out_dir, classes, params, notes)
+    run = _Run(out_dir, source_format, classes, params, notes)
     manifest_path = out_dir / 'manifest.csv'
-    _require_same_classes(out_dir, classes.names)
-    columns = _columns(len(classes.names))
-    table = _read_manifest(manifest_path, columns)
+    require_same_classes(out_dir, classes.names, params)
+    columns, table = read_manifest(
+        manifest_path, columns_of(len(classes.names)), is_others=params.add
+    )
+    has_table = manifest_path.exists() or not (params.add and run.train_dir.exists())
+    if not has_table:
+        run.notes.append(f'{manifest_path}: not there; patients of new cases are not noted')
     names = _case_names(jobs, run.notes)
     try:
         for job, name in track(
@@ -142,9 +154,12 @@ def import_data(
         ):
             run.try_case(job, name)
     finally:  # cases that are there must be in the table, even after an interruption
+        for row in run.rows:  # what other tools noted of a case stays
+            known = {key: value for key, value in row.items() if value or not params.add}
+            table[row['uuid']] = {**table.get(row['uuid'], {}), **known}
+        if run.rows and has_table:
+            write_manifest(manifest_path, columns, table)
         if run.rows:
-            table |= {row['uuid']: row for row in run.rows}
-            _write_manifest(manifest_path, columns, table)
             write_json(out_dir / CLASSES_FILE, {'classes': list(classes.names)})
     return ImportReport(
         classes.names,
@@ -154,35 +169,6 @@ def import_data(
         tuple(run.problems),
         manifest_path,
     )
-
-
-def imported_classes(data_dir: Path | str) -> tuple[str, ...]:
-    """Return the classes of earlier imports into a data folder; () if there were none.
-
-    Raises:
-        CellSegError: Their file is damaged.
-    """
-    path = Path(data_dir) / CLASSES_FILE
-    if not path.exists():
-        return ()
-    try:
-        return tuple(map(str, json.loads(path.read_bytes())['classes']))
-    except (OSError, ValueError, KeyError, TypeError) as problem:
-        raise CellSegError(
-            f'{path}: cannot be read ({problem}); expected the classes of earlier imports; remove '
-            f'it if you know them'
-        ) from problem
-
-
-def _require_same_classes(out_dir: Path, names: Sequence[str]) -> None:
-    """Refuse to add other classes to a folder in which their numbers mean something else."""
-    before = imported_classes(out_dir)
-    if before and before != tuple(names):
-        raise CellSegError(
-            f'{out_dir / CLASSES_FILE}: the folder has the classes {", ".join(before)}, this '
-            f'import {", ".join(names)}; expected the same in the same order; give them with '
-            f'--classes, or choose another folder'
-        )
 
 
 def _refuse_useless_options(source_format: Format, params: ImportParams) -> None:
@@ -228,8 +214,14 @@ class _Run:
     """One import: the cases written so far, and what is to be reported."""
 
     def __init__(
-        self, out_dir: Path, classes: Classes, params: ImportParams, notes: Sequence[str]
+        self,
+        out_dir: Path,
+        source_format: str,
+        classes: Classes,
+        params: ImportParams,
+        notes: Sequence[str],
     ) -> None:
+        self.out_dir, self.source_format = out_dir, source_format
         self.train_dir = out_dir / 'train'
         self.classes, self.params = classes, params
         self.rows: list[dict[str, str]] = []
@@ -282,10 +274,10 @@ class _Run:
 
     def _import_case(self, job: Job, name: str) -> dict[str, str]:
         case_dir = self.train_dir / name
-        if case_dir.exists() and not self.params.replace:
+        if case_dir.exists() and not (self.params.replace or self.params.add):
             raise CellSegError(
-                f'{case_dir}: is already there; expected a new case; choose another folder, or '
-                f'write it again with --replace'
+                f'{case_dir}: is already there; expected a new case; choose another folder, '
+                f'correct it with --add, or write it again with --replace'
             )
         annotated = job.read()
         _require_some_cell(job, annotated)
@@ -295,7 +287,10 @@ class _Run:
         if self.params.strict:
             _require_all(job, annotated, sum(counts.values()))
         image = annotated.image[..., ::-1] if self.params.swap_red_blue else annotated.image
-        _write_whole(case_dir, image, label_maps)
+        if self.params.add:
+            self._correct(job, name, image, label_maps)
+        else:
+            _write_whole(case_dir, image, label_maps, um_per_px=_pixel_size(job))
         self.left_out += annotated.tally.counts()
         self.notes += [f'{job.source}: {note}' for note in annotated.tally.notes()]
         for remark in annotated.tally.remarks:
@@ -305,6 +300,39 @@ class _Run:
         row |= {f'c{k}': counts[k] for k in range(1, len(self.classes.names) + 1)}
         row |= {'patient': job.patient, 'source': job.source.name, 'lost_px': sum(lost_px.values())}
         return {key: str(value) for key, value in row.items()}
+
+    def _correct(
+        self, job: Job, name: str, image: Pixels, label_maps: Mapping[int, NDArray[np.int32]]
+    ) -> None:
+        """Write a case that may be there, and note where it came from."""
+        case_dir, kept = self.train_dir / name, None
+        picture: Pixels | Path = image
+        if case_dir.exists():
+            picture = _own_picture(job, case_dir / 'image.tif', image, self.params)
+            folder = self.out_dir / REPLACED / name
+            folder.mkdir(parents=True, exist_ok=True)
+            kept = folder / str(1 + sum(1 for _ in folder.iterdir()))
+        where = None if kept is None else kept.relative_to(self.out_dir).as_posix()
+        note_origin(self.out_dir, name, origin_of(job.source, self.source_format, name, where))
+        _write_whole(case_dir, picture, label_maps, um_per_px=_pixel_size(job), kept=kept)
+
+
+def _pixel_size(job: Job) -> Um | None:
+    return None if job.image_path is None else of_case(job.image_path).um_per_px
+
+
+def _own_picture(job: Job, path: Path, image: Pixels, params: ImportParams) -> Path:
+    """Return a case's picture, which stays as it is, if the cells were drawn on it."""
+    is_own = job.image_path is not None and path.exists() and job.image_path.samefile(path)
+    if not is_own:
+        there = read_picture(path, Tally(), max_pixels=params.max_pixels)
+        is_own = there.shape == image.shape and bool((there == image).all())
+    if not is_own:
+        raise CellSegError(
+            f'{job.source}: {path.parent} is there with another picture; expected cells of that '
+            f'one; give --images {path.parents[1]}, or rename what is a new case'
+        )
+    return path
 
 
 def _require_some_cell(job: Job, annotated: Annotated) -> None:
@@ -389,49 +417,32 @@ def paint_cells(
 
 
 def _write_whole(
-    case_dir: Path, image: Pixels, label_maps: Mapping[int, NDArray[np.int32]]
+    case_dir: Path,
+    image: Pixels | Path,
+    label_maps: Mapping[int, NDArray[np.int32]],
+    *,
+    um_per_px: Um | None,
+    kept: Path | None = None,
 ) -> None:
-    """Write a case folder under another name first, so that it is never seen half written."""
+    """Write a case folder under another name first, so that it is never seen half written.
+
+    What was there goes to ``kept``, if that is named.
+    """
     case_dir.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix='.tmp-import-', dir=case_dir.parent))
     try:
-        write_case(scratch / 'new', image, label_maps)
+        write_case(scratch / 'new', image, label_maps, um_per_px=um_per_px)
+        old = kept or scratch / 'old'
         if case_dir.exists():
-            case_dir.replace(scratch / 'old')
+            case_dir.replace(old)
         try:
             (scratch / 'new').replace(case_dir)
         except OSError:
-            if (scratch / 'old').exists():
-                (scratch / 'old').replace(case_dir)
+            if old.exists():
+                old.replace(case_dir)
             raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _columns(n_classes: int) -> list[str]:
-    counts = [f'c{k}' for k in range(1, n_classes + 1)]
-    return ['uuid', 'height', 'width', *counts, 'patient', 'source', 'lost_px']
-
-
-def _read_manifest(path: Path, columns: list[str]) -> dict[str, dict[str, str]]:
-    """Return the rows of an existing table by case name."""
-    if not path.exists():
-        return {}
-    reader = csv.DictReader(io.StringIO(path.read_text(encoding='utf-8')))
-    if reader.fieldnames != columns:
-        raise CellSegError(
-            f'{path}: has the columns {reader.fieldnames}, expected {columns}; import into '
-            f'another folder, or with the same --classes as before'
-        )
-    return {row['uuid']: row for row in reader}
-
-
-def _write_manifest(path: Path, columns: list[str], table: Mapping[str, dict[str, str]]) -> None:
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, columns, lineterminator='\n')
-    writer.writeheader()
-    writer.writerows(table[name] for name in sorted(table))
-    write_text(path, stream.getvalue())
 
 
 Finder = Callable[[Path, ImportParams], tuple[list[Job], Classes, list[str]]]

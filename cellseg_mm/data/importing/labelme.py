@@ -48,7 +48,7 @@ def find_labelme(source: Path, params: ImportParams) -> tuple[list[Job], Classes
     jobs = []
     for pair in pairs:
         read = partial(_read_pair, pair, classes, params)
-        jobs.append(Job(pair.name, pair.table, '', read, pair.folder))
+        jobs.append(pair.job(read))
     return jobs, classes, notes
 
 

@@ -43,7 +43,7 @@ def find_mat_files(source: Path, params: ImportParams) -> tuple[list[Job], Class
     jobs = []
     for pair in pairs:
         read = partial(_read_pair, pair, classes, params)
-        jobs.append(Job(pair.name, pair.table, '', read, pair.folder))
+        jobs.append(pair.job(read))
     return jobs, classes, notes
 
 

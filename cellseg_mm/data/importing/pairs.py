@@ -7,7 +7,7 @@ order; what has no partner is named.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,9 @@ from cellseg_mm.data.importing.pictures import read_picture
 from cellseg_mm.data.importing.sources import (
     IMAGE_SUFFIXES,
     MAX_TEXT_BYTES,
+    Annotated,
     ImportParams,
+    Job,
     Picture,
     Tally,
     composed,
@@ -47,6 +49,11 @@ class Pair:
     folder: str
     others: tuple[str, ...]
 
+    def job(self, read: Callable[[], Annotated]) -> Job:
+        """Return the case to import."""
+        image = self.images[0] if len(self.images) == 1 else None
+        return Job(self.name, self.table, '', read, self.folder, image)
+
     def read_image(self, tally: Tally, params: ImportParams) -> Picture:
         """Read the image.
 
@@ -70,7 +77,8 @@ def find_pairs(
     """Find files of annotations and their images.
 
     An image lies in ``--images``, beside the annotations, or in ``images`` of the source, and has
-    the same name up to the suffix (``a.geojson`` or ``a.tif.geojson`` for ``a.tif``).
+    the same name up to the suffix (``a.geojson`` or ``a.tif.geojson`` for ``a.tif``). ``--images``
+    may also be the folder of a data folder's cases: ``<name>/image.tif``.
 
     Args:
         source: A file of annotations, or a folder of them (or of folders of them).
@@ -98,6 +106,8 @@ def find_pairs(
         images = [path for path in near if name in (composed(path.stem), composed(path.name))]
         used.update(images)
         case = composed(images[0].stem) if len(images) == 1 else name
+        own = (params.image_dir or Path()) / name / 'image.tif'
+        images += [own] if params.image_dir is not None and own.is_file() else []
         folder = '' if table.parent == source else table.parent.name
         others = tuple(sorted(path.stem for path in near))
         pairs.append(Pair(case, table, tuple(images), folder, others))

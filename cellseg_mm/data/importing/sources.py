@@ -70,6 +70,8 @@ class ImportParams:
         strict: Do not write a case of which something cannot be used.
         swap_red_blue: Exchange the two channels, to match data that is stored so.
         replace: Write cases again that are already there.
+        add: The folder holds cases that were made otherwise: a case that is there keeps its picture
+            and gets new cells, what it was is kept, and where cases came from is noted.
         max_pixels: Most pixels (height times width) of an image that are accepted.
     """
 
@@ -84,6 +86,7 @@ class ImportParams:
     strict: bool = False
     swap_red_blue: bool = False
     replace: bool = False
+    add: bool = False
     max_pixels: int = DEFAULT_MAX_PIXELS
 
 
@@ -150,6 +153,7 @@ class Job:
         patient: Whose image it is, '' if the source does not say.
         read: Reads it.
         folder: Its folder inside the source, which tells equal names apart.
+        image_path: The image, where it is a file of its own that may say how large its pixels are.
     """
 
     name: str
@@ -157,6 +161,7 @@ class Job:
     patient: str
     read: Callable[[], Annotated]
     folder: str = ''
+    image_path: Path | None = None
 
 
 def first_of(words: Iterable[str]) -> str:

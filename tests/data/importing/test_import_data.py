@@ -139,9 +139,9 @@ def test_a_case_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     source = monusac(tmp_path)
     write_case, calls = importers.write_case, []
 
-    def fail_second(case_dir: Path, *rest: object) -> None:
+    def fail_second(case_dir: Path, *rest: object, **known: object) -> None:
         calls.append(case_dir)
-        write_case(case_dir, *rest)
+        write_case(case_dir, *rest, **known)
         if len(calls) == 2:
             raise OSError('disk full')
 
