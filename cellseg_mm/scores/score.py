@@ -309,6 +309,32 @@ def _calibration(ranked: list[RankedClass], thr_index: int, params: ScoreParams)
     )
 
 
+def resampled_scores(
+    gt_sets: Sequence[InstanceSet],
+    pred_sets: Sequence[InstanceSet],
+    class_names: Sequence[str],
+    params: ScoreParams,
+    *,
+    groups: Mapping[str, str],
+) -> dict[str, Float]:
+    """Return the scores of each resample, (B,) float64, keyed as in ``Scores.headline``.
+
+    The same images, groups and ``params`` are drawn in the same way for any predictions, so that
+    two models' scores can be subtracted resample by resample. Arguments: see :func:`score`.
+    """
+    pairs = _paired(gt_sets, pred_sets, n_classes=len(class_names))
+    images = [compare(gt, pred) for gt, pred in pairs]
+    flats = [
+        flatten(c, score_thr=params.pq_score_thr, min_left_px=params.min_left_px) for c in images
+    ]
+    n_classes, cap = len(class_names), params.cap or max(1, *(len(c.pred) for c in images))
+    thrs = np.array(params.iou_thrs)
+    ranked = [rank_class(images, k, thrs, cap=cap) for k in range(n_classes)]
+    tallies = Tallies.of(images, flats, n_classes, params.f1_iou_thrs)
+    _, unit_of = sampling_units([c.gt.name for c in images], groups)
+    return _samples(ranked, tallies, tuple(class_names), params, unit_of)
+
+
 def _intervals(
     ranked: list[RankedClass],
     tallies: Tallies,
@@ -319,6 +345,17 @@ def _intervals(
     """Return 95 % percentile intervals over resampled units, keyed as in ``Scores.headline``."""
     if not params.n_bootstrap:
         return {}
+    samples = _samples(ranked, tallies, class_names, params, unit_of)
+    return {name: percentiles(values) for name, values in samples.items()}
+
+
+def _samples(
+    ranked: list[RankedClass],
+    tallies: Tallies,
+    class_names: tuple[str, ...],
+    params: ScoreParams,
+    unit_of: Int,
+) -> dict[str, Float]:
     weights = resampled_weights(unit_of, params.n_bootstrap, params.seed)  # (B, I)
     ap = np.stack([weighted_ap(r, weights) for r in ranked])  # (K, B, T)
     thr_index = int(np.argmin(np.abs(np.array(params.iou_thrs) - 0.5)))
@@ -340,10 +377,11 @@ def _intervals(
     for name, values in per_class.items():
         samples['mPQ' if name == 'PQ' else name] = mean_defined(values)
         samples |= {f'{name}_{c}': v for c, v in zip(class_names, values, strict=True)}
-    return {name: _percentiles(values) for name, values in samples.items()}
+    return samples
 
 
-def _percentiles(samples: Float) -> tuple[float, float]:
+def percentiles(samples: Float) -> tuple[float, float]:
+    """Return the 95 % percentile interval of the samples that are defined; NaN without any."""
     defined = samples[~np.isnan(samples)]
     if not len(defined):
         return math.nan, math.nan
