@@ -21,7 +21,7 @@ from cellseg_mm.data.config import DataSettings
 from cellseg_mm.data.folds import load_folds
 from cellseg_mm.data.images import cases_of
 from cellseg_mm.detectors.member_models import MemberSource
-from cellseg_mm.light.card import SAID
+from cellseg_mm.light.card import SAID, SIZES
 from cellseg_mm.light.model_file import ModelRecord
 from cellseg_mm.weights.checkpoints import load_checkpoint_file
 
@@ -41,11 +41,18 @@ def read_said(path: Path) -> dict[str, Any]:
                 f'{path}: {key} is no part of a card{hint}; expected some of {", ".join(SAID)}; '
                 'correct the key'
             )
-        is_size = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
-        if not (is_size if key == 'um_per_px' else isinstance(value, str) and value):
-            kind = 'micrometres above 0' if key == 'um_per_px' else 'a text'
+        if not _makes_sense(key, value):
+            kind = SIZES.get(key, 'a text')
             raise ConfigError(f'{path}: {key} is {value!r}; expected {kind}; correct it')
     return said
+
+
+def _makes_sense(key: str, value: object) -> bool:
+    if key not in SIZES:
+        return isinstance(value, str) and bool(value)
+    if key == 'tile_px':  # half a tile must hold predict's overlap
+        return type(value) is int and value >= 256
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
 
 
 def make_card(

@@ -264,7 +264,8 @@ def _member(
     where = f'{source.config_path} with {source.checkpoint}'
     check_model(detector.model, where)
     size = said.get('um_per_px') or trained_size(detector)
-    record = replace(_record(source, detector, members, where), um_per_px=size)
+    tile = said.get('tile_px')
+    record = replace(_record(source, detector, members, where), um_per_px=size, tile_px=tile)
     shown = pictures[0][..., ::-1] if record.red_blue_swapped else pictures[0]
     traced = resize(np.ascontiguousarray(shown[:TRACE_PX, :TRACE_PX]), record.resize)
     content = onnx_file.to_onnx(detector.model, traced, where)

@@ -13,7 +13,8 @@ from cellseg_mm.core.errors import CheckpointError
 from cellseg_mm.light.model_file import ModelFile
 
 # What a person says of a model; the rest of a card is measured or recorded.
-SAID = ('summary', 'authors', 'stain', 'um_per_px', 'licence', 'data', 'attribution', 'not_for')
+SIZES = {'um_per_px': 'micrometres above 0', 'tile_px': 'whole px, 256 or more'}
+SAID = ('summary', 'authors', 'stain', *SIZES, 'licence', 'data', 'attribution', 'not_for')
 HAEMATOXYLIN = 'H&E'  # the stain whose nuclei tell whether red and blue are swapped
 NO_DEVICE = 'no medical device: not for diagnosis'
 UNKNOWN = 'not said'

@@ -7,7 +7,7 @@ Invariant: the same option means the same; settings inside a file hold until oth
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -74,6 +74,8 @@ def prepare(
         red_blue_swapped=detector.red_blue_swapped,
     )
     sizes: list[JsonValue] = [{'um_per_px': one.record.um_per_px} for one in detector.models]
+    if options.tile_px is None:
+        options = replace(options, tile_px=detector.record.tile_px)
     params = params_for(
         detector,
         look,

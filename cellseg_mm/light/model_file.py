@@ -53,6 +53,8 @@ class ModelRecord:
         max_per_img: Most cells of a picture; 0 without a limit.
         half: Weights are kept in 16 bits.
         um_per_px: Side of a pixel of the training images in micrometres; None if nobody said.
+        tile_px: Pictures with a longer side are cut into tiles of this side, unless an option says
+            otherwise; None takes what predict does.
         member: Who was trained on what, as result files record members.
         evidence: Scores on held-out images; {} where there are none.
         parity: What differed from the model in torch when the file was written.
@@ -69,6 +71,7 @@ class ModelRecord:
     max_per_img: int
     half: bool = False
     um_per_px: float | None = None
+    tile_px: int | None = None
     member: Mapping[str, Any] = field(default_factory=dict)
     evidence: Mapping[str, Any] = field(default_factory=dict)
     parity: Mapping[str, Any] = field(default_factory=dict)
@@ -98,6 +101,7 @@ class ModelRecord:
                 check_step(record.resize, str(where))
             ok = record.class_names and record.mask_frame >= 1 and 0 < record.mask_thr <= 1
             ok = ok and (record.um_per_px is None or record.um_per_px > 0)
+            ok = ok and (record.tile_px is None or record.tile_px > 0)
             if not ok or len(record.class_names) != len(record.class_colours):
                 raise ValueError('classes, colours or masks make no sense')
         except (KeyError, TypeError, ValueError, AttributeError) as problem:

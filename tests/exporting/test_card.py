@@ -76,12 +76,14 @@ def test_scores_of_another_model(changes: dict, what: str) -> None:
         ({'license': 'CC0'}, 'license is no part of a card (the nearest is licence)'),
         ({'um_per_px': 'small'}, 'expected micrometres above 0'),
         ({'um_per_px': True}, 'expected micrometres above 0'),
+        ({'tile_px': 512.0}, 'expected whole px, 256 or more'),
+        ({'tile_px': 255}, 'expected whole px, 256 or more'),
         ({'licence': 3}, 'licence is 3; expected a text'),
         ([], 'holds no JSON object'),
     ],
 )
 def test_what_a_person_says(tmp_path: Path, said: object, part: str) -> None:
-    fine = {'licence': 'CC0', 'um_per_px': 0.5}
+    fine = {'licence': 'CC0', 'um_per_px': 0.5, 'tile_px': 512}
     assert read_said(written(tmp_path / 'card.json', fine)) == fine
     with pytest.raises(ConfigError) as caught:
         read_said(written(tmp_path / 'card.json', said))

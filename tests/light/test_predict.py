@@ -90,6 +90,15 @@ def test_tiles_find_what_the_whole_finds(model: Path, image: Path) -> None:
     np.testing.assert_array_equal(first.areas, 81)  # 9 x 9
 
 
+def test_a_model_says_how_large_its_tiles_are(tmp_path: Path, image: Path) -> None:
+    model = write_marker_model(tmp_path / 'markers.onnx', tile_px=64)
+    run(model, image, overlap_px=20)
+    found = load_predictions(tmp_path / 'out/a.npz').provenance
+    assert (found['tile_px'], found['whole_px'], found['tiles']['n_tiles']) == (64, 64, 6)
+    run(model, image, overlap_px=20, tile_px=200)
+    assert load_predictions(tmp_path / 'out/a.npz').provenance['tile_px'] == 200
+
+
 @pytest.mark.parametrize('tta', ['hflip', 'flips', 'd4'])
 def test_views_agree(model: Path, image: Path, tta: str) -> None:
     _, plain = run(model, image)
