@@ -108,7 +108,7 @@ def main() -> int:
         print(f'error: {len(report.errors)} problem(s), see above', file=sys.stderr)
         return 1
     added = len(report.folds.added)
-    kept = f' ({added} cases were added, the others kept their folds)' if added else ''
+    kept = f' ({added} case(s) were added, the others kept their folds)' if added else ''
     kept = kept or (' (kept as it was)' if report.is_folds_kept else '')
     print(f'folds {report.folds.hash} in {report.folds_path}{kept}')
     print(f'next: {next_command(report, os.environ)}')
