@@ -32,6 +32,11 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
         metavar=('TABLE.csv', 'COLUMN'),
         help='scores of each part of the images too: of organs, scanners; names stand in "uuid"',
     )
+    parser.add_argument(
+        '--review',
+        type=Path,
+        help='folder for suspected label errors, a GeoJSON for QuPath of each image that has some',
+    )
     parser.add_argument('--held-out', type=int, help='measure what fusion brings on this fold')
     parser.add_argument(
         '--fusion', nargs='+', default=['nms', 'soft_mask'], help='rules to measure'
@@ -53,6 +58,8 @@ def main() -> None:
     from cellseg_mm.data.preparing.groups import GroupRule, known_groups
     from cellseg_mm.ensemble import oof
     from cellseg_mm.ensemble.fusion_gain import fusion_gain
+    from cellseg_mm.report.suspects import write_suspects
+    from cellseg_mm.scores.matching import compare
     from cellseg_mm.scores.table import score_table
 
     work_dirs = [work_dir_of(path, args.work_root) for path in args.configs]
@@ -90,6 +97,11 @@ def main() -> None:
         part_of, findings = known_groups([gt.name for gt in pool.gt_sets], rule)
         print(f'\nAP50 of each class by {args.by[1]}:\n{oof.table_of_parts(pool, part_of)}')
         print(*(finding.text for finding in findings), sep='\n')
+    if args.review is not None:
+        images = [compare(gt, pred) for gt, pred in zip(pool.gt_sets, pool.pred_sets, strict=True)]
+        counts = write_suspects(args.review, images, pool.class_names, data.palette)
+        print('to look at: ' + ', '.join(f'{n} {kind}' for kind, n in counts.items()))
+        print(f'written: {args.review}/<case>.review.geojson (docs/corrections.md)')
     print(f'written: {paths[1]}, {paths[0]}')
 
 

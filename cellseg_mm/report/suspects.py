@@ -8,13 +8,16 @@ cut say how many there were.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_mm.core.arrays import Float
-from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.core.instances import InstanceSet, concatenate
+from cellseg_mm.core.layout import REVIEW_SUFFIX
+from cellseg_mm.results.export import write_geojson
 from cellseg_mm.scores.matching import Compared, greedy_matches
 from cellseg_mm.scores.mistakes import BACKGROUND_IOU, FOREGROUND_IOU
 
@@ -106,6 +109,55 @@ def _of_labels(c: Compared, image: int) -> list[Suspect]:
         Suspect(UNSEEN, image, j, int(c.gt.class_ids[j]), -1, float(support[j]))
         for j in np.flatnonzero(support < UNSUPPORTED).tolist()
     ]
+
+
+def write_suspects(
+    folder: Path | str,
+    images: Sequence[Compared],
+    class_names: Sequence[str],
+    class_colours: Sequence[Sequence[int]],
+) -> dict[str, int]:
+    """Write ``<image>.review.geojson`` for QuPath of each image with suspects.
+
+    It holds the labels; what is suspected is an annotation with its rank, the clearest first. A
+    cell that nobody labelled is proposed in the class ``<name>*``, which QuPath ignores and nobody
+    imports until a person gives it a class without the star.
+
+    Returns:
+        How many suspects of each kind were written.
+    """
+    of_image: dict[int, list[Suspect]] = {}
+    found = label_suspects(images)
+    for suspect in (one for kind in found.values() for one in kind):
+        of_image.setdefault(suspect.image, []).append(suspect)
+    names = [*class_names, *(f'{name}*' for name in class_names)]
+    for i, suspects in of_image.items():
+        c = images[i]
+        proposed = [one.index for one in suspects if one.kind == UNLABELLED]
+        pred = replace(c.pred[np.array(proposed, dtype=np.int64)], extra={})
+        cells = [
+            replace(c.gt, extra={}),
+            replace(pred, class_ids=pred.class_ids + len(class_names)),
+        ]
+        places = [_place(one, c, proposed) for one in suspects]
+        write_geojson(
+            Path(folder) / f'{c.gt.name}{REVIEW_SUFFIX}',
+            concatenate(cells),
+            names,
+            [*class_colours, *class_colours],
+            to_review=np.array(list(dict.fromkeys(places)), dtype=np.intp),
+        )
+    return {kind: len(suspects) for kind, suspects in found.items()}
+
+
+def _place(one: Suspect, c: Compared, proposed: Sequence[int]) -> int:
+    """Return where a suspect stands among the labels, followed by the proposals."""
+    if one.kind == UNLABELLED:
+        return len(c.gt) + proposed.index(one.index)
+    if one.kind == UNSEEN:
+        return one.index
+    overlap = np.where(c.gt.class_ids == one.label_class_id, c.mask_iou[one.index], -1.0)
+    return int(overlap.argmax())
 
 
 def shortlist(suspects: Sequence[Suspect], n: int) -> list[Suspect]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -13,6 +16,7 @@ from cellseg_mm.report.suspects import (
     label_suspects,
     match_in_class,
     member_doubts,
+    write_suspects,
 )
 from cellseg_mm.scores.matching import compare
 
@@ -48,6 +52,29 @@ def test_suspects_by_hand() -> None:
     assert [(f.class_id, f.label_class_id) for f in found[OTHER_CLASS]] == [(1, 0)]
     assert [f.value for f in found[UNLABELLED]] == [pytest.approx(0.75)]
     assert [(f.index, f.value) for f in found[UNSEEN]] == [(3, 0.0)]
+
+
+def test_suspects_for_qupath_are_the_labels_with_marks(tmp_path: Path) -> None:
+    gt = square_set([(0, 0, 0, 1), (0, 20, 0, 1), (30, 0, 1, 1)])
+    pred = square_set([(0, 0, 0, 0.9), (0, 20, 1, 0.8), (30, 40, 0, 0.75)])
+    counts = write_suspects(tmp_path, [compare(gt, pred)], ['a', 'b'], [(0, 0, 0), (9, 9, 9)])
+    assert counts == {OTHER_CLASS: 1, UNLABELLED: 1, UNSEEN: 1}
+    cells = json.loads((tmp_path / 'a.review.geojson').read_text())['features']
+    kinds = {}
+    for cell in cells:
+        corner = tuple(np.min(cell['geometry']['coordinates'][0], axis=0))
+        properties = cell['properties']
+        rank = properties['measurements'].get('review rank')
+        kinds[corner] = (properties['classification']['name'], properties['objectType'], rank)
+    assert kinds == {
+        (0, 0): ('a', 'detection', None),
+        (40, 30): ('a*', 'annotation', 1),
+        (20, 0): ('a', 'annotation', 2),
+        (0, 30): ('b', 'annotation', 3),
+    }
+    nothing = write_suspects(tmp_path / 'none', [compare(gt, gt)], ['a', 'b'], [(0, 0, 0)] * 2)
+    assert sum(nothing.values()) == 0
+    assert not (tmp_path / 'none').exists()
 
 
 def test_match_in_class_gives_the_suspect_score() -> None:
