@@ -1,6 +1,6 @@
 """Packs real images for a machine that takes 64 MiB a call, and unpacks them there.
 
-    python benchmarks/gpu/pack_data.py pack [--max-mib 40] [--checkpoint best.pth]  # .gpu_pack1 to 3
+    python benchmarks/gpu/pack_data.py pack [--max-mib 40] [--checkpoint best.pth]  # 3 packs
     python benchmarks/gpu/pack_data.py unpack /tmp/cellseg_gpu/data .gpu_pack*     # there
 
 Images become lossless WebP, which Pillow reads everywhere, each decoded again and compared; label
