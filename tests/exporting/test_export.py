@@ -48,22 +48,12 @@ from tests.support.tiny_folds import (  # noqa: E402
     make_tiny_folds,
     save_checkpoint,
 )
+from tests.support.without_torch import WITHOUT_TORCH  # noqa: E402
 
 pytestmark = pytest.mark.mm
 
 CAP = 200
 FRAME = "type='CellRoIHead', mask_frame=1.25"  # masks reach beyond their boxes
-
-WITHOUT_TORCH = """
-import runpy, sys
-class Without:
-    def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] in ('torch', 'torchvision', 'mmengine', 'mmcv', 'mmdet'):
-            raise ImportError(f'{name}: is not to be imported here')
-sys.meta_path.insert(0, Without())
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name='__main__')
-"""
 
 
 @pytest.fixture(scope='module')

@@ -32,19 +32,10 @@ from tests.support.marker_model import (
     marker_model,
     write_marker_model,
 )
+from tests.support.without_torch import WITHOUT_TORCH
 
 ROOT = Path(__file__).resolve().parents[2]
 N_CELLS = 42  # 6 x 7 markers
-WITHOUT_TORCH = """
-import runpy, sys
-class Without:
-    def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] in ('torch', 'torchvision', 'mmengine', 'mmcv', 'mmdet'):
-            raise ImportError(f'{name}: is not to be imported here')
-sys.meta_path.insert(0, Without())
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name='__main__')
-"""
 
 
 @pytest.fixture
