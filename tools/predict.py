@@ -49,7 +49,12 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
         type=float,
         help='least score in the formats (0.5, or what --settings chose)',
     )
-    parser.add_argument('--tile', type=int, help='cut larger images into tiles of so many px')
+    parser.add_argument(
+        '--tile',
+        type=int,
+        help='cut larger images into tiles of so many px (1024 for sides above 2048, or as a model '
+        'file says: he4 512)',
+    )
     parser.add_argument('--overlap', type=int, default=128, help='px; more than the largest cell')
     add_slide_arguments(parser)
     add_choice_arguments(parser)
