@@ -11,22 +11,25 @@ from __future__ import annotations
 
 import argparse
 import resource
+import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
 import numpy as np
 import tifffile
 
-from cellseg_mm.core.instances import InstanceSet
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from cellseg_mm.core.provenance import code_commit, machine
 from cellseg_mm.predict import predict
 from cellseg_mm.predict.items import find_items
 from cellseg_mm.predict.params import PredictParams
 from cellseg_mm.results.formats import FORMATS
 from cellseg_mm.results.predictions import load_predictions
+from tests.support.drawn_slide import DarkCells
 
 TILE = 256
 STEP = 80  # one cell per STEP x STEP px, jittered
@@ -118,35 +121,6 @@ def _draw_row(band: np.ndarray, top: int, k: int, side: int, totals: list[int]) 
         cv2.ellipse(alone, (STEP // 2, STEP // 2), axes, 0, 0, 360, 1, cv2.FILLED)
         totals[0] += 1
         totals[1] += int(alone.sum())
-
-
-class DarkCells:
-    """Every 4-connected dark part is a cell."""
-
-    identity = {'detector': 'dark'}
-    provenance: dict = {}
-    batch_size = 1
-    cap = 0
-
-    def detect(self, pictures: Sequence[np.ndarray], name: str) -> list[InstanceSet]:
-        """Find them."""
-        return [self._find(picture[..., 1] < BACKGROUND // 2, name) for picture in pictures]
-
-    def _find(self, dark: np.ndarray, name: str) -> InstanceSet:
-        n, ids, stats, _ = cv2.connectedComponentsWithStats(dark.astype(np.uint8), connectivity=4)
-        boxes = stats[1:, :4]
-        crops = [
-            ids[y : y + h, x : x + w] == k for k, (x, y, w, h) in enumerate(boxes.tolist(), start=1)
-        ]
-        return InstanceSet.from_crops(
-            name,
-            0,
-            dark.shape,
-            crops=crops,
-            offsets_yx=boxes[:, [1, 0]].astype(np.int64),
-            class_ids=np.zeros(n - 1),
-            scores=np.full(n - 1, 0.9),
-        )
 
 
 if __name__ == '__main__':

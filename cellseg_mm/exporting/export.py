@@ -26,6 +26,7 @@ from cellseg_mm.core.provenance import code_commit, versions
 from cellseg_mm.data.config import DataSettings, dataset_settings
 from cellseg_mm.data.image_reader import open_image
 from cellseg_mm.data.images import find_images
+from cellseg_mm.data.pixel_size import is_same
 from cellseg_mm.detectors.detector import ModelDetector, build_detector
 from cellseg_mm.detectors.from_options import Configs, sources_of
 from cellseg_mm.detectors.member_models import MemberSource
@@ -46,6 +47,7 @@ from cellseg_mm.light.model_file import (
 )
 from cellseg_mm.light.picture import resize
 from cellseg_mm.predict.options import MemberOptions
+from cellseg_mm.predict.scaling import um_of_members
 
 Picture = NDArray[np.uint8]
 
@@ -286,8 +288,8 @@ def _member(
 
 def trained_size(detector: ModelDetector) -> float | None:
     """Return the side of a pixel that the checkpoint was trained with; None if not square."""
-    height, width = detector.provenance['members'][0].get('um_per_px') or (None, None)
-    return height if height == width else None
+    size = um_of_members(detector.provenance['members'])
+    return size[0] if size is not None and is_same(size, (size[0], size[0])) else None
 
 
 def _light(content: bytes, record: ModelRecord) -> LightDetector:
