@@ -30,6 +30,7 @@ from cellseg_mm.ensemble.members import Member, clean_members
 from cellseg_mm.fusion import views
 from cellseg_mm.fusion.fuse import (
     FuseReport,
+    Rule,
     cut_at,
     from_spec,
     post_from_spec,
@@ -46,7 +47,7 @@ class FoldEnsembleHook(Hook):
     Args:
         members: One each. In a config a dict with ``checkpoint`` and perhaps ``config`` (a file);
             without it the runner's own config is used.
-        rule: Fusion rule, as on the command line (``soft_mask:iou_thr=0.4``).
+        rule: Fusion rule, as on the command line (``soft_mask:iou_thr=0.4``), or its record.
         post: Post-processing, as on the command line (``disjoint,min_area_px=20``).
         mask_thr: Least probability of a mask's pixel, of members and of averages (unless the rule
             has its own); None leaves the configs' own.
@@ -73,7 +74,7 @@ class FoldEnsembleHook(Hook):
         self,
         members: Sequence[MemberSource | Mapping[str, str]],
         *,
-        rule: str = DEFAULT_FUSION,
+        rule: str | Rule = DEFAULT_FUSION,
         post: str = '',
         mask_thr: float | None = None,
         placement: Placement = 'auto',
@@ -84,7 +85,7 @@ class FoldEnsembleHook(Hook):
         if not members:
             raise ConfigError('FoldEnsembleHook.members: is empty; give at least one checkpoint')
         self.sources = tuple(members)
-        self.rule = cut_at(from_spec(rule), mask_thr)
+        self.rule = cut_at(from_spec(rule), mask_thr) if isinstance(rule, str) else rule
         self.post = post_from_spec(post) if post else None
         self.mask_thr = mask_thr
         self.placement = placement

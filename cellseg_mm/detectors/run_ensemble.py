@@ -61,7 +61,7 @@ def ensemble_models(
         data.pipeline = views.from_spec(settings.tta).tta_pipeline(data.pipeline)
     hook = FoldEnsembleHook(
         sources,
-        rule=settings.fusion,
+        rule=settings.rule,
         post=to_spec(settings.post),
         mask_thr=settings.mask_cut,
         placement=placement,

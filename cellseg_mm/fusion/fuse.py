@@ -19,6 +19,7 @@ from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.fusion.masks import paste_probs
 from cellseg_mm.fusion.pool import pool_members
 from cellseg_mm.fusion.post import PostProcess, postprocess
+from cellseg_mm.fusion.rescoring import RESCORED, Rescored
 from cellseg_mm.fusion.rules import FUSION_RULES, REMOVED_RULES, Rule
 
 __all__ = [
@@ -171,7 +172,12 @@ def post_from_spec(text: str) -> PostProcess:
 
 
 def to_spec(record: Rule | PostProcess) -> str:
-    """Write what :func:`from_spec` or :func:`post_from_spec` reads back; defaults are left out."""
+    """Write what :func:`from_spec` or :func:`post_from_spec` reads back; defaults are left out.
+
+    New scores, which only a settings file holds, are named by the hash of their weights.
+    """
+    if isinstance(record, Rescored):
+        return f'{to_spec(record.rule)}, {RESCORED} {record.rescoring.hash}'
     settings = ','.join(
         f'{field.name}={_as_text(getattr(record, field.name))}'
         for field in fields(cast('type', record))

@@ -32,6 +32,7 @@ from cellseg_mm.fusion.fuse import (
     post_from_spec,
     postprocess,
 )
+from cellseg_mm.fusion.rescoring import Rescored, Rescoring, rescoring_from_json
 
 VERSION = 1
 # Measured on a fold that no member saw (README): +0.039 AP50 over the members' mean, where the
@@ -40,13 +41,15 @@ DEFAULT_FUSION = 'soft_mask'
 DEFAULT_MASK_THR = 0.5
 Profile = Literal['submission', 'instances']
 KEYS = ('score_thr', 'min_area_px', 'mask_thr', 'disjoint', 'tta', 'fusion')
+RESCORING = 'rescoring'  # a key that profiles without new scores lack
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InferenceSettings:
     """What happens between the models' detections and a result.
 
-    A profile of ``inference.json`` holds the first six; options can set all of them.
+    A profile of ``inference.json`` holds the first six and, if they were worth it, ``rescoring``;
+    options can set all but that.
 
     Attributes:
         score_thr: Least score, one per class, or one for all.
@@ -56,6 +59,8 @@ class InferenceSettings:
         disjoint: Give each contested pixel to the higher score.
         tta: Test-time augmentation as on the command line, None for none.
         fusion: Rule for several members, as ``fuse.from_spec`` reads it.
+        rescoring: Weights of new scores, made after fusion and before thresholds; None keeps the
+            scores. Finished results have them already: ``apply_settings`` makes none.
         min_votes: Fewest members that agree.
         max_lost_share: With ``disjoint``, who loses a greater share of the mask is dropped.
         max_instances: Most instances per image, best first; 0 means no limit.
@@ -71,6 +76,7 @@ class InferenceSettings:
     disjoint: bool = False
     tta: str | None = None
     fusion: str = DEFAULT_FUSION
+    rescoring: Rescoring | None = None
     min_votes: int = 1
     max_lost_share: float = 0.5
     max_instances: int = 0
@@ -100,8 +106,9 @@ class InferenceSettings:
 
     @property
     def rule(self) -> Rule:
-        """The fusion rule as a record, with averaged masks cut at ``mask_thr``."""
-        return cut_at(from_spec(self.fusion), self.mask_cut)
+        """The fusion rule as a record, with averaged masks cut at ``mask_thr``, and new scores."""
+        rule = cut_at(from_spec(self.fusion), self.mask_cut)
+        return rule if self.rescoring is None else Rescored(rule, self.rescoring)
 
     @property
     def mask_cut(self) -> float | None:
@@ -137,6 +144,7 @@ class InferenceSettings:
             'disjoint': self.disjoint,
             'tta': self.tta,
             'fusion': self.fusion,
+            **({} if self.rescoring is None else {RESCORING: self.rescoring.to_json()}),
         }
 
 
@@ -158,7 +166,8 @@ def settings_for_people(
 ) -> InferenceSettings:
     """Return the settings for what people look at and count: exports, overlays, tables.
 
-    They are applied to finished instances, so that views, rule and masks stay as these have them.
+    They are applied to finished instances, so that views, rule, masks and scores stay as these have
+    them.
 
     Args:
         class_names: Classes of the model.
@@ -169,7 +178,7 @@ def settings_for_people(
         ConfigError: See :func:`load_settings`; or ``score_thr`` is out of range.
     """
     settings = choose_settings(class_names, path=path, profile='instances')
-    settings = replace(settings, mask_thr=DEFAULT_MASK_THR)
+    settings = replace(settings, mask_thr=DEFAULT_MASK_THR, rescoring=None)
     return settings if score_thr is None else replace(settings, score_thr=(score_thr,))
 
 
@@ -228,6 +237,17 @@ def load_settings(
     return settings_of(_read(Path(path)), profile, class_names, where=path)
 
 
+def curve_of_new_scores(path: Path | str) -> Mapping[str, Any] | None:
+    """Return how often new scores were right, as ``selection.rescoring`` wrote it; None without.
+
+    Raises:
+        ConfigError: The file is missing or damaged.
+    """
+    evidence = _read(Path(path)).get('rescoring_evidence') or {}
+    curve = (evidence.get('instances') or {}).get('after')
+    return curve if isinstance(curve, dict) else None
+
+
 def settings_of(
     content: Mapping[str, Any], profile: Profile, class_names: Sequence[str], *, where: Path | str
 ) -> InferenceSettings:
@@ -240,7 +260,7 @@ def settings_of(
             f'{path}: has no profile {profile!r}; expected one of {_listed(content["profiles"])}; '
             'choose one of these'
         )
-    wrong = sorted(set(KEYS) ^ set(entry))
+    wrong = sorted(set(KEYS) ^ (set(entry) - {RESCORING}))
     if wrong:
         raise ConfigError(
             f'{path}: profile {profile} lacks, or has in addition, {", ".join(wrong)}; expected '
@@ -253,8 +273,10 @@ def settings_of(
             f'one for each of {", ".join(class_names)}; write it again with tools/find_best.py'
         )
     try:
+        weights = entry.get(RESCORING)
         return InferenceSettings(
             class_names=tuple(class_names),
+            rescoring=None if weights is None else rescoring_from_json(weights, class_names),
             score_thr=tuple(thresholds[name] for name in class_names),
             **{key: entry[key] for key in KEYS if key != 'score_thr'},
         )

@@ -96,7 +96,8 @@ def write_report(
     scores = _pooled(inputs, params)
     pictures = Pictures(inputs)
     doubts = doubts_of(inputs)
-    album = Album(inputs, scores, compared, doubts, pictures, cell_settings(inputs))
+    as_cells = cell_settings(inputs)
+    album = Album(inputs, scores, compared, doubts, pictures, as_cells)
     entries = album.entries(limits)
     sections = [
         score_section(inputs, scores),
@@ -105,7 +106,7 @@ def write_report(
         pr_section(inputs, scores),
         confusion_section(inputs, scores),
         error_section(inputs, scores),
-        calibration_section(inputs, scores),
+        calibration_section(inputs, scores, as_cells.new_scores),
         count_section(inputs, scores),
         viewer_section(album, entries),
         label_error_section(inputs, compared, limits, pictures),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from html import escape
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +20,12 @@ from cellseg_mm.core.files import JsonValue
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.core.layout import INFERENCE
 from cellseg_mm.core.progress import track
+from cellseg_mm.fusion.rescoring import RESCORED
 from cellseg_mm.fusion.settings import (
     DEFAULT_MASK_THR,
     InferenceSettings,
     apply_settings,
+    curve_of_new_scores,
     default_settings,
     load_settings,
 )
@@ -106,18 +109,28 @@ class CellSettings:
     Attributes:
         settings: The ``instances`` profile.
         source: Where it comes from, as the end of a sentence.
+        new_scores: How often its new scores were right out of fold; None without new scores.
     """
 
     settings: InferenceSettings
     source: str
+    new_scores: Mapping[str, Any] | None = None
 
     @property
     def least_score(self) -> float:
         """Where the page's slider starts."""
         return max(EMBED_SCORE_THR, floored(min(self.settings.score_thr)))
 
-    def cells_of(self, pred: InstanceSet) -> InstanceSet:
-        """Return what is left of one image's detections."""
+    def cells_of(self, pred: InstanceSet, *, fused_by: str = '') -> InstanceSet:
+        """Return what is left of one image's detections, with new scores if they have none yet.
+
+        Args:
+            pred: Of a member, or fused.
+            fused_by: What the file of fused ones says about how.
+        """
+        weights = self.settings.rescoring
+        if weights is not None and RESCORED not in fused_by:
+            pred = weights.apply(pred)
         return apply_settings(pred, self.settings)
 
     def sentence(self) -> str:
@@ -132,6 +145,8 @@ class CellSettings:
             parts.append(f'at least {self.settings.min_area_px} px')
         if self.settings.disjoint:
             parts.append('each pixel in one cell only')
+        if self.settings.rescoring is not None:
+            parts[0] = f'new {parts[0]}'
         return f'{", ".join(parts)}; {self.source}'
 
 
@@ -143,13 +158,14 @@ def cell_settings(inputs: ReportInputs) -> CellSettings:
         return CellSettings(default, 'these are the defaults, none were chosen out of fold yet')
     try:
         settings = load_settings(path, 'instances', inputs.class_names)
+        new_scores = curve_of_new_scores(path) if settings.rescoring is not None else None
     except ConfigError as problem:
         return CellSettings(default, f'these are the defaults, because {problem}')
     if settings.mask_thr != DEFAULT_MASK_THR and not _has_probs(inputs):
         whole = replace(settings, mask_thr=DEFAULT_MASK_THR)
         lost = f'masks are cut at {DEFAULT_MASK_THR:g}, because the files hold no probabilities'
-        return CellSettings(whole, f'chosen out of fold, {path.name}, but {lost}')
-    return CellSettings(settings, f'chosen out of fold, {path.name}')
+        return CellSettings(whole, f'chosen out of fold, {path.name}, but {lost}', new_scores)
+    return CellSettings(settings, f'chosen out of fold, {path.name}', new_scores)
 
 
 def _has_probs(inputs: ReportInputs) -> bool:
@@ -231,7 +247,8 @@ class Album:
                 f' · members agree {100 * doubt.agreement:.0f} % · '
                 f'mask uncertainty {number(doubt.mask_uncertainty, 2)}'
             )
-        cells = self.as_cells.cells_of(pred)
+        how = str(self.inputs.ensemble.provenance.get('fusion') or '')
+        cells = self.as_cells.cells_of(pred, fused_by=how)
         return prediction_entry(pred, cells, image, facts=facts, group='test')
 
 

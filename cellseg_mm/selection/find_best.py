@@ -35,6 +35,12 @@ from cellseg_mm.fusion.settings import (
     default_settings,
 )
 from cellseg_mm.selection.objectives import Ap50, Mpq, Samples
+from cellseg_mm.selection.rescoring import (
+    RescoringChoice,
+    choose_rescoring,
+    describe_rescoring,
+    rescoring_record,
+)
 from cellseg_mm.selection.search import (
     AP_STEPS,
     FUSION_STEPS,
@@ -80,6 +86,8 @@ class BestSettings:
         path: The file that was written.
         settings: What each profile uses from now on.
         choices: The evidence on all but fusion, by profile.
+        rescorings: What new scores are worth; empty with one fold, and where a fusion rule was
+            chosen, whose scores are not those of single members.
         fusions: The evidence on fusion rules; empty where they could not be compared.
         notes: What could not be chosen, and why.
     """
@@ -87,6 +95,7 @@ class BestSettings:
     path: Path
     settings: Mapping[Profile, InferenceSettings]
     choices: Mapping[Profile, SettingsChoice]
+    rescorings: Mapping[Profile, RescoringChoice]
     fusions: Mapping[Profile, SettingsChoice]
     notes: Mapping[str, str]
 
@@ -132,19 +141,29 @@ def find_best(
     for profile, choice in fusions.items():
         fusion, score_thr = choice.settings.fusion, choice.settings.score_thr
         settings[profile] = replace(settings[profile], fusion=fusion, score_thr=score_thr)
+    rescorings: dict[Profile, RescoringChoice] = {}
+    if len(samples.folds) > 1 and not fusions:
+        for profile, one in settings.items():
+            rescorings[profile] = choose_rescoring(objective(profile, samples, cap), one)
+    # Both or none: exports threshold, by one profile, what an ensemble has scored by the other.
+    if rescorings and all(one.is_worth_it for one in rescorings.values()):
+        settings.update({profile: one.settings for profile, one in rescorings.items()})
     record: dict[str, JsonValue] = {
         'version': VERSION,
         'fold_hash': folds.hash,
         'class_names': list(inputs.class_names),
         'profiles': {profile: one.to_json() for profile, one in settings.items()},
         'evidence': {profile: _evidence(one, profile) for profile, one in choices.items()},
+        'rescoring_evidence': {
+            profile: rescoring_record(one) for profile, one in rescorings.items()
+        },
         'fusion_evidence': {profile: _evidence(one, profile) for profile, one in fusions.items()},
         'notes': dict(notes),
         'commands': list(commands),
     }
     path = Path(out_dir) / INFERENCE
     files.write_json(path, record)
-    return BestSettings(path, settings, choices, fusions, notes)
+    return BestSettings(path, settings, choices, rescorings, fusions, notes)
 
 
 def choose_fusion(
@@ -317,6 +336,7 @@ def describe(found: BestSettings) -> str:
         for by_profile in (found.choices, found.fusions)
         for profile, choice in by_profile.items()
     ]
+    texts += [f'{profile}: {describe_rescoring(one)}' for profile, one in found.rescorings.items()]
     return '\n'.join([*texts, *(f'note on {name}: {note}' for name, note in found.notes.items())])
 
 

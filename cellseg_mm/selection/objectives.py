@@ -124,6 +124,10 @@ class Objective(Protocol[Parts]):
         """Take image i from ``parts[part_of[i]]``."""
         ...
 
+    def on(self, samples: Samples) -> Objective[Parts]:
+        """Return the same score of other samples."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class ApContributions:
@@ -146,9 +150,13 @@ class Ap50:
 
     def __init__(self, samples: Samples, cap: int | None = None) -> None:
         self.samples = samples
-        self.cap = EVERYTHING if cap is None else cap
+        self._cap, self.cap = cap, EVERYTHING if cap is None else cap
         self.name = 'segm_AP50' if cap is None else f'segm_AP50 at cap {cap}'
         self._known: dict[tuple[str | None, str, float], dict[int, ApContributions]] = {}
+
+    def on(self, samples: Samples) -> Ap50:
+        """Return the same score of other samples."""
+        return Ap50(samples, self._cap)
 
     def measure(self, settings: InferenceSettings) -> ApContributions:
         """Return what each image adds; score thresholds and overlaps are left alone."""
@@ -239,6 +247,10 @@ class Mpq:
     def __init__(self, samples: Samples) -> None:
         self.samples = samples
         self._known: dict[InferenceSettings, PqContributions] = {}
+
+    def on(self, samples: Samples) -> Mpq:
+        """Return the same score of other samples."""
+        return Mpq(samples)
 
     def measure(self, settings: InferenceSettings) -> PqContributions:
         """Return what each image adds."""

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from cellseg_mm.core.arrays import Float, Int
-from cellseg_mm.fusion.settings import InferenceSettings
+from cellseg_mm.fusion.settings import RESCORING, InferenceSettings
 from cellseg_mm.scores.bootstrap import resampled_weights, sampling_units
 from cellseg_mm.selection.objectives import (
     LEAST_GAIN,
@@ -29,6 +29,7 @@ from cellseg_mm.selection.objectives import (
     FoldNumbers,
     Mpq,
     Objective,
+    Samples,
     Weights,
 )
 
@@ -205,7 +206,7 @@ class Search:
             found=found,
             nested_gain=float(gains[0]),
             error=_error(gains),
-            interval=_interval(gains),
+            interval=interval_of(gains),
             by_fold=by_fold,
             steps=steps,
             n_images=int(weights.sum()),
@@ -273,16 +274,20 @@ class Search:
 
     def _drawn(self, folds: FoldNumbers, n: int) -> Int:
         """Return (n, I): how often each image of the folds is drawn, groups together."""
-        samples = self.objective.samples
-        images = np.flatnonzero(np.isin(samples.fold_of, folds))
-        names = [samples.gt_sets[i].name for i in images.tolist()]
-        _, unit_of = sampling_units(names, samples.groups)
-        weights = np.zeros((n, len(samples.fold_of)), dtype=np.int64)
-        weights[:, images] = resampled_weights(unit_of, n, self.seed)
-        return weights
+        return drawn_weights(self.objective.samples, n, self.seed, folds=folds)
 
     def _value(self, settings: InferenceSettings, weights: Int) -> float:
         return float(self.objective.measure(settings).values(weights)[0])
+
+
+def drawn_weights(samples: Samples, n: int, seed: int, *, folds: FoldNumbers | None = None) -> Int:
+    """Return (n, I): how often each image, of ``folds`` only, is drawn, groups together."""
+    images = np.flatnonzero(np.isin(samples.fold_of, samples.folds if folds is None else folds))
+    names = [samples.gt_sets[i].name for i in images.tolist()]
+    _, unit_of = sampling_units(names, samples.groups)
+    weights = np.zeros((n, len(samples.fold_of)), dtype=np.int64)
+    weights[:, images] = resampled_weights(unit_of, n, seed)
+    return weights
 
 
 def _all_but(folds: FoldNumbers, fold: int) -> FoldNumbers:
@@ -294,7 +299,8 @@ def _error(gains: Float) -> float:
     return float(drawn.std()) if len(drawn) else float('nan')
 
 
-def _interval(gains: Float) -> tuple[float, float]:
+def interval_of(gains: Float) -> tuple[float, float]:
+    """Return the 95 % percentile interval of all but the first, which was not drawn."""
     drawn = gains[1:][~np.isnan(gains[1:])]
     low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) else (np.nan, np.nan)
     return float(low), float(high)
@@ -303,8 +309,9 @@ def _interval(gains: Float) -> tuple[float, float]:
 def difference(settings: InferenceSettings, base: InferenceSettings) -> str:
     """Return what differs, as text; 'as before' if nothing."""
     ours, others = settings.to_json(), base.to_json()
+    anew = ours.pop(RESCORING, None) != others.pop(RESCORING, None)
     changed = {key: value for key, value in ours.items() if value != others[key]}
-    parts = []
+    parts = ['new scores'] if anew else []
     for key, value in changed.items():
         if isinstance(value, dict):
             one = len(set(value.values())) == 1

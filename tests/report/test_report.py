@@ -26,6 +26,7 @@ from cellseg_mm.data.folds import Folds, load_folds, save_folds
 from cellseg_mm.data.labels import find_cases, read_gt
 from cellseg_mm.ensemble.oof import pool_predictions
 from cellseg_mm.fusion.post import PostProcess, postprocess
+from cellseg_mm.fusion.rescoring import FEATURES, Rescoring
 from cellseg_mm.fusion.settings import default_settings
 from cellseg_mm.report import report
 from cellseg_mm.results.predictions import Predictions, save_predictions
@@ -382,6 +383,38 @@ def test_viewer_takes_the_settings_that_were_chosen(project: Path, tmp_path: Pat
     assert '0.7 (round)' in html
     assert 'the files hold no probabilities' in html
     assert 'these are the defaults, because' in other
+
+
+def test_new_scores_are_shown_as_cells_and_as_a_curve(project: Path, tmp_path: Path, pool) -> None:
+    inputs = report.from_configs(
+        configs_of(project), work_root=project / 'work', out_dir=project / 'out'
+    )
+    path = project / 'out' / 'inference.json'
+    names, far = (*FEATURES, 'intercept'), ((1e6,) * len(FEATURES),) * 2
+    half = tuple({'logit': 0.5}.get(name, 0.0) for name in names)
+    weights = Rescoring(CLASSES, (half, half), ((-1e6,) * len(FEATURES),) * 2, far)
+    chosen = replace(
+        default_settings('instances', CLASSES), score_thr=(0.0, 0.0), rescoring=weights
+    )
+    curve = {'brier': 0.1, 'mean_score': [0.1, None], 'share_right': [0.35, None], 'n': [4, 0]}
+    write_json(path, {
+        'version': 1, 'class_names': list(CLASSES),
+        'profiles': {'instances': chosen.to_json()},
+        'rescoring_evidence': {'instances': {'after': curve}},
+    })  # fmt: skip
+    try:
+        html = report.write_report(inputs, tmp_path / 'a.html', params=FAST).path.read_text()
+    finally:
+        path.unlink()
+    pred_of = {s.name: s for s in pool.pred_sets}
+    for image in embedded(html)['images']:
+        if image['gt'] is not None:
+            wanted = postprocess(weights.apply(pred_of[image['name']]), chosen.post)[0]
+            shown = sorted(row[2] for row in image['cells'])
+            np.testing.assert_allclose(shown, sorted(wanted.scores), atol=0.005)
+    assert 'Mean distance: 0.250' in html
+    assert 'new score of at least 0' in html
+    assert 'new scores' in html
 
 
 def test_worst_image_comes_first(html: str, pool) -> None:

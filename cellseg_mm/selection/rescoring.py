@@ -1,0 +1,277 @@
+"""Fits scores that are probabilities, and says out of fold what they bring.
+
+In: samples and the settings that were chosen on them. Out: those settings with weights for new
+scores and, where cells are counted, with thresholds on these; evidence. Invariant: the gain and the
+curve that are reported come from images that no weight and no threshold was fitted on.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellseg_mm.core.arrays import Float, Int
+from cellseg_mm.core.files import JsonValue
+from cellseg_mm.core.instances import InstanceSet
+from cellseg_mm.fusion.rescoring import FEATURES, SURE, Rescoring, features
+from cellseg_mm.fusion.settings import DEFAULT_MASK_THR, InferenceSettings
+from cellseg_mm.scores.matching import compare, greedy_matches
+from cellseg_mm.selection.objectives import Mpq, Objective
+from cellseg_mm.selection.search import N_BOOTSTRAP, WORTH_IT, drawn_weights, interval_of
+
+# Of the ridge penalty, on standardised features. 155 real images, AP50: 0.001 0.759, 0.01 0.766,
+# 0.1 0.764, 1 0.763.
+INVERSE_PENALTY = 0.01
+FEWEST = 10  # right, and wrong, detections of a class; with fewer it keeps its scores
+N_BINS = 10  # of the calibration curve
+
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The D detections of I images, and how many cells these have.
+
+    Attributes:
+        values: (D, F) features.
+        class_ids: (D,) int64.
+        image: (D,) int64, position of the image.
+        is_right: (D,) whether it is matched within its class at mask IoU 0.5.
+        scores: (D,) as predicted.
+        n_gt: (I, K) int64 labelled cells.
+    """
+
+    values: Float
+    class_ids: Int
+    image: Int
+    is_right: Bools
+    scores: Float
+    n_gt: Int
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """How often scores were right, in ``N_BINS`` equal bins of the score.
+
+    Attributes:
+        brier: Mean squared distance between score and being right; less is better.
+        mean_score: Per bin; NaN where it is empty.
+        share_right: Likewise.
+        n: Detections per bin.
+    """
+
+    brier: float
+    mean_score: tuple[float, ...]
+    share_right: tuple[float, ...]
+    n: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RescoringChoice:
+    """What new scores are worth.
+
+    Attributes:
+        settings: With weights of new scores.
+        gain: Of the score that the settings were chosen by, on images that took no part in the
+            fit; over the settings as they came, which were chosen on all images.
+        error: Its standard error over images, or over groups where any is known.
+        interval: Its 95 % percentile bootstrap interval, likewise.
+        before: How often scores are right as predicted.
+        after: The same for new scores, on images that took no part.
+    """
+
+    settings: InferenceSettings
+    gain: float
+    error: float
+    interval: tuple[float, float]
+    before: Curve
+    after: Curve
+
+    @property
+    def is_worth_it(self) -> bool:
+        """Whether the gain is greater than its error, and than what counts at all."""
+        return self.gain > max(self.error, WORTH_IT)
+
+
+def choose_rescoring(
+    objective: Objective[Any], settings: InferenceSettings, *, seed: int = 0
+) -> RescoringChoice:
+    """Fit on all folds but one and judge on that one, for each fold; then fit on all.
+
+    Args:
+        objective: What the settings were chosen by, of two folds or more.
+        settings: Chosen without new scores.
+        seed: Of the resampling.
+    """
+    samples = objective.samples
+    sets = samples.sets(settings)
+    table = tabulate(samples.gt_sets, sets, len(samples.class_names))
+    complete = functools.partial(
+        _completed, table, samples.class_names, settings, is_count=isinstance(objective, Mpq)
+    )
+    fitted = [complete(samples.fold_of != fold) for fold in samples.folds]
+    part_of = np.searchsorted(np.array(samples.folds), samples.fold_of)
+    judged = tuple(fitted[i][1].apply(s) for i, s in zip(part_of.tolist(), sets, strict=True))
+    again = objective.on(replace(samples, views={(settings.tta, settings.fusion): judged}))
+    # these masks are cut already
+    parts = [again.measure(replace(one, mask_thr=DEFAULT_MASK_THR)) for one, _ in fitted]
+    everything = np.ones((1, len(sets)), dtype=np.int64)
+    weights = np.concatenate([everything, drawn_weights(samples, N_BOOTSTRAP, seed)])
+    before = objective.measure(settings).values(weights)
+    gains = again.mixed(parts, part_of).values(weights) - before
+    chosen, rescoring = complete(everything[0] > 0)
+    return RescoringChoice(
+        settings=replace(chosen, rescoring=rescoring),
+        gain=float(gains[0]),
+        error=float(np.nanstd(gains[1:])),
+        interval=interval_of(gains),
+        before=curve(table.scores, table.is_right),
+        after=curve(np.concatenate([s.scores for s in judged]), table.is_right),
+    )
+
+
+def tabulate(
+    gt_sets: Sequence[InstanceSet], pred_sets: Sequence[InstanceSet], n_classes: int
+) -> Table:
+    """Collect what is fitted on, the images' predictions best first."""
+    is_right = [_is_right(gt, pred) for gt, pred in zip(gt_sets, pred_sets, strict=True)]
+    sizes = [len(pred) for pred in pred_sets]
+    return Table(
+        values=np.concatenate([features(pred, n_classes) for pred in pred_sets]),
+        class_ids=np.concatenate([pred.class_ids for pred in pred_sets]),
+        image=np.repeat(np.arange(len(sizes)), sizes),
+        is_right=np.concatenate(is_right),
+        scores=np.concatenate([pred.scores for pred in pred_sets]).astype(np.float64),
+        n_gt=np.stack([np.bincount(gt.class_ids, minlength=n_classes) for gt in gt_sets]),
+    )
+
+
+def _is_right(gt: InstanceSet, pred: InstanceSet) -> Bools:
+    compared = compare(gt, pred)
+    same = pred.class_ids[:, None] == gt.class_ids[None]
+    matched = greedy_matches(np.where(same, compared.mask_iou, 0.0), np.array([0.5]))[0]
+    return np.asarray(matched >= 0)
+
+
+def _completed(
+    table: Table,
+    class_names: Sequence[str],
+    settings: InferenceSettings,
+    taken: Bools,
+    *,
+    is_count: bool,
+) -> tuple[InferenceSettings, Rescoring]:
+    """Return the settings, where cells are counted with thresholds on new scores, and the weights.
+
+    Args:
+        table: All detections.
+        class_names: K names.
+        settings: To be completed.
+        taken: (I,) the images to fit on.
+        is_count: Whether each class needs a threshold: the one of the best F1.
+    """
+    rescoring = fit(table, class_names, taken)
+    if not is_count:
+        return settings, rescoring
+    rows = taken[table.image]
+    scores, n_gt = rescoring.scores(table.values, table.class_ids), table.n_gt[taken].sum(axis=0)
+    thresholds = []
+    for k, n in enumerate(n_gt.tolist()):
+        own = rows & (table.class_ids == k)
+        thresholds.append(_best_threshold(scores[own], table.is_right[own], n))
+    return replace(settings, score_thr=tuple(thresholds)), rescoring
+
+
+def _best_threshold(scores: Float, is_right: Bools, n_gt: int) -> float:
+    """Return the score from which on F1 is greatest, to two digits; 0.5 without detections."""
+    if not len(scores):
+        return 0.5
+    order = np.argsort(-scores, kind='stable')
+    n = np.arange(1, len(scores) + 1)
+    f1 = 2 * np.cumsum(is_right[order]) / (n + n_gt)
+    return round(float(scores[order][int(np.argmax(f1))]), 2)
+
+
+def fit(table: Table, class_names: Sequence[str], taken: Bools) -> Rescoring:
+    """Fit one logistic regression per class.
+
+    Args:
+        table: All detections.
+        class_names: K names.
+        taken: (I,) the images to fit on.
+    """
+    rows = taken[table.image]
+    fits = []
+    for k in range(len(class_names)):
+        own = rows & (table.class_ids == k)
+        fits.append(_fit_class(table.values[own], table.is_right[own]))
+    weights, low, high = (
+        tuple(tuple(row.tolist()) for row in part) for part in zip(*fits, strict=True)
+    )
+    return Rescoring(tuple(class_names), weights, low, high)
+
+
+def _fit_class(values: Float, is_right: Bools) -> tuple[Float, Float, Float]:
+    """Return weights with the intercept last, and the least and greatest of each feature."""
+    if min(is_right.sum(), (~is_right).sum()) < FEWEST:
+        end = np.zeros(len(FEATURES))
+        end[0] = np.log((1 - SURE) / SURE)
+        return np.eye(len(FEATURES) + 1)[0], -end, end
+    from sklearn.linear_model import LogisticRegression
+
+    mean, spread = values.mean(axis=0), values.std(axis=0) + 1e-9
+    model = LogisticRegression(C=INVERSE_PENALTY, max_iter=1000)
+    model.fit((values - mean) / spread, is_right)
+    slopes = model.coef_[0] / spread
+    weights = np.append(slopes, model.intercept_[0] - slopes @ mean)
+    return weights, values.min(axis=0), values.max(axis=0)
+
+
+def curve(scores: NDArray[np.floating], is_right: Bools) -> Curve:
+    """Return how often scores (D,) were right."""
+    bins = np.clip(np.floor(scores * N_BINS), 0, N_BINS - 1).astype(np.int64)
+    n = np.bincount(bins, minlength=N_BINS)
+    count = functools.partial(np.bincount, bins, minlength=N_BINS)
+    with np.errstate(invalid='ignore'):
+        mean, share = count(weights=scores) / n, count(weights=is_right) / n
+    brier = float(((scores - is_right) ** 2).mean()) if len(scores) else float('nan')
+    return Curve(brier, tuple(mean.tolist()), tuple(share.tolist()), tuple(n.tolist()))
+
+
+def rescoring_record(choice: RescoringChoice) -> dict[str, JsonValue]:
+    """Return what ``inference.json`` says about new scores; NaN becomes null."""
+    return {
+        'nested_gain': choice.gain,
+        'nested_standard_error': choice.error,
+        'nested_interval_95': list(choice.interval),
+        'is_worth_it': choice.is_worth_it,
+        'before': _curve_record(choice.before),
+        'after': _curve_record(choice.after),
+    }
+
+
+def _curve_record(one: Curve) -> dict[str, JsonValue]:
+    def numbers(values: Sequence[float]) -> list[JsonValue]:
+        return [float(v) if np.isfinite(v) else None for v in values]
+
+    return {
+        'brier': one.brier,
+        'mean_score': numbers(one.mean_score),
+        'share_right': numbers(one.share_right),
+        'n': list(one.n),
+    }
+
+
+def describe_rescoring(choice: RescoringChoice) -> str:
+    """Return what new scores are worth, in one line."""
+    low, high = choice.interval
+    return (
+        f'new scores from what surrounds a cell: honest gain {choice.gain:+.4f} (95 % {low:+.4f} '
+        f'to {high:+.4f}), mean squared error of the scores {choice.before.brier:.4f} before, '
+        f'{choice.after.brier:.4f} after: {"worth it" if choice.is_worth_it else "not worth it"}'
+    )
