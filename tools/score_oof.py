@@ -2,6 +2,7 @@
 
     python tools/score_oof.py configs/*.py
     python tools/score_oof.py configs/*.py --tta flips                      # folds tested so
+    python tools/score_oof.py configs/*.py --tta flips --new-scores         # docs/recipes.md
     python tools/score_oof.py configs/*.py --by organs.csv organ            # and each organ's
     python tools/score_oof.py configs/*.py --held-out 4 --fusion nms soft_mask   # fusion's gain
 
@@ -27,6 +28,11 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--out', help='folder for the results (default: ensemble beside the folds)')
     parser.add_argument('--tta', default='', help='score what tools/test.py --tta of this left')
     parser.add_argument(
+        '--new-scores',
+        action='store_true',
+        help='score anew, as tools/find_best.py would: each fold by weights of the others',
+    )
+    parser.add_argument(
         '--by',
         nargs=2,
         metavar=('TABLE.csv', 'COLUMN'),
@@ -48,6 +54,7 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Score, write, and print the headline."""
     args = parse_args()
+    import numpy as np
     from mmengine.config import Config
 
     from cellseg_mm.core import files
@@ -61,6 +68,7 @@ def main() -> None:
     from cellseg_mm.report.suspects import write_suspects
     from cellseg_mm.scores.matching import compare
     from cellseg_mm.scores.table import score_table
+    from cellseg_mm.selection.rescoring import cross_scored
 
     work_dirs = [work_dir_of(path, args.work_root) for path in args.configs]
     out = Path(args.out or ensemble_dir(work_dirs))
@@ -86,12 +94,18 @@ def main() -> None:
     oof.refuse_other_classes(pool, data.class_names)
     settings = {DataSettings.from_config(cfg).fold: cfg.to_dict() for cfg in configs}
     oof.refuse_other_recipes(pool, settings)
+    if args.new_scores:
+        sets = cross_scored(pool.gt_sets, pool.pred_sets, np.array(pool.fold_of), pool.class_names)
+        pool = dataclasses.replace(pool, pred_sets=sets)
     scores = oof.score_pool(pool)
-    paths = predictions_path(out, 'oof', args.tta), scores_path(out, 'oof', args.tta)
+    name = 'oof.new_scores' if args.new_scores else 'oof'
+    paths = predictions_path(out, name, args.tta), scores_path(out, name, args.tta)
     oof.save_pool(paths[0], pool)
     record = {**scores.to_dict(), 'provenance': oof.pool_origin(pool)}
     files.write_json(paths[1], record)
     print(f'{score_table(scores)}\n\n{oof.describe(pool, scores, data.data_root)}')
+    if args.new_scores:
+        print('detections are scored anew, each fold by weights that were fitted on the others')
     if args.by:
         rule = GroupRule(csv_path=Path(args.by[0]), group_column=args.by[1])
         part_of, findings = known_groups([gt.name for gt in pool.gt_sets], rule)

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cellseg_mm.core.arrays import Float, Int
+from cellseg_mm.core.errors import PredictionError
 from cellseg_mm.core.files import JsonValue
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.fusion.rescoring import FEATURES, SURE, Rescoring, features
@@ -108,31 +109,64 @@ def choose_rescoring(
         settings: Chosen without new scores.
         seed: Of the resampling.
     """
-    samples = objective.samples
+    samples, names = objective.samples, objective.samples.class_names
     sets = samples.sets(settings)
-    table = tabulate(samples.gt_sets, sets, len(samples.class_names))
-    complete = functools.partial(
-        _completed, table, samples.class_names, settings, is_count=isinstance(objective, Mpq)
-    )
-    fitted = [complete(samples.fold_of != fold) for fold in samples.folds]
-    part_of = np.searchsorted(np.array(samples.folds), samples.fold_of)
-    judged = tuple(fitted[i][1].apply(s) for i, s in zip(part_of.tolist(), sets, strict=True))
+    table = tabulate(samples.gt_sets, sets, len(names))
+    fits = fit_without(table, names, samples.fold_of)
+    judged = tuple(fits[f].apply(s) for f, s in zip(samples.fold_of.tolist(), sets, strict=True))
+
+    def adjusted(rescoring: Rescoring, taken: Bools) -> InferenceSettings:
+        if not isinstance(objective, Mpq):
+            return settings
+        return replace(settings, score_thr=_best_thresholds(table, rescoring, taken))
+
     again = objective.on(replace(samples, views={(settings.tta, settings.fusion): judged}))
-    # these masks are cut already
-    parts = [again.measure(replace(one, mask_thr=DEFAULT_MASK_THR)) for one, _ in fitted]
-    everything = np.ones((1, len(sets)), dtype=np.int64)
-    weights = np.concatenate([everything, drawn_weights(samples, N_BOOTSTRAP, seed)])
+    parts = [  # these masks are cut already
+        again.measure(replace(adjusted(one, samples.fold_of != f), mask_thr=DEFAULT_MASK_THR))
+        for f, one in fits.items()
+    ]
+    part_of = np.searchsorted(np.array(list(fits)), samples.fold_of)
+    everyone = np.ones(len(sets), dtype=np.bool_)
+    drawn = drawn_weights(samples, N_BOOTSTRAP, seed)
+    weights = np.concatenate([everyone[None].astype(np.int64), drawn])
     before = objective.measure(settings).values(weights)
     gains = again.mixed(parts, part_of).values(weights) - before
-    chosen, rescoring = complete(everything[0] > 0)
+    rescoring = fit(table, names, everyone)
     return RescoringChoice(
-        settings=replace(chosen, rescoring=rescoring),
+        settings=replace(adjusted(rescoring, everyone), rescoring=rescoring),
         gain=float(gains[0]),
         error=float(np.nanstd(gains[1:])),
         interval=interval_of(gains),
         before=curve(table.scores, table.is_right),
         after=curve(np.concatenate([s.scores for s in judged]), table.is_right),
     )
+
+
+def cross_scored(
+    gt_sets: Sequence[InstanceSet],
+    pred_sets: Sequence[InstanceSet],
+    fold_of: Int,
+    class_names: Sequence[str],
+) -> tuple[InstanceSet, ...]:
+    """Return predictions with new scores, each image's by weights fitted on the other folds.
+
+    Args:
+        gt_sets: I images' ground truth.
+        pred_sets: Predictions of the same images in the same order.
+        fold_of: (I,) int64, fold that held each image out.
+        class_names: K names.
+
+    Raises:
+        PredictionError: All images are of one fold.
+    """
+    if len(np.unique(fold_of)) < 2:
+        raise PredictionError(
+            f'new scores: found predictions of fold {fold_of[0]} only; expected two folds or more, '
+            'so that each is scored by weights of the others; test another fold'
+        )
+    best_first = tuple(pred.by_score() for pred in pred_sets)
+    fits = fit_without(tabulate(gt_sets, best_first, len(class_names)), class_names, fold_of)
+    return tuple(fits[f].apply(s) for f, s in zip(fold_of.tolist(), best_first, strict=True))
 
 
 def tabulate(
@@ -158,33 +192,15 @@ def _is_right(gt: InstanceSet, pred: InstanceSet) -> Bools:
     return np.asarray(matched >= 0)
 
 
-def _completed(
-    table: Table,
-    class_names: Sequence[str],
-    settings: InferenceSettings,
-    taken: Bools,
-    *,
-    is_count: bool,
-) -> tuple[InferenceSettings, Rescoring]:
-    """Return the settings, where cells are counted with thresholds on new scores, and the weights.
-
-    Args:
-        table: All detections.
-        class_names: K names.
-        settings: To be completed.
-        taken: (I,) the images to fit on.
-        is_count: Whether each class needs a threshold: the one of the best F1.
-    """
-    rescoring = fit(table, class_names, taken)
-    if not is_count:
-        return settings, rescoring
-    rows = taken[table.image]
-    scores, n_gt = rescoring.scores(table.values, table.class_ids), table.n_gt[taken].sum(axis=0)
+def _best_thresholds(table: Table, rescoring: Rescoring, taken: Bools) -> tuple[float, ...]:
+    """Return each class's new score from which on F1 is greatest on the images taken, (I,) bool."""
+    rows, n_gt = taken[table.image], table.n_gt[taken].sum(axis=0)
+    scores = rescoring.scores(table.values, table.class_ids)
     thresholds = []
     for k, n in enumerate(n_gt.tolist()):
         own = rows & (table.class_ids == k)
         thresholds.append(_best_threshold(scores[own], table.is_right[own], n))
-    return replace(settings, score_thr=tuple(thresholds)), rescoring
+    return tuple(thresholds)
 
 
 def _best_threshold(scores: Float, is_right: Bools, n_gt: int) -> float:
@@ -195,6 +211,11 @@ def _best_threshold(scores: Float, is_right: Bools, n_gt: int) -> float:
     n = np.arange(1, len(scores) + 1)
     f1 = 2 * np.cumsum(is_right[order]) / (n + n_gt)
     return round(float(scores[order][int(np.argmax(f1))]), 2)
+
+
+def fit_without(table: Table, class_names: Sequence[str], fold_of: Int) -> dict[int, Rescoring]:
+    """Return for each fold, rising, weights fitted on the images of all others."""
+    return {fold: fit(table, class_names, fold_of != fold) for fold in np.unique(fold_of).tolist()}
 
 
 def fit(table: Table, class_names: Sequence[str], taken: Bools) -> Rescoring:

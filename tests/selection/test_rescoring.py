@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from cellseg_mm.core.files import write_json
+from cellseg_mm.core.errors import PredictionError
 from cellseg_mm.core.instances import InstanceSet, concatenate
 from cellseg_mm.fusion.settings import default_settings, load_settings
 from cellseg_mm.scores.score import score
 from cellseg_mm.selection.objectives import Ap50, Mpq, Samples
-from cellseg_mm.selection.rescoring import choose_rescoring, curve, fit, tabulate
+from cellseg_mm.selection.rescoring import choose_rescoring, cross_scored, curve, fit, tabulate
 
 CLASSES = ('round', 'rare')
 HW = (300, 300)
@@ -90,6 +91,21 @@ def test_a_fold_is_judged_by_weights_that_never_saw_it(samples: Samples) -> None
     assert own[at_fold & table.is_right].min() > own[at_fold & ~table.is_right].max()
     assert found.after.brier > found.before.brier
     assert not found.is_worth_it
+
+
+def test_each_fold_is_scored_by_the_others_in_any_order(samples: Samples) -> None:
+    views = samples.views[None, 'soft_mask']
+    anew = cross_scored(samples.gt_sets, views, samples.fold_of, CLASSES)
+    table = tabulate(samples.gt_sets, views, 2)
+    for i, (one, before) in enumerate(zip(anew, views, strict=True)):
+        wanted = fit(table, CLASSES, samples.fold_of != samples.fold_of[i]).apply(before)
+        np.testing.assert_array_equal(one.scores, wanted.scores)
+    shuffled = tuple(one[::-1] for one in views)
+    again = cross_scored(samples.gt_sets, shuffled, samples.fold_of, CLASSES)
+    for one, other in zip(anew, again, strict=True):
+        np.testing.assert_allclose(np.sort(one.scores), np.sort(other.scores), rtol=1e-6)
+    with pytest.raises(PredictionError, match='fold 2 only; expected two folds'):
+        cross_scored(samples.gt_sets, views, np.full(12, 2), CLASSES)
 
 
 def test_a_class_with_few_examples_keeps_its_scores(samples: Samples) -> None:
