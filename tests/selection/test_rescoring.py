@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cellseg_mm.core.files import write_json
 from cellseg_mm.core.errors import PredictionError
+from cellseg_mm.core.files import write_json
 from cellseg_mm.core.instances import InstanceSet, concatenate
 from cellseg_mm.fusion.settings import default_settings, load_settings
 from cellseg_mm.scores.score import score
