@@ -6,7 +6,15 @@ Stock MMDetection tools run our configs too, because a config file imports this 
 from __future__ import annotations
 
 from cellseg_mm.detectors import hook
-from cellseg_mm.model import box_precision, caps, efficientnet_lite, mask_head, memory_format, tta
+from cellseg_mm.model import (
+    box_precision,
+    caps,
+    efficientnet_lite,
+    mask_head,
+    memory_format,
+    roi_head,
+    tta,
+)
 from cellseg_mm.pipeline import colour, copy_paste, dataset, geometry, loading, seeding
 from cellseg_mm.training import fold_guard, hooks, metric, optim, pictures
 from cellseg_mm.weights import published, report_hook
@@ -31,6 +39,7 @@ __all__ = [
     'pictures',
     'published',
     'report_hook',
+    'roi_head',
     'seeding',
     'tta',
 ]

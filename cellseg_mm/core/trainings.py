@@ -39,6 +39,10 @@ NOT_NETWORK_KEYS = {
     *('test_cfg', 'train_cfg', 'init_cfg', 'with_cp', 'keep_mask_probs', 'memory_format'),
 }
 
+# Types that train alike: what load_config makes of SyncBN where there is no kernel for it, and what
+# is the other without settings of its own (mask_frame, which is compared).
+SAME = {'SyncBN': 'BN', 'CellRoIHead': 'StandardRoIHead'}
+
 # What a checkpoint says of its recipe: all of it as one hash; by part as trained, as the config and
 # its options had it, and as the config file has it; and the network that the weights belong to.
 RECORD_KEYS = ('recipe', 'parts', 'config_parts', 'file_parts', 'network')
@@ -86,8 +90,9 @@ def _recipe(settings: Record) -> dict[str, Any]:
 def _part(node: object, without: set[str]) -> object:
     if isinstance(node, dict):
         kept = {k: _part(v, without) for k, v in node.items() if k not in without}
-        if kept.get('type') == 'SyncBN':  # what load_config makes of it where there is no kernel
-            kept['type'] = 'BN'
+        kind = kept.get('type')
+        if isinstance(kind, str) and kind in SAME:
+            kept['type'] = SAME[kind]
         return kept
     return [_part(v, without) for v in node] if isinstance(node, (list, tuple)) else node
 

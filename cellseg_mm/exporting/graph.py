@@ -24,6 +24,7 @@ from mmdet.models.task_modules.coders import DeltaXYWHBBoxCoder
 from torch import Tensor, nn
 
 from cellseg_mm.model.mask_head import enlarged
+from cellseg_mm.model.roi_head import deltas_of_best
 
 WH_RATIO_CLIP = 16 / 1000  # DeltaXYWHBBoxCoder.decode
 
@@ -186,8 +187,12 @@ class PlainMaskRCNN(nn.Module):
         roi_head = self.model.roi_head
         head, cfg = roi_head.bbox_head, roi_head.test_cfg
         logits, deltas = head(_pool(roi_head.bbox_roi_extractor, features, proposals))
-        n_classes = head.num_classes
-        scores = logits.softmax(dim=-1)[:, :-1].reshape(-1)  # (P * K,)
+        n_classes, probs = head.num_classes, [logits.softmax(dim=-1)]
+        for _ in range(int(cfg.get('box_passes', 1)) - 1):
+            proposals = _decode(proposals, deltas_of_best(logits, deltas), head.bbox_coder, high)
+            logits, deltas = head(_pool(roi_head.bbox_roi_extractor, features, proposals))
+            probs.append(logits.softmax(dim=-1))
+        scores = torch.stack(probs).mean(dim=0)[:, :-1].reshape(-1)  # (P * K,)
         every = proposals[:, None].expand(-1, n_classes, 4).reshape(-1, 4)
         if head.reg_class_agnostic:
             deltas = deltas[:, None].expand(-1, n_classes, 4)

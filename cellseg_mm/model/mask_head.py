@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from mmdet.models.roi_heads import StandardRoIHead
 from mmdet.models.roi_heads.mask_heads import FCNMaskHead
 from mmdet.models.task_modules.samplers import SamplingResult
 from mmdet.registry import MODELS
@@ -145,49 +144,6 @@ class CellMaskHead(FCNMaskHead):
         if self.class_agnostic:
             return mask_preds[:, 0]
         return mask_preds[torch.arange(len(mask_preds), device=mask_preds.device), results.labels]
-
-
-@MODELS.register_module()
-class CellRoIHead(StandardRoIHead):
-    """``StandardRoIHead`` whose masks may reach beyond their box; the weights are the same.
-
-    A box that is a little too small then no longer cuts its cell straight.
-
-    Args:
-        mask_frame: Features, targets and pasted masks belong to the box made larger by this about
-            its centre; 1 is ``StandardRoIHead``.
-
-    Raises:
-        ConfigError: ``mask_frame`` is below 1, or the mask head is not ``CellMaskHead``.
-    """
-
-    def __init__(self, *args: object, mask_frame: float = 1.0, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)
-        if mask_frame < 1:
-            raise ConfigError(
-                f'model.roi_head.mask_frame: found {mask_frame}; expected 1 or more (1.25 leaves a '
-                'margin of an eighth of the box on each side); correct it'
-            )
-        if mask_frame != 1 and not isinstance(self.mask_head, CellMaskHead):
-            raise ConfigError(
-                f'model.roi_head.mask_frame: found {mask_frame} with a '
-                f'{type(self.mask_head).__name__}; expected a CellMaskHead; set '
-                "model.roi_head.mask_head.type='CellMaskHead'"
-            )
-        self.mask_frame = mask_frame
-        if mask_frame != 1:
-            self.mask_head.frame = mask_frame
-
-    def _mask_forward(
-        self,
-        x: tuple[Tensor, ...],
-        rois: Tensor | None = None,
-        pos_inds: Tensor | None = None,
-        bbox_feats: Tensor | None = None,
-    ) -> dict:
-        if rois is not None and self.mask_frame != 1:
-            rois = torch.cat([rois[:, :1], enlarged(rois[:, 1:], self.mask_frame)], dim=1)
-        return super()._mask_forward(x, rois, pos_inds, bbox_feats)
 
 
 def enlarged(boxes_xyxy: Tensor, factor: float) -> Tensor:

@@ -43,9 +43,19 @@ def changed(config: Path, **model: object) -> Path:
 
 ONE_BOX = {'roi_head': {'bbox_head': {'reg_class_agnostic': True}}}
 FRAME = {'roi_head': {'type': 'CellRoIHead', 'mask_frame': 1.25}}
+TWICE = {'roi_head': {'type': 'CellRoIHead'}, 'test_cfg': {'rcnn': {'box_passes': 2}}}
 CASES = [
     pytest.param({}, (64, 96), id='as it is'),
     pytest.param(FRAME, (50, 75), id='masks beyond their boxes'),
+    pytest.param(TWICE, (50, 75), id='boxes looked at twice'),
+    pytest.param(
+        {
+            'roi_head': {'type': 'CellRoIHead', 'bbox_head': {'reg_class_agnostic': True}},
+            'test_cfg': {'rcnn': {'box_passes': 3}},
+        },
+        (64, 96),
+        id='agnostic boxes looked at three times',
+    ),
     pytest.param({'rpn_head': {'num_convs': 2}}, (33, 33), id='two convolutions'),
     pytest.param(
         {'roi_head': {'bbox_head': {'reg_class_agnostic': True}}}, (64, 64), id='agnostic'

@@ -24,7 +24,8 @@ from pycocotools import mask as coco_mask  # noqa: E402
 
 from cellseg_mm.core.errors import ConfigError  # noqa: E402
 from cellseg_mm.model import mask_head  # noqa: E402
-from cellseg_mm.model.mask_head import CellMaskHead, CellRoIHead, encode_masks, enlarged, paste_runs  # noqa: E402
+from cellseg_mm.model.mask_head import CellMaskHead, encode_masks, enlarged, paste_runs  # noqa: E402
+from cellseg_mm.model.roi_head import CellRoIHead  # noqa: E402
 
 pytestmark = pytest.mark.mm
 
