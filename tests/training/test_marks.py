@@ -33,7 +33,11 @@ pytestmark = pytest.mark.mm
 def recipe(**changes: object) -> Config:
     cfg = Config(
         {
-            'model': {'norm': {'type': 'BN', 'eps': 0.001}, 'test_cfg': {'score_thr': 0.05}},
+            'model': {
+                'norm': {'type': 'BN', 'eps': 0.001},
+                'roi_head': {'type': 'StandardRoIHead'},
+                'test_cfg': {'score_thr': 0.05},
+            },
             'train_dataloader': {
                 'batch_size': 2,
                 'num_workers': 4,
@@ -57,6 +61,7 @@ def recipe(**changes: object) -> Config:
         {'train_dataloader.dataset.folds_file': '/b/folds.json'},
         {'model.test_cfg.score_thr': 0.5},
         {'model.norm.type': 'SyncBN'},  # the same norm, where there is a kernel for it
+        {'model.roi_head.type': 'CellRoIHead'},  # the same, without settings of its own
         {'work_dir': '/b', 'log_level': 'DEBUG'},
         {'load_from': '/b/start.pth'},
     ],
@@ -71,6 +76,7 @@ def test_places_and_machines_change_no_recipe(changes: dict) -> None:
     ('change', 'part'),
     [
         ({'model.norm.eps': 0.002}, 'model'),
+        ({'model.roi_head': {'type': 'CellRoIHead', 'mask_frame': 1.2}}, 'model'),
         ({'train_dataloader.batch_size': 4}, 'train_dataloader'),
         ({'train_dataloader.dataset.steps.0.prob': 0.6}, 'train_dataloader'),
         ({'optim_wrapper.lr': 0.02}, 'optim_wrapper'),
