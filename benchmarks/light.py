@@ -123,7 +123,7 @@ def load_torch(args: argparse.Namespace) -> Any:  # noqa: ANN401 - any detector
         {args.config: cfg}, MemberOptions(checkpoints=checkpoints, work_root=args.work_root)
     )
     if args.worker == 'stock':
-        cfg.model.pop('memory_format', None)
+        cfg.model.pop('memory_format', None)  # nor does it know box_passes: it looks at boxes once
         _replace_types(cfg.model)
     return build_detector([source])
 

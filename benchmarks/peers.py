@@ -331,7 +331,9 @@ def build_model(
     settings.backbone.pop('init_cfg', None)
     # Random weights have no statistics to freeze: activations would grow without bounds.
     settings.backbone.norm_eval = bool(args.checkpoint)
+    settings.test_cfg.rcnn.pop('box_passes', None)  # stock looks at boxes once
     if side == 'stock':
+        settings.roi_head.type = 'StandardRoIHead'
         settings.roi_head.mask_head.type = 'FCNMaskHead'
         if not exact_boxes:
             settings.rpn_head.type = 'RPNHead'
