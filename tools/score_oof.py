@@ -58,7 +58,14 @@ def main() -> None:
     from mmengine.config import Config
 
     from cellseg_mm.core import files
-    from cellseg_mm.core.layout import ensemble_dir, predictions_path, scores_path, work_dir_of
+    from cellseg_mm.core.layout import (
+        OOF,
+        OOF_NEW_SCORES,
+        ensemble_dir,
+        predictions_path,
+        scores_path,
+        work_dir_of,
+    )
     from cellseg_mm.data import folds
     from cellseg_mm.data.config import DataSettings
     from cellseg_mm.data.images import find_images
@@ -98,7 +105,7 @@ def main() -> None:
         sets = cross_scored(pool.gt_sets, pool.pred_sets, np.array(pool.fold_of), pool.class_names)
         pool = dataclasses.replace(pool, pred_sets=sets)
     scores = oof.score_pool(pool)
-    name = 'oof.new_scores' if args.new_scores else 'oof'
+    name = OOF_NEW_SCORES if args.new_scores else OOF
     paths = predictions_path(out, name, args.tta), scores_path(out, name, args.tta)
     oof.save_pool(paths[0], pool)
     record = {**scores.to_dict(), 'provenance': oof.pool_origin(pool)}

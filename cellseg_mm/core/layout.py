@@ -38,6 +38,7 @@ FINISHED = 'finished.json'
 TRAINING_LOCK = 'training.lock'
 AGAINST_START = 'against_start.json'
 INFERENCE = 'inference.json'
+OOF, OOF_NEW_SCORES = 'oof', 'oof.new_scores'  # names of pooled predictions and their scores
 PREDICTIONS_SUFFIX = '.predictions.npz'
 SCORES_SUFFIX = '.scores.json'
 

@@ -15,7 +15,14 @@ from typing import Any
 
 from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.core.files import JsonValue
-from cellseg_mm.core.layout import SCORES_SUFFIX, ensemble_dir, scores_path, work_dir_of
+from cellseg_mm.core.layout import (
+    OOF,
+    OOF_NEW_SCORES,
+    SCORES_SUFFIX,
+    ensemble_dir,
+    scores_path,
+    work_dir_of,
+)
 from cellseg_mm.core.trainings import trained_record
 from cellseg_mm.data.config import DataSettings
 from cellseg_mm.data.folds import load_folds
@@ -122,9 +129,16 @@ def _n_images(data: DataSettings, trained: Mapping[str, Any]) -> int | None:
     return len(set(folds.names) - unseen)
 
 
-def find_scores(config_path: str, work_root: str | None, tta: str | None) -> Path:
-    """Return where a recipe's out-of-fold scores with these views lie, if there are any."""
-    return scores_path(ensemble_dir([work_dir_of(config_path, work_root)]), 'oof', tta or '')
+def find_scores(
+    config_path: str, work_root: str | None, tta: str | None, *, new_scores: bool = False
+) -> Path:
+    """Return where a recipe's out-of-fold scores with these views lie, if there are any.
+
+    With ``new_scores`` those of ``tools/score_oof.py --new-scores``, where these were made.
+    """
+    folder = ensemble_dir([work_dir_of(config_path, work_root)])
+    anew = scores_path(folder, OOF_NEW_SCORES, tta or '')
+    return anew if new_scores and anew.is_file() else scores_path(folder, OOF, tta or '')
 
 
 def read_scores(path: Path) -> dict[str, Any]:
@@ -143,11 +157,14 @@ def read_scores(path: Path) -> dict[str, Any]:
             'such a file with --scores'
         )
     kept = ('headline', 'interval_unit', 'n_interval_units', 'cap', 'class_names')
+    name = path.name.removesuffix(SCORES_SUFFIX)
+    is_anew = name.startswith(OOF_NEW_SCORES)
     return {
         **{key: content.get(key) for key in kept},
         'intervals': content.get('intervals') or {},
         'n_images': len(content['per_image']['names']),
-        'tta': path.name.removesuffix(SCORES_SUFFIX).removeprefix('oof').removeprefix('.'),
+        'tta': name.removeprefix(OOF_NEW_SCORES if is_anew else OOF).removeprefix('.'),
+        'new_scores': is_anew,
         **{key: provenance.get(key) for key in ('folds', 'fold_hash', 'data_hash', 'code_commit')},
     }
 

@@ -36,7 +36,7 @@ from cellseg_mm.exporting.card import find_scores, make_card, read_said, read_sc
 from cellseg_mm.exporting.carried import check_model, resize_step
 from cellseg_mm.exporting.ort_web import runtime_files
 from cellseg_mm.exporting.parity import Parity, compare, share_alike
-from cellseg_mm.fusion.settings import load_settings
+from cellseg_mm.fusion.settings import InferenceSettings, load_settings
 from cellseg_mm.light.detector import LightDetector, OnnxModel
 from cellseg_mm.light.model_file import (
     SUFFIXES,
@@ -134,10 +134,10 @@ def export(configs: Configs, members: MemberOptions, options: ExportOptions) -> 
     sources = sources_of(configs, members)
     _check_options(sources, members, options)
     first = DataSettings.from_config(sources[0].cfg, 'test_dataloader')
-    settings, tta = _settings(members, first)
+    settings, chosen = _settings(members, first)
     said = {} if options.card is None else read_said(options.card)
     is_plain = options.out.suffix.lower() == '.onnx'
-    scores, about = (None, '') if is_plain else _scores(sources, members, options, tta)
+    scores, about = (None, '') if is_plain else _scores(sources, members, options, chosen)
     pictures = _pictures(options.image or _own_image(first), first)
     written, records, parities, halved = [], [], [], []
     for source in sources:
@@ -175,21 +175,29 @@ def _export_page(configs: Configs, members: MemberOptions, options: ExportOption
 
 def _settings(
     members: MemberOptions, data: DataSettings
-) -> tuple[dict[str, Any] | None, str | None]:
-    """Return the content of the settings file, and the views that it asks for."""
+) -> tuple[dict[str, Any] | None, InferenceSettings]:
+    """Return the content of the settings file, and what it asks for."""
     if members.settings_path is None:
-        return None, None
+        return None, InferenceSettings()
     chosen = load_settings(members.settings_path, 'instances', data.class_names)
     content = json.loads(Path(members.settings_path).read_text(encoding='utf-8'))
     content.pop('commands', None)  # with the paths of this computer
-    return content, chosen.tta
+    return content, chosen
 
 
 def _scores(
-    sources: Sequence[MemberSource], members: MemberOptions, options: ExportOptions, tta: str | None
+    sources: Sequence[MemberSource],
+    members: MemberOptions,
+    options: ExportOptions,
+    chosen: InferenceSettings,
 ) -> tuple[dict[str, Any] | None, str]:
     """Return the scores that the card gets, and what to say of them."""
-    path = options.scores or find_scores(sources[0].config_path, members.work_root, tta)
+    path = options.scores or find_scores(
+        sources[0].config_path,
+        members.work_root,
+        chosen.tta,
+        new_scores=chosen.rescoring is not None,
+    )
     if options.scores is None and not path.is_file():
         return None, f'card: no scores outside the training: there is no {path}'
     return read_scores(path), f'card: scores of {path}'

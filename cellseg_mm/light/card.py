@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cellseg_mm.core.errors import CheckpointError
+from cellseg_mm.fusion.settings import RESCORING
 from cellseg_mm.light.model_file import ModelFile
 
 # What a person says of a model; the rest of a card is measured or recorded.
@@ -80,6 +81,8 @@ def _scores(card: Mapping[str, Any]) -> Iterator[str]:
     scores = card.get('scores')
     if scores:
         views = f', views {scores["tta"]}' if scores['tta'] else ''
+        if scores.get('new_scores'):
+            views += ', scored anew by weights of the other folds'
         yield (
             f'Models of this recipe, each on the images of a fold that it never saw: '
             f'{scores["n_images"]} images, {len(scores["folds"])} folds ({scores["fold_hash"]}), '
@@ -146,4 +149,7 @@ def _made(card: Mapping[str, Any]) -> Iterator[str]:
 def _settings(file: ModelFile) -> Iterator[str]:
     chosen = ((file.settings or {}).get('profiles') or {}).get('instances')
     if isinstance(chosen, dict):
-        yield f'- Settings: {", ".join(f"{key} {value}" for key, value in chosen.items())}'
+        parts = [f'{key} {value}' for key, value in chosen.items() if key != RESCORING]
+        if chosen.get(RESCORING):
+            parts.append('scores made anew: a score is a probability')
+        yield f'- Settings: {", ".join(parts)}'

@@ -48,6 +48,19 @@ def test_scores_are_those_of_images_outside_the_training(tmp_path: Path) -> None
             read_scores(tmp_path / 'c.json')
 
 
+def test_new_scores_are_taken_where_they_are_used_and_known(tmp_path: Path) -> None:
+    folder = tmp_path / 'laptop' / 'ensemble'
+    folder.mkdir(parents=True)
+    plain = folder / 'oof.flips.scores.json'
+    assert find_scores('configs/laptop/fold0.py', str(tmp_path), 'flips', new_scores=True) == plain
+    anew = written(folder / 'oof.new_scores.flips.scores.json', SCORES)
+    assert find_scores('configs/laptop/fold0.py', str(tmp_path), 'flips', new_scores=True) == anew
+    assert find_scores('configs/laptop/fold0.py', str(tmp_path), 'flips') == plain
+    found = read_scores(anew)
+    assert (found['tta'], found['new_scores']) == ('flips', True)
+    assert not read_scores(written(plain, SCORES))['new_scores']
+
+
 def test_scores_lie_beside_the_work_folders() -> None:
     for config in ('configs/laptop/fold0.py', 'configs/laptop/all.py'):
         path = find_scores(config, 'runs', 'flips')

@@ -74,6 +74,15 @@ def test_what_people_read() -> None:
         assert part in text
 
 
+def test_new_scores_are_said_without_their_numbers() -> None:
+    scores = {**CARD['scores'], 'new_scores': True}
+    profile = {'tta': 'flips', 'rescoring': {'features': ['logit']}}
+    text = describe(file_with({**CARD, 'scores': scores}, {'profiles': {'instances': profile}}))
+    assert 'views flips, scored anew by weights of the other folds. In brackets' in text
+    assert '- Settings: tta flips, scores made anew: a score is a probability' in text
+    assert 'logit' not in text
+
+
 def test_without_scores() -> None:
     text = describe(file_with({**CARD, 'scores': None, 'um_per_px': None}))
     assert 'No scores of images outside its training are known.' in text
