@@ -138,7 +138,8 @@ def summary(merged: Merged) -> str:
         lines.append(f'  {sum(counts)} instances{without}; {member.describe()}')
     settings = merged.settings
     post, cut = to_spec(settings.post), settings.mask_cut
-    how = settings.fusion + (f', then {post}' if post else '')
+    how = settings.fusion + (', scores made anew' if settings.rescoring is not None else '')
+    how += f', then {post}' if post else ''
     how += f', masks cut at {cut}' if cut else ''
     how += f', test-time augmentation {settings.tta}' if settings.tta else ''
     lines.append(f'rule: {how}')
