@@ -7,9 +7,8 @@ is one of ``score``'s, only rounded; a section without data says why.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,12 +26,11 @@ from cellseg_mm.report.charts import (
 from cellseg_mm.report.inputs import FoldRun, ReportInputs
 from cellseg_mm.report.parts import Section, details, figure, grid, lead, nothing, swatch, table
 from cellseg_mm.scores.average_precision import RECALL_POINTS, mean_defined
-from cellseg_mm.scores.records import Scores
+from cellseg_mm.scores.records import Calibration, Scores
 
 PREDICTED_KINDS = ('correct', 'localisation', 'class', 'both', 'duplicate', 'background')
 FoldScores = Sequence[tuple[str, Scores]]
 Interval = tuple[float, float] | None
-CURVE = ('mean_score', 'share_right')  # keys of ``settings.curve_of_new_scores``
 
 
 def overview(inputs: ReportInputs, scores: Scores | None) -> str:
@@ -331,14 +329,14 @@ def error_section(inputs: ReportInputs, scores: Scores | None) -> Section:
 
 
 def calibration_section(
-    inputs: ReportInputs, scores: Scores | None, new_scores: Mapping[str, Any] | None = None
+    inputs: ReportInputs, scores: Scores | None, new_scores: Calibration | None = None
 ) -> Section:
     """Return scores against the share that is right.
 
     Args:
         inputs: Says why there are no scores.
         scores: Pooled out-of-fold scores, of detections as predicted.
-        new_scores: See ``settings.curve_of_new_scores``; None draws one line.
+        new_scores: Of new scores, on images that took no part in the fit; None draws one line.
     """
     title = 'Do scores mean what they say?'
     if scores is None:
@@ -348,40 +346,32 @@ def calibration_section(
         return Section('calibration', title, nothing('There are no detections.'))
     titles = tuple(
         f'score {a:.1f} to {b:.1f}: {n} detections, {100 * s:.0f} % right'
-        for a, b, n, s in zip(c.edges[:-1], c.edges[1:], c.n, c.share_tp, strict=True)
+        for a, b, n, s in zip(c.edges[:-1], c.edges[1:], c.n, c.share_right, strict=True)
     )
-    x, y = c.mean_score.tolist(), c.share_tp.tolist()
+    x, y = c.mean_score.tolist(), c.share_right.tolist()
     line = Series('as predicted', x, y, '--s0')
     dots = Series('', x, y, '--s0', as_points=True, titles=titles)
     axes = Axes('Share of right detections by score', 'score', 'share right', (0, 1), (0, 1))
     axes = Axes(axes.title, axes.x_label, axes.y_label, axes.x, axes.y, diagonal=True)
     n_axes = Axes('Number of detections by score', 'score', 'log10(1 + n)', x=(0, 1))
     logs = np.log10(1 + c.n).tolist()
-    gap = np.nansum(np.abs(c.mean_score - c.share_tp) * c.n) / c.n.sum()
     text = (
         'A detection is right when it is matched at mask IoU 0.5 within its class. On the diagonal '
-        f'a score is a probability. Mean distance, weighted by detections: {gap:.3f}.'
+        f'a score is a probability. Mean distance, weighted by detections: {c.gap:.3f}.'
     )
     lines = [line, dots]
     if new_scores is not None:
         text += (
             ' New scores are what cells and exports carry; here each was made for an image that '
-            f'took no part in the fit. Mean distance: {_gap(new_scores):.3f}.'
+            f'took no part in the fit. Mean distance: {new_scores.gap:.3f}.'
         )
-        x, y = ([math.nan if v is None else v for v in new_scores[key]] for key in CURVE)
+        x, y = new_scores.mean_score.tolist(), new_scores.share_right.tolist()
         lines.append(Series('new scores', x, y, '--s1', dash=1))
     body = grid(
         figure('Share right by score', chart(axes, lines), legend(lines[::2])),
         figure('How many detections have that score', bars(n_axes, c.edges, logs, '--s0')),
     )
     return Section('calibration', title, lead(text) + body)
-
-
-def _gap(curve: Mapping[str, Any]) -> float:
-    """Return the mean distance between score and share right, weighted by detections."""
-    bins = zip(curve[CURVE[0]], curve[CURVE[1]], curve['n'], strict=True)
-    total = sum(n * abs(mean - share) for mean, share, n in bins if n)
-    return float(total / max(1, sum(curve['n'])))
 
 
 def count_section(inputs: ReportInputs, scores: Scores | None) -> Section:

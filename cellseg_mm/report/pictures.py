@@ -19,8 +19,8 @@ from PIL import Image
 
 from cellseg_mm.core.files import JsonValue
 from cellseg_mm.core.instances import InstanceSet
-from cellseg_mm.report.suspects import match_in_class
 from cellseg_mm.scores.matching import Compared
+from cellseg_mm.scores.mistakes import match_in_class
 
 LONG_SIDE_PX = 900  # of a viewer image; a cell of 16 px in a 1300 px image is still 11 px
 CROP_SIDE_PX = 132

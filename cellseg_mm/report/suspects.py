@@ -12,13 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cellseg_mm.core.arrays import Float
 from cellseg_mm.core.instances import InstanceSet, concatenate
 from cellseg_mm.core.layout import REVIEW_SUFFIX
 from cellseg_mm.results.export import write_geojson
-from cellseg_mm.scores.matching import Compared, greedy_matches
+from cellseg_mm.scores.matching import Compared
 from cellseg_mm.scores.mistakes import BACKGROUND_IOU, FOREGROUND_IOU
 
 CONFIDENT = 0.7  # a detector's score from which on a disagreement is worth a look
@@ -49,25 +48,6 @@ class Suspect:
     class_id: int
     label_class_id: int
     value: float
-
-
-def match_in_class(compared: Compared) -> tuple[NDArray[np.int64], Float]:
-    """Match within classes at IoU 0.5 by falling score, as the error breakdown does.
-
-    Matching goes by falling score, so leaving out the detections below any threshold changes no
-    other match: one pass serves every position of the viewer's slider.
-
-    Returns:
-        (D,) int64 matched instance of each detection or -1, and (G,) float64 score of the detection
-        that found each instance, or -1.
-    """
-    same = compared.pred.class_ids[:, None] == compared.gt.class_ids[None, :]
-    iou = np.where(same, compared.mask_iou, 0.0)
-    matched = greedy_matches(iou, np.array([FOREGROUND_IOU]))[0]
-    found = np.full(len(compared.gt), -1.0)
-    rows = np.flatnonzero(matched >= 0)
-    found[matched[rows]] = compared.pred.scores[rows]
-    return matched, found
 
 
 def label_suspects(images: Sequence[Compared]) -> dict[str, list[Suspect]]:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from html import escape
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +40,7 @@ from cellseg_mm.report.pictures import (
 from cellseg_mm.report.suspects import Doubt
 from cellseg_mm.results.overlay import read_rgb
 from cellseg_mm.scores.matching import Compared, compare
-from cellseg_mm.scores.records import Scores
+from cellseg_mm.scores.records import Calibration, Scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +113,7 @@ class CellSettings:
 
     settings: InferenceSettings
     source: str
-    new_scores: Mapping[str, Any] | None = None
+    new_scores: Calibration | None = None
 
     @property
     def least_score(self) -> float:
@@ -158,7 +157,8 @@ def cell_settings(inputs: ReportInputs) -> CellSettings:
         return CellSettings(default, 'these are the defaults, none were chosen out of fold yet')
     try:
         settings = load_settings(path, 'instances', inputs.class_names)
-        new_scores = curve_of_new_scores(path) if settings.rescoring is not None else None
+        curve = curve_of_new_scores(path) if settings.rescoring is not None else None
+        new_scores = Calibration.from_json(curve) if curve is not None else None
     except ConfigError as problem:
         return CellSettings(default, f'these are the defaults, because {problem}')
     if settings.mask_thr != DEFAULT_MASK_THR and not _has_probs(inputs):

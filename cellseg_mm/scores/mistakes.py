@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from cellseg_mm.core.arrays import Int
+from cellseg_mm.core.arrays import Float, Int
 from cellseg_mm.scores.matching import Compared, greedy_matches
 
 # "gt" and "missed" count instances, the others predictions; "correct" to "background" add up to
@@ -28,6 +28,25 @@ ERROR_NAMES = (
 )
 FOREGROUND_IOU = 0.5
 BACKGROUND_IOU = 0.1
+
+
+def match_in_class(compared: Compared) -> tuple[Int, Float]:
+    """Match within classes at IoU 0.5 by falling score.
+
+    Leaving out the detections below any threshold changes no other match: one pass serves every
+    position of the viewer's slider.
+
+    Returns:
+        (D,) int64 matched instance of each detection or -1, and (G,) float64 score of the detection
+        that found each instance, or -1.
+    """
+    same = compared.pred.class_ids[:, None] == compared.gt.class_ids[None, :]
+    iou = np.where(same, compared.mask_iou, 0.0)
+    matched = greedy_matches(iou, np.array([FOREGROUND_IOU]))[0]
+    found = np.full(len(compared.gt), -1.0)
+    rows = np.flatnonzero(matched >= 0)
+    found[matched[rows]] = compared.pred.scores[rows]
+    return matched, found
 
 
 def confusion_of(compared: Compared, n_classes: int, *, score_thr: float) -> Int:
@@ -77,7 +96,7 @@ def errors_of(
     iou = compared.mask_iou[rows]
     same = compared.pred.class_ids[rows][:, None] == compared.gt.class_ids[None, :]
     iou_same, iou_other = np.where(same, iou, 0.0), np.where(same, 0.0, iou)
-    matched = greedy_matches(iou_same, np.array([FOREGROUND_IOU]))[0]
+    matched = match_in_class(compared)[0][rows]
     kind, target = _kinds(iou_same, iou_other, matched)
     unseen = np.ones(len(compared.gt), dtype=bool)
     unseen[matched[matched >= 0]] = False

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from cellseg_mm.core.arrays import Float, Int
 from cellseg_mm.core.errors import ConfigError
@@ -182,13 +184,46 @@ class Calibration:
         edges: (B + 1,) float64; bin b holds edges[b] <= score < edges[b + 1], the last its end too.
         n: (B,) int64 detections.
         mean_score: (B,) float64; NaN in an empty bin.
-        share_tp: (B,) float64; NaN in an empty bin.
+        share_right: (B,) float64; NaN in an empty bin.
+        brier: Mean squared distance between score and being right; NaN without detections.
     """
 
     edges: Float
     n: Int
     mean_score: Float
-    share_tp: Float
+    share_right: Float
+    brier: float
+
+    @classmethod
+    def of(cls, scores: Float, is_right: NDArray[np.bool_], n_bins: int = 10) -> Calibration:
+        """Count (D,) detections in equal bins of the score."""
+        bins = np.clip(np.floor(scores * n_bins), 0, n_bins - 1).astype(np.int64)
+        n = np.bincount(bins, minlength=n_bins)
+        return cls(
+            edges=np.linspace(0.0, 1.0, n_bins + 1, dtype=np.float64),
+            n=n,
+            mean_score=ratio(np.bincount(bins, weights=scores, minlength=n_bins), n, n),
+            share_right=ratio(np.bincount(bins, weights=is_right, minlength=n_bins), n, n),
+            brier=float(((scores - is_right) ** 2).mean()) if len(scores) else math.nan,
+        )
+
+    @property
+    def gap(self) -> float:
+        """Mean distance between score and share right, weighted by detections."""
+        away = np.abs(self.mean_score - self.share_right) * self.n
+        return float(np.nansum(away) / max(1, self.n.sum()))
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Calibration:
+        """Read what :func:`as_json` made of one."""
+        n = np.array(record['n'], dtype=np.int64)
+        return cls(
+            edges=np.linspace(0.0, 1.0, len(n) + 1, dtype=np.float64),
+            n=n,
+            mean_score=np.array(record['mean_score'], dtype=np.float64),
+            share_right=np.array(record['share_right'], dtype=np.float64),
+            brier=float(record['brier']),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,25 +332,29 @@ class Scores:
         record = _fields(self)
         for key, counts in (('counted', self.counted), ('detected', self.detected)):
             record[key] = [
-                _fields(row) | {name: _json(getattr(row, name)) for name in RATES} for row in counts
+                _fields(row) | {rate: as_json(getattr(row, rate)) for rate in RATES}
+                for row in counts
             ]
-        record['headline'] = _json(self.headline())
+        record['headline'] = as_json(self.headline())
         record['n_undefined_classes'] = self.n_undefined_classes
         record['n_undefined_images'] = self.n_undefined_images
         return record
 
 
 def _fields(record: Scores | Counted) -> dict[str, JsonValue]:
-    return {name: _json(value) for name, value in dataclasses.asdict(record).items()}
+    return {name: as_json(value) for name, value in dataclasses.asdict(record).items()}
 
 
-def _json(value: object) -> JsonValue:
+def as_json(value: object) -> JsonValue:
+    """Return arrays as lists, records as dicts; NaN becomes null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
     if isinstance(value, np.ndarray):
-        return _json(value.tolist())
+        return as_json(value.tolist())
     if isinstance(value, dict):
-        return {str(key): _json(item) for key, item in value.items()}
+        return {str(key): as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_json(item) for item in value]
+        return [as_json(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if value is None or isinstance(value, str | int | float):

@@ -296,16 +296,10 @@ def _per_image(images: list[Compared], tallies: Tallies, aji: Float, n_detection
 
 
 def _calibration(ranked: list[RankedClass], thr_index: int, params: ScoreParams) -> Calibration:
-    scores = np.concatenate([r.scores for r in ranked]).astype(np.float64)
-    is_tp = np.concatenate([r.is_tp[thr_index] for r in ranked])
-    n_bins = params.n_calibration_bins
-    bins = np.clip(np.floor(scores * n_bins), 0, n_bins - 1).astype(np.int64)
-    n = np.bincount(bins, minlength=n_bins)
-    return Calibration(
-        edges=np.linspace(0.0, 1.0, n_bins + 1, dtype=np.float64),
-        n=n,
-        mean_score=ratio(np.bincount(bins, weights=scores, minlength=n_bins), n, n),
-        share_tp=ratio(np.bincount(bins, weights=is_tp, minlength=n_bins), n, n),
+    return Calibration.of(
+        np.concatenate([r.scores for r in ranked]).astype(np.float64),
+        np.concatenate([r.is_tp[thr_index] for r in ranked]),
+        params.n_calibration_bins,
     )
 
 

@@ -6,7 +6,6 @@ use them. Invariant: what could not be measured honestly keeps its default, and 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,6 +33,7 @@ from cellseg_mm.fusion.settings import (
     Profile,
     default_settings,
 )
+from cellseg_mm.scores.records import as_json
 from cellseg_mm.selection.objectives import Ap50, Mpq, Samples
 from cellseg_mm.selection.rescoring import (
     RescoringChoice,
@@ -293,22 +293,22 @@ def read_fusion_samples(inputs: Inputs, folds: Folds) -> tuple[Samples | None, s
 
 
 def _evidence(choice: SettingsChoice, profile: Profile) -> dict[str, JsonValue]:
-    """Return what the file says about a choice; NaN becomes null."""
+    """Return what the file says about a choice."""
     start = default_settings(profile, choice.settings.class_names)
     return {
         'objective': choice.objective,
         'n_images': choice.n_images,
-        'default': _number(choice.default),
+        'default': as_json(choice.default),
         'found': difference(choice.found, start),
-        'naive': _number(choice.naive),
-        'naive_gain': _number(choice.naive - choice.default),
-        'nested_gain': _number(choice.nested_gain),
-        'nested_standard_error': _number(choice.error),
-        'nested_interval_95': [_number(end) for end in choice.interval],
+        'naive': as_json(choice.naive),
+        'naive_gain': as_json(choice.naive - choice.default),
+        'nested_gain': as_json(choice.nested_gain),
+        'nested_standard_error': as_json(choice.error),
+        'nested_interval_95': as_json(choice.interval),
         'interval_unit': choice.interval_unit,
         'used': choice.settings == choice.found,
         'by_fold': {
-            str(fold): {'settings': difference(chosen, start), 'gain': _number(gain)}
+            str(fold): {'settings': difference(chosen, start), 'gain': as_json(gain)}
             for fold, (chosen, gain) in choice.by_fold.items()
         },
         'steps': [_step(step) for step in choice.steps],
@@ -318,15 +318,11 @@ def _evidence(choice: SettingsChoice, profile: Profile) -> dict[str, JsonValue]:
 def _step(step: StepEvidence) -> dict[str, JsonValue]:
     return {
         'setting': step.name,
-        'tried': {name: _number(value) for name, value in step.tried.items()},
-        'nested_gain': _number(step.gain),
-        'standard_error': _number(step.error),
+        'tried': as_json(step.tried),
+        'nested_gain': as_json(step.gain),
+        'standard_error': as_json(step.error),
         'kept': step.kept,
     }
-
-
-def _number(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
 
 
 def describe(found: BestSettings) -> str:

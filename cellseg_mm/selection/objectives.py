@@ -150,13 +150,13 @@ class Ap50:
 
     def __init__(self, samples: Samples, cap: int | None = None) -> None:
         self.samples = samples
-        self._cap, self.cap = cap, EVERYTHING if cap is None else cap
+        self.cap = cap
         self.name = 'segm_AP50' if cap is None else f'segm_AP50 at cap {cap}'
         self._known: dict[tuple[str | None, str, float], dict[int, ApContributions]] = {}
 
     def on(self, samples: Samples) -> Ap50:
         """Return the same score of other samples."""
-        return Ap50(samples, self._cap)
+        return Ap50(samples, self.cap)
 
     def measure(self, settings: InferenceSettings) -> ApContributions:
         """Return what each image adds; score thresholds and overlaps are left alone."""
@@ -173,11 +173,9 @@ class Ap50:
 
     def _ranked(self, images: Sequence[Compared], min_area_px: int) -> ApContributions:
         kept = [_at_least(c, min_area_px) for c in images]
-        thr = np.array([0.5])
+        thr, cap = np.array([0.5]), EVERYTHING if self.cap is None else self.cap
         return ApContributions(
-            tuple(
-                rank_class(kept, k, thr, cap=self.cap) for k in range(len(self.samples.class_names))
-            )
+            tuple(rank_class(kept, k, thr, cap=cap) for k in range(len(self.samples.class_names)))
         )
 
     def mixed(self, parts: Sequence[ApContributions], part_of: Int) -> ApContributions:

@@ -7,7 +7,6 @@ curve that are reported come from images that no weight and no threshold was fit
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,15 +20,16 @@ from cellseg_mm.core.files import JsonValue
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.fusion.rescoring import FEATURES, SURE, Rescoring, features
 from cellseg_mm.fusion.settings import DEFAULT_MASK_THR, InferenceSettings
-from cellseg_mm.scores.matching import compare, greedy_matches
+from cellseg_mm.scores.matching import compare
+from cellseg_mm.scores.mistakes import match_in_class
+from cellseg_mm.scores.records import Calibration, as_json
 from cellseg_mm.selection.objectives import Mpq, Objective
-from cellseg_mm.selection.search import N_BOOTSTRAP, WORTH_IT, drawn_weights, interval_of
+from cellseg_mm.selection.search import N_BOOTSTRAP, drawn_weights, interval_of, is_worth_it
 
 # Of the ridge penalty, on standardised features. 155 real images, AP50: 0.001 0.759, 0.01 0.766,
 # 0.1 0.764, 1 0.763.
 INVERSE_PENALTY = 0.01
 FEWEST = 10  # right, and wrong, detections of a class; with fewer it keeps its scores
-N_BINS = 10  # of the calibration curve
 
 Bools = NDArray[np.bool_]
 
@@ -56,23 +56,6 @@ class Table:
 
 
 @dataclass(frozen=True, slots=True)
-class Curve:
-    """How often scores were right, in ``N_BINS`` equal bins of the score.
-
-    Attributes:
-        brier: Mean squared distance between score and being right; less is better.
-        mean_score: Per bin; NaN where it is empty.
-        share_right: Likewise.
-        n: Detections per bin.
-    """
-
-    brier: float
-    mean_score: tuple[float, ...]
-    share_right: tuple[float, ...]
-    n: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class RescoringChoice:
     """What new scores are worth.
 
@@ -90,13 +73,13 @@ class RescoringChoice:
     gain: float
     error: float
     interval: tuple[float, float]
-    before: Curve
-    after: Curve
+    before: Calibration
+    after: Calibration
 
     @property
     def is_worth_it(self) -> bool:
         """Whether the gain is greater than its error, and than what counts at all."""
-        return self.gain > max(self.error, WORTH_IT)
+        return is_worth_it(self.gain, self.error)
 
 
 def choose_rescoring(
@@ -137,8 +120,8 @@ def choose_rescoring(
         gain=float(gains[0]),
         error=float(np.nanstd(gains[1:])),
         interval=interval_of(gains),
-        before=curve(table.scores, table.is_right),
-        after=curve(np.concatenate([s.scores for s in judged]), table.is_right),
+        before=Calibration.of(table.scores, table.is_right),
+        after=Calibration.of(np.concatenate([s.scores for s in judged]), table.is_right),
     )
 
 
@@ -173,7 +156,8 @@ def tabulate(
     gt_sets: Sequence[InstanceSet], pred_sets: Sequence[InstanceSet], n_classes: int
 ) -> Table:
     """Collect what is fitted on, the images' predictions best first."""
-    is_right = [_is_right(gt, pred) for gt, pred in zip(gt_sets, pred_sets, strict=True)]
+    pairs = zip(gt_sets, pred_sets, strict=True)
+    is_right = [match_in_class(compare(gt, pred))[0] >= 0 for gt, pred in pairs]
     sizes = [len(pred) for pred in pred_sets]
     return Table(
         values=np.concatenate([features(pred, n_classes) for pred in pred_sets]),
@@ -183,13 +167,6 @@ def tabulate(
         scores=np.concatenate([pred.scores for pred in pred_sets]).astype(np.float64),
         n_gt=np.stack([np.bincount(gt.class_ids, minlength=n_classes) for gt in gt_sets]),
     )
-
-
-def _is_right(gt: InstanceSet, pred: InstanceSet) -> Bools:
-    compared = compare(gt, pred)
-    same = pred.class_ids[:, None] == gt.class_ids[None]
-    matched = greedy_matches(np.where(same, compared.mask_iou, 0.0), np.array([0.5]))[0]
-    return np.asarray(matched >= 0)
 
 
 def _best_thresholds(table: Table, rescoring: Rescoring, taken: Bools) -> tuple[float, ...]:
@@ -253,38 +230,15 @@ def _fit_class(values: Float, is_right: Bools) -> tuple[Float, Float, Float]:
     return weights, values.min(axis=0), values.max(axis=0)
 
 
-def curve(scores: NDArray[np.floating], is_right: Bools) -> Curve:
-    """Return how often scores (D,) were right."""
-    bins = np.clip(np.floor(scores * N_BINS), 0, N_BINS - 1).astype(np.int64)
-    n = np.bincount(bins, minlength=N_BINS)
-    count = functools.partial(np.bincount, bins, minlength=N_BINS)
-    with np.errstate(invalid='ignore'):
-        mean, share = count(weights=scores) / n, count(weights=is_right) / n
-    brier = float(((scores - is_right) ** 2).mean()) if len(scores) else float('nan')
-    return Curve(brier, tuple(mean.tolist()), tuple(share.tolist()), tuple(n.tolist()))
-
-
 def rescoring_record(choice: RescoringChoice) -> dict[str, JsonValue]:
-    """Return what ``inference.json`` says about new scores; NaN becomes null."""
+    """Return what ``inference.json`` says about new scores."""
     return {
         'nested_gain': choice.gain,
         'nested_standard_error': choice.error,
         'nested_interval_95': list(choice.interval),
         'is_worth_it': choice.is_worth_it,
-        'before': _curve_record(choice.before),
-        'after': _curve_record(choice.after),
-    }
-
-
-def _curve_record(one: Curve) -> dict[str, JsonValue]:
-    def numbers(values: Sequence[float]) -> list[JsonValue]:
-        return [float(v) if np.isfinite(v) else None for v in values]
-
-    return {
-        'brier': one.brier,
-        'mean_score': numbers(one.mean_score),
-        'share_right': numbers(one.share_right),
-        'n': list(one.n),
+        'before': as_json(choice.before),
+        'after': as_json(choice.after),
     }
 
 

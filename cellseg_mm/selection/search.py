@@ -197,10 +197,9 @@ class Search:
             for fold, chosen in without.items()
             for w in [self._weights((fold,))]
         }
-        is_worth_it = gains[0] > max(_error(gains), WORTH_IT)
         return SettingsChoice(
             objective=self.objective.name,
-            settings=found if is_worth_it else start,
+            settings=found if is_worth_it(gains[0], _error(gains)) else start,
             default=default,
             naive=self._value(found, weights),
             found=found,
@@ -225,7 +224,7 @@ class Search:
                 inner = {fold: self._best(options, now, _all_but(folds, fold))[0] for fold in folds}
                 gains = self._gains(now, inner, folds, n=N_FOR_ERROR)
                 gain, error = float(gains[0]), _error(gains)
-            kept = best != now and gain > max(error, WORTH_IT)
+            kept = best != now and is_worth_it(gain, error)
             evidence.append(StepEvidence(name, tried, best, gain, error, kept))
             now = best if kept else now
         return now, tuple(evidence)
@@ -292,6 +291,11 @@ def drawn_weights(samples: Samples, n: int, seed: int, *, folds: FoldNumbers | N
 
 def _all_but(folds: FoldNumbers, fold: int) -> FoldNumbers:
     return tuple(f for f in folds if f != fold) or folds
+
+
+def is_worth_it(gain: float, error: float) -> bool:
+    """Tell whether a nested gain exceeds its standard error, and what counts at all."""
+    return gain > max(error, WORTH_IT)
 
 
 def _error(gains: Float) -> float:

@@ -14,7 +14,6 @@ from cellseg_mm.report.suspects import (
     UNLABELLED,
     UNSEEN,
     label_suspects,
-    match_in_class,
     member_doubts,
     write_suspects,
 )
@@ -75,14 +74,6 @@ def test_suspects_for_qupath_are_the_labels_with_marks(tmp_path: Path) -> None:
     nothing = write_suspects(tmp_path / 'none', [compare(gt, gt)], ['a', 'b'], [(0, 0, 0)] * 2)
     assert sum(nothing.values()) == 0
     assert not (tmp_path / 'none').exists()
-
-
-def test_match_in_class_gives_the_suspect_score() -> None:
-    gt = square_set([(0, 0, 0, 1), (0, 20, 1, 1)])
-    pred = square_set([(0, 0, 0, 0.4), (1, 0, 0, 0.9), (0, 20, 0, 0.8)])
-    matched, found = match_in_class(compare(gt, pred))
-    assert matched.tolist() == [0, -1, -1]  # 0.9 takes the cell, 0.8 has the wrong class
-    assert found.tolist() == pytest.approx([0.9, -1])
 
 
 def test_member_doubts_by_hand() -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from cellseg_mm.scores.matching import compare
+from cellseg_mm.scores.mistakes import match_in_class
 from cellseg_mm.scores.score import score
 from tests.support import reference_scoring as reference
 from tests.support.scored_sets import (
     NAMES,
     PARAMS,
     random_sets,
+    to_set,
 )
 
 
@@ -47,3 +50,13 @@ def test_mistakes_count_everything_once() -> None:
     assert sum(totals[kind] for kind in kinds) == totals['predicted'] == n_taking_part
     assert scores.confusion[:, :3].sum() == n_taking_part
     assert scores.confusion[:3].sum() == totals['gt'] == sum(map(len, gts))
+
+
+def test_match_in_class_gives_the_score_that_found_a_cell() -> None:
+    first, moved, other = np.zeros((3, 8, 30), dtype=bool)
+    first[:6, :6] = moved[1:7, :6] = other[:6, 20:26] = True
+    gt = to_set(1, np.array([first, other]), [0, 1])
+    pred = to_set(1, np.array([first, moved, other]), [0, 0, 0], [0.4, 0.9, 0.8])
+    matched, found = match_in_class(compare(gt, pred))
+    assert matched.tolist() == [0, -1, -1]  # 0.9 takes the cell, 0.8 has the wrong class
+    assert found.tolist() == pytest.approx([0.9, -1])

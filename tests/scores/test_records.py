@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
+import numpy as np
 import pytest
 
 from cellseg_mm.core.errors import ConfigError
-from cellseg_mm.scores.records import ScoreParams, Scores
+from cellseg_mm.scores.records import Calibration, ScoreParams, Scores, as_json
 from cellseg_mm.scores.score import score
 from tests.support.scored_sets import (
     NAMES,
@@ -39,3 +41,20 @@ def test_scores_are_frozen() -> None:
     assert isinstance(scores, Scores)
     with pytest.raises(dataclasses.FrozenInstanceError):
         scores.aji = 1.0
+
+
+def test_calibration_counts_each_detection_once() -> None:
+    scores, is_right = np.array([0.05, 0.0, 1.0, 0.95]), np.array([False, True, True, True])
+    found = Calibration.of(scores, is_right)
+    assert found.n.tolist() == [2, *[0] * 8, 2]
+    assert found.share_right[0] == 0.5
+    assert found.mean_score[9] == pytest.approx(0.975)
+    assert np.isnan(found.share_right[5])
+    assert found.brier == pytest.approx((0.05**2 + 1 + 0 + 0.05**2) / 4)
+    assert found.gap == pytest.approx((0.475 + 0.025) / 2)
+    again = Calibration.from_json(json.loads(json.dumps(as_json(found))))
+    for one, other in zip(dataclasses.astuple(found), dataclasses.astuple(again), strict=True):
+        np.testing.assert_array_equal(one, other)
+    nothing = Calibration.of(np.zeros(0), np.zeros(0, bool))
+    assert nothing.n.sum() == 0
+    assert np.isnan(nothing.brier)

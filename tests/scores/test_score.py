@@ -148,7 +148,7 @@ def test_pq_by_hand() -> None:
     # AP50: TP, TP, TP, FP of four cells: precision 1 up to recall 0.75, 76 of 101 points.
     assert scores.segm.ap50[0, 0] == pytest.approx(76 / 101)
     assert scores.calibration.n.tolist() == [0, 0, 0, 0, 0, 0, 1, 1, 1, 1]
-    assert scores.calibration.share_tp[6:].tolist() == [0, 1, 1, 1]
+    assert scores.calibration.share_right[6:].tolist() == [0, 1, 1, 1]
 
 
 def test_classes_can_be_renamed() -> None:

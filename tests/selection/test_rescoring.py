@@ -13,7 +13,7 @@ from cellseg_mm.core.instances import InstanceSet, concatenate
 from cellseg_mm.fusion.settings import default_settings, load_settings
 from cellseg_mm.scores.score import score
 from cellseg_mm.selection.objectives import Ap50, Mpq, Samples
-from cellseg_mm.selection.rescoring import choose_rescoring, cross_scored, curve, fit, tabulate
+from cellseg_mm.selection.rescoring import choose_rescoring, cross_scored, fit, tabulate
 
 CLASSES = ('round', 'rare')
 HW = (300, 300)
@@ -113,12 +113,3 @@ def test_a_class_with_few_examples_keeps_its_scores(samples: Samples) -> None:
     rare = fit(replace(table, class_ids=np.ones_like(table.class_ids)), CLASSES, np.ones(12, bool))
     kept = rare.scores(table.values, np.zeros_like(table.class_ids))
     np.testing.assert_allclose(kept, table.scores, atol=1e-6)
-
-
-def test_the_curve_counts_each_detection_once() -> None:
-    found = curve(np.array([0.05, 0.0, 1.0, 0.95]), np.array([False, True, True, True]))
-    assert found.n == (2, *[0] * 8, 2)
-    assert found.share_right[0] == 0.5
-    assert found.mean_score[9] == pytest.approx(0.975)
-    assert np.isnan(found.share_right[5])
-    assert found.brier == pytest.approx((0.05**2 + 1 + 0 + 0.05**2) / 4)
