@@ -144,7 +144,8 @@ def test_folders_of_any_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    'folder', ['.', 'strong', 'lsj1024', 'scratch', 'laptop', 'sample', 'gpu', 'laptop-quick']
+    'folder',
+    ['.', 'strong', 'lsj1024', 'scratch', 'laptop', 'sample', 'gpu', 'laptop-quick', 'laptop-long'],
 )
 def test_own_classes_and_colours_are_said_once(folder: str, tmp_path: Path) -> None:
     """As README says: change the base file, and every recipe follows."""
