@@ -96,7 +96,7 @@ def errors_of(
     iou = compared.mask_iou[rows]
     same = compared.pred.class_ids[rows][:, None] == compared.gt.class_ids[None, :]
     iou_same, iou_other = np.where(same, iou, 0.0), np.where(same, 0.0, iou)
-    matched = match_in_class(compared)[0][rows]
+    matched = greedy_matches(iou_same, np.array([FOREGROUND_IOU]))[0]
     kind, target = _kinds(iou_same, iou_other, matched)
     unseen = np.ones(len(compared.gt), dtype=bool)
     unseen[matched[matched >= 0]] = False
