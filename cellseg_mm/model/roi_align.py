@@ -351,7 +351,9 @@ def torchvision_roi_align_forward(
         return
     size = (setting.spatial_scale, setting.aligned_height, setting.aligned_width)
     how = (setting.sampling_ratio, setting.aligned)
-    output.copy_(torch.ops.torchvision.roi_align(input, rois.to(input.dtype), *size, *how))
+    # torchvision computes positions in the features' type: in half, a bin may be pixels off
+    features = input.to(torch.promote_types(input.dtype, torch.float32))
+    output.copy_(torch.ops.torchvision.roi_align(features, rois.to(features.dtype), *size, *how))
 
 
 def torchvision_roi_align_backward(
@@ -369,8 +371,9 @@ def torchvision_roi_align_backward(
         return
     size = (setting.spatial_scale, setting.aligned_height, setting.aligned_width)
     how = (setting.sampling_ratio, setting.aligned)
+    grad = grad_output.to(torch.promote_types(grad_output.dtype, torch.float32))
     grad_input.add_(
         torch.ops.torchvision._roi_align_backward(
-            grad_output, rois.to(grad_output.dtype), *size, *grad_input.shape, *how
+            grad, rois.to(grad.dtype), *size, *grad_input.shape, *how
         )
     )
