@@ -301,7 +301,7 @@ def _is_beside(file: tifffile.TiffFile, image: _Image) -> bool:
     key, kind = image.levels[0].keyframe, image.levels[0].kind
     if key.subfiletype & 0b101:  # a reduced copy, or a mask of transparent pixels
         return True
-    if file.is_svs and kind != 'svs':  # not tiled: the first page is the scan
+    if file.pages.first.is_svs and kind != 'svs':  # not tiled: the first page is the scan
         return key.index != 0
     name = image.name.lower().strip().removesuffix(' image')
     return kind in _SLIDES and name in BESIDE
@@ -337,7 +337,9 @@ def _spread(image: _Image) -> list[_Image]:
 
 def _outer(series: tifffile.TiffPageSeries) -> list[tuple[str, int]]:
     """Return axis and size of what lies outside a page."""
-    axes, shape = series.get_axes(False), series.get_shape(False)
+    axes, shape = series.axes, series.shape
+    if hasattr(series, 'get_axes'):  # before tifffile 2026.5, those leave out what has length 1
+        axes, shape = series.get_axes(False), series.get_shape(False)
     outer = [(axis, int(n)) for axis, n in zip(axes, shape, strict=True) if axis not in 'YXS']
     n_samples, n_pages = series.keyframe.samplesperpixel, len(series.pages)
     n_planes = math.prod(n for _, n in outer)

@@ -159,7 +159,7 @@ def _of_ome(file: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> PixelSi
 
 def _of_vendor(file: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> PixelSize | None:
     text = file.pages.first.description or ''
-    if file.is_svs and (found := _APERIO.search(text)):
+    if file.pages.first.is_svs and (found := _APERIO.search(text)):
         um = _number(found[1])
         return judge(um, um, "Aperio's text (MPP)")
     if file.is_philips and (spacings := _PHILIPS.findall(text)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import tifffile
 
 from cellseg_mm.core.errors import ConfigError, ImageError
 from cellseg_mm.data import labels
-from cellseg_mm.data.contents import Choice
+from cellseg_mm.data.contents import Choice, _outer
 from cellseg_mm.data.image_reader import open_image
 
 RNG = np.random.default_rng(0)
@@ -60,6 +61,22 @@ def test_aperio_label_and_macro_are_never_the_scan(has_thumbnail: bool, tmp_path
         assert says.endswith(f'level {k} of 3')
     assert np.array_equal(read(path, image=1 + has_thumbnail)[0], LABEL)
     refused(path, r"no image 7; it holds .*'Label', 90 x 70 px", ConfigError, image=7)
+
+
+def test_planes_of_either_tifffile() -> None:
+    """Up to 2026.3 a series' axes leave out what has length 1; from 2026.5 on no twin has them."""
+    page = SimpleNamespace(samplesperpixel=1)
+    newer = SimpleNamespace(axes='TCYX', shape=(1, 3, 4, 5), keyframe=page, pages=[page] * 3)
+    older = SimpleNamespace(
+        axes='CYX',
+        shape=(3, 4, 5),
+        get_axes=lambda squeeze: 'CYX' if squeeze else 'TCYX',
+        get_shape=lambda squeeze: (3, 4, 5) if squeeze else (1, 3, 4, 5),
+        keyframe=page,
+        pages=[page] * 3,
+    )
+    for series in (newer, older):
+        assert _outer(series) == [('T', 1), ('C', 3)]
 
 
 def test_aperio_of_strips(tmp_path: Path) -> None:
