@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from cellseg_mm.detectors import hook
 from cellseg_mm.model import (
-    assigner,
     box_precision,
     caps,
     efficientnet_lite,
@@ -22,7 +21,6 @@ from cellseg_mm.weights import published, report_hook
 from cellseg_mm.weights.loaders import use_safe_loading
 
 __all__ = [
-    'assigner',
     'box_precision',
     'caps',
     'colour',

@@ -1,7 +1,10 @@
 """Matching of anchors to cells without a loop over the cells of an image.
 
 In: IoUs of cells and anchors. Out: exactly what MMDetection's ``MaxIoUAssigner`` gives. Invariant:
-no device is waited for once per cell: with 300 cells, that was the longest part of a GPU's RPN.
+no device is waited for once per cell, which was the longest part of a GPU's RPN.
+
+``Fp32RPNHead`` takes it where a recipe names ``MaxIoUAssigner``, so that recipes, and what was
+trained by them, stay as they are.
 """
 
 from __future__ import annotations
@@ -10,11 +13,9 @@ import copy
 
 import torch
 from mmdet.models.task_modules.assigners import AssignResult, MaxIoUAssigner
-from mmdet.registry import TASK_UTILS
 from torch import Tensor
 
 
-@TASK_UTILS.register_module()
 class CellMaxIoUAssigner(MaxIoUAssigner):
     """``MaxIoUAssigner`` whose low-quality matches are found for all objects at once."""
 

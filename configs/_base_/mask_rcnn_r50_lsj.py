@@ -107,7 +107,7 @@ model = dict(
     train_cfg=dict(
         # detectron2's rule: each cell gets its best anchor. MMDetection's 0.3 leaves every cell
         # below 16 px without one; exactly 0 would let a cell that no anchor touches take them all.
-        rpn=dict(assigner=dict(type='CellMaxIoUAssigner', min_pos_iou=1e-4)),
+        rpn=dict(assigner=dict(min_pos_iou=1e-4)),
         rcnn=dict(assigner=dict(match_low_quality=False)),  # as detectron2
     ),
     test_cfg=dict(

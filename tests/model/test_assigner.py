@@ -9,8 +9,11 @@ pytest.importorskip('mmdet')
 
 import cellseg_mm  # noqa: E402, F401, I001  (before mmdet: gives it NMS and RoIAlign)
 from mmdet.models.task_modules.assigners import MaxIoUAssigner  # noqa: E402
+from mmdet.registry import MODELS  # noqa: E402
 
+from cellseg_mm.core.layout import CONFIGS  # noqa: E402
 from cellseg_mm.model.assigner import CellMaxIoUAssigner  # noqa: E402
+from cellseg_mm.training.load_config import load_config  # noqa: E402
 
 pytestmark = pytest.mark.mm
 
@@ -46,3 +49,14 @@ def test_nothing_to_assign(shape: tuple[int, int]) -> None:
     got = CellMaxIoUAssigner(**settings).assign_at_once(torch.zeros(shape), labels)
     assert torch.equal(got.gt_inds, wanted.gt_inds)
     assert torch.equal(got.labels, wanted.labels)
+
+
+@pytest.mark.parametrize('config', ['fold0.py', 'laptop/fold0.py'])
+def test_the_recipes_use_it_under_the_name_of_stock(config: str) -> None:
+    cfg = load_config(CONFIGS / config)
+    assert cfg.model.train_cfg.rpn.assigner.type == 'MaxIoUAssigner'
+    cfg.model.backbone.init_cfg = None
+    model = MODELS.build(cfg.model)
+    assert type(model.rpn_head.assigner) is CellMaxIoUAssigner
+    assert model.rpn_head.assigner.min_pos_iou == 1e-4
+    assert cfg.model.train_cfg.rpn.assigner.type == 'MaxIoUAssigner'
