@@ -12,7 +12,7 @@ from mmdet.models.task_modules.assigners import MaxIoUAssigner  # noqa: E402
 from mmdet.registry import MODELS  # noqa: E402
 
 from cellseg_mm.core.layout import CONFIGS  # noqa: E402
-from cellseg_mm.model.assigner import CellMaxIoUAssigner  # noqa: E402
+from cellseg_mm.model.box_precision import CellMaxIoUAssigner  # noqa: E402
 from cellseg_mm.training.load_config import load_config  # noqa: E402
 
 pytestmark = pytest.mark.mm
