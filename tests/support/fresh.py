@@ -68,8 +68,10 @@ def lend_packages(folder: Path) -> None:
     ``.pth`` files in the folder that is named are not read, and one of those is how an editable
     installation makes itself known.
     """
-    lent = {sysconfig.get_path('purelib'), sysconfig.get_path('platlib')}
-    (packages_of(folder) / 'lent.pth').write_text('\n'.join(sorted(lent)) + '\n')
+    lines = sorted({sysconfig.get_path('purelib'), sysconfig.get_path('platlib')})
+    if sys.version_info >= (3, 12):  # mmengine wants distutils, which setuptools' own .pth provides
+        lines.append('import _distutils_hack; _distutils_hack.add_shim()')
+    (packages_of(folder) / 'lent.pth').write_text('\n'.join(lines) + '\n')
 
 
 def run(
