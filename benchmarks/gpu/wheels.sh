@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fetch into .whl/ what the lent GPU machine lacks: run it here, before the first call.
 #
-#   bash benchmarks/gpu/wheels.sh
+#   PYTHON=python bash benchmarks/gpu/wheels.sh     (the environment of this project)
 #
 # The machine has Python 3.12, torch, torchvision, NumPy, SciPy, OpenCV, tifffile, Pillow, rich,
 # scikit-learn and pytest, and no network. OpenMMLab's packages come as source and hold no compiled
@@ -36,6 +36,8 @@ import io, re, sys, zipfile
 
 import torch
 
+from cellseg_mm.model.efficientnet_lite import CLASSIFIER
+
 
 def without_classifier(name, data):
     if not name.endswith('.pth'):
@@ -43,7 +45,7 @@ def without_classifier(name, data):
     weights = torch.load(io.BytesIO(data), weights_only=True)
     buffer = io.BytesIO()
     torch.save(
-        {key: x.clone() for key, x in weights.items() if not re.match('_(conv_head|bn1|fc)', key)},
+        {key: x.clone() for key, x in weights.items() if not CLASSIFIER.match(key)},
         buffer,
     )
     return buffer.getvalue()
