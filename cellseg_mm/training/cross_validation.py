@@ -76,7 +76,8 @@ class Plan:
 
     Attributes:
         fold_steps: Per config, the steps that need each other, in order; configs are independent.
-        final_steps: Steps that need all folds, in order.
+        final_steps: Steps that need all folds: the first is independent of those between, in order,
+            and the last needs all others.
         out_dir: Where their results go, and the lock.
     """
 
@@ -287,7 +288,9 @@ def run_plan(plan: Plan, devices: Sequence[str]) -> None:
     """
     with locked(plan.out_dir / 'cross_validation.lock') as lock, StepRunner(lock) as runner:
         runner.run(plan.fold_steps, devices)
-        runner.run([plan.final_steps], devices[:1])
+        scores, *settings_and_answer, report = plan.final_steps
+        runner.run([[scores], settings_and_answer], devices)
+        runner.run([[report]], devices)
 
 
 def slurm_script(

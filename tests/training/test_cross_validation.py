@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,28 @@ def test_data_without_test_images_need_no_ensemble(
     steps = {Path(step.command[1]).name: step for step in plan(tmp_path).final_steps}
     assert [name for name, step in steps.items() if step.done] == ['ensemble.py']
     assert 'test_release is not there' in steps['ensemble.py'].reason
+
+
+def test_last_steps_wait_for_what_they_read(tmp_path: Path) -> None:
+    """Scores and settings are independent; the answer needs the settings, the report everything."""
+    needs = {'scores': '', 'settings': '', 'answer': 'settings', 'report': 'scores answer'}
+    code = (
+        'import sys, time; from pathlib import Path; folder, name, needs = sys.argv[1:]\n'
+        'assert all(Path(folder, need).exists() for need in needs.split()), needs\n'
+        'time.sleep(0.2); Path(folder, name).touch()'
+    )
+    steps = tuple(
+        cross_validation.Step(
+            name,
+            (sys.executable, '-c', code, str(tmp_path), name, need),
+            done=False,
+            reason='',
+            log_path=tmp_path / f'{name}.log',
+        )
+        for name, need in needs.items()
+    )
+    cross_validation.run_plan(cross_validation.Plan((), steps, tmp_path), ['', ''])
+    assert all((tmp_path / name).exists() for name in needs)
 
 
 def test_each_augmentation_is_tested_once(tmp_path: Path) -> None:
