@@ -82,7 +82,7 @@ class Plan:
     """
 
     fold_steps: tuple[tuple[Step, ...], ...]
-    final_steps: tuple[Step, ...] = field(default=())
+    final_steps: tuple[Step, ...]
     out_dir: Path = field(default=Path('work_dirs/ensemble'))
 
     def text(self) -> str:
