@@ -76,18 +76,19 @@ class Plan:
 
     Attributes:
         fold_steps: Per config, the steps that need each other, in order; configs are independent.
-        final_steps: Steps that need all folds: the first is independent of those between, in order,
-            and the last needs all others.
+        final_stages: What needs all folds, as stages that need the stage before; each has steps
+            that need each other, in order, and independent of the stage's others.
         out_dir: Where their results go, and the lock.
     """
 
     fold_steps: tuple[tuple[Step, ...], ...]
-    final_steps: tuple[Step, ...]
+    final_stages: tuple[tuple[tuple[Step, ...], ...], ...]
     out_dir: Path = field(default=Path('work_dirs/ensemble'))
 
     def text(self) -> str:
         """Return the plan, one line a step."""
-        steps = [step for steps in self.fold_steps for step in steps] + list(self.final_steps)
+        stages = (self.fold_steps, *self.final_stages)
+        steps = [step for stage in stages for steps in stage for step in steps]
         width = max((len(step.name) for step in steps), default=0)
         lines = [
             f'{"done" if step.done else "to do":5}  {step.name.ljust(width)}  {step.reason}\n'
@@ -127,7 +128,7 @@ def make_plan(
             raise ConfigError(f'cross-validation: two configs share a {what}: {values}')
     fold_steps = tuple(_fold_steps(f, options, ttas) for f in folds)
     out = ensemble_dir([f.work_dir for f in folds])
-    return Plan(fold_steps, _final_steps(folds, out, work_root, options), out)
+    return Plan(fold_steps, _final_stages(folds, out, work_root, options), out)
 
 
 def _parsed(options: Sequence[str]) -> dict:
@@ -239,36 +240,38 @@ def _read_tested(path: Path) -> str:
         return ''
 
 
-def _final_steps(
+def _final_stages(
     folds: Sequence[_Fold], out: Path, work_root: Path | str | None, options: Sequence[str]
-) -> tuple[Step, ...]:
+) -> tuple[tuple[tuple[Step, ...], ...], ...]:
     # The steps after the folds rewrite their results from the folds' files each time; they take
     # minutes, and a stale ensemble would be worse than a repeated one.
     configs = [f.config for f in folds]
     root = ['--work-root', work_root] if work_root is not None else []
     changes = ['--cfg-options', *options] if options else []
-    names = [
-        ('score out of fold', 'score_oof.py', []),
-        ('find the best settings', 'find_best.py', []),
-        (
-            'ensemble on the test images',
-            'ensemble.py',
-            ['--settings', out / INFERENCE, '--overlays', '8', *changes],
-        ),
-        ('report', 'report.py', []),
-    ]
     test_dir = DataSettings.from_config(folds[0].cfg).data_root / 'test_release'
-    needless = {} if os.path.lexists(test_dir) else {'ensemble.py': f'{test_dir} is not there'}
-    return tuple(
-        Step(
+    needless = '' if os.path.lexists(test_dir) else f'{test_dir} is not there'
+
+    def step(name: str, tool: str, *words: str | Path, needless: str = '') -> Step:
+        return Step(
             name,
             _tool(tool, *configs, *root, '--out', out, *words),
-            tool in needless,
-            needless.get(tool, 'made from the folds each time'),
+            bool(needless),
+            needless or 'made from the folds each time',
             out / f'{Path(tool).stem}.log',
         )
-        for name, tool, words in names
+
+    scores = step('score out of fold', 'score_oof.py')
+    settings = step('find the best settings', 'find_best.py')
+    answer = step(
+        'ensemble on the test images',
+        'ensemble.py',
+        f'--settings={out / INFERENCE}',
+        '--overlays=8',
+        *changes,
+        needless=needless,
     )
+    report = step('report', 'report.py')
+    return ((scores,), (settings, answer)), ((report,),)
 
 
 def run_plan(plan: Plan, devices: Sequence[str]) -> None:
@@ -287,10 +290,8 @@ def run_plan(plan: Plan, devices: Sequence[str]) -> None:
         SystemExit: Ended by another signal.
     """
     with locked(plan.out_dir / 'cross_validation.lock') as lock, StepRunner(lock) as runner:
-        runner.run(plan.fold_steps, devices)
-        scores, *settings_and_answer, report = plan.final_steps
-        runner.run([[scores], settings_and_answer], devices)
-        runner.run([[report]], devices)
+        for chains in (plan.fold_steps, *plan.final_stages):
+            runner.run(chains, devices)
 
 
 def slurm_script(

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,10 @@ def plan(root: Path, options: tuple[str, ...] = OPTIONS) -> cross_validation.Pla
     return cross_validation.make_plan(CONFIGS, work_root=root, options=options)
 
 
+def final_steps(made: cross_validation.Plan) -> list[cross_validation.Step]:
+    return [step for stage in made.final_stages for chain in stage for step in chain]
+
+
 def done(root: Path) -> list[list[bool]]:
     return [[step.done for step in steps] for steps in plan(root).fold_steps]
 
@@ -110,33 +115,38 @@ def test_data_without_test_images_need_no_ensemble(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Own data seldom have any; the report must come all the same."""
-    assert not any(step.done for step in plan(tmp_path).final_steps)
+    assert not any(step.done for step in final_steps(plan(tmp_path)))
     own = shutil.copytree(data, tmp_path / 'own', ignore=lambda *_: ['test_release'])
     monkeypatch.setenv('CELLSEG_DATA', str(own))
-    steps = {Path(step.command[1]).name: step for step in plan(tmp_path).final_steps}
+    steps = {Path(step.command[1]).name: step for step in final_steps(plan(tmp_path))}
     assert [name for name, step in steps.items() if step.done] == ['ensemble.py']
     assert 'test_release is not there' in steps['ensemble.py'].reason
 
 
 def test_last_steps_wait_for_what_they_read(tmp_path: Path) -> None:
     """Scores and settings are independent; the answer needs the settings, the report everything."""
-    needs = {'scores': '', 'settings': '', 'answer': 'settings', 'report': 'scores answer'}
+    needs = {
+        'score_oof.py': [],
+        'find_best.py': [],
+        'ensemble.py': ['find_best.py'],
+        'report.py': ['score_oof.py', 'ensemble.py'],
+    }
     code = (
-        'import sys, time; from pathlib import Path; folder, name, needs = sys.argv[1:]\n'
-        'assert all(Path(folder, need).exists() for need in needs.split()), needs\n'
+        'import sys, time; from pathlib import Path; folder, name, *needs = sys.argv[1:]\n'
+        'assert all(Path(folder, need).exists() for need in needs), needs\n'
         'time.sleep(0.2); Path(folder, name).touch()'
     )
-    steps = tuple(
-        cross_validation.Step(
-            name,
-            (sys.executable, '-c', code, str(tmp_path), name, need),
-            done=False,
-            reason='',
-            log_path=tmp_path / f'{name}.log',
-        )
-        for name, need in needs.items()
+
+    def stand_in(step: cross_validation.Step) -> cross_validation.Step:
+        name = Path(step.command[1]).name
+        words = (sys.executable, '-c', code, str(tmp_path), name, *needs[name])
+        return replace(step, command=words, done=False, log_path=tmp_path / f'{name}.log')
+
+    stages = tuple(
+        tuple(tuple(map(stand_in, chain)) for chain in stage)
+        for stage in plan(tmp_path).final_stages
     )
-    cross_validation.run_plan(cross_validation.Plan((), steps, tmp_path), ['', ''])
+    cross_validation.run_plan(cross_validation.Plan((), stages, tmp_path), ['', ''])
     assert all((tmp_path / name).exists() for name in needs)
 
 
