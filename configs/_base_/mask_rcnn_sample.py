@@ -6,6 +6,9 @@ _base_ = './mask_rcnn_lite.py'
 # instead of 0.805). Crops of 160 px take as long and reach 0.882. On the real images, which are
 # larger, there was no such gain.
 crop_size = (192, 192)  # px
+# What ImageNet taught the first stages serves drawn cells too, and a step takes a fifth less:
+# AP50 0.876 after 170 iterations, 0.861 after 150.
+model = dict(backbone=dict(frozen_stages=3))
 train_pipeline = [
     dict(type='LoadCellImage', red_blue_swapped=_base_.red_blue_swapped),
     dict(type='LoadLabelMaps'),
@@ -18,7 +21,7 @@ train_pipeline = [
 ]
 train_dataloader = dict(dataset=dict(dataset=dict(pipeline=train_pipeline)))
 
-max_iters = 170
+max_iters = 150
 train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=30),
@@ -27,4 +30,4 @@ param_scheduler = [
         T_max=max_iters,
     ),
 ]  # fmt: skip
-default_hooks = dict(checkpoint=dict(interval=85))
+default_hooks = dict(checkpoint=dict(interval=75))
