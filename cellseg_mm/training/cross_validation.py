@@ -15,7 +15,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -83,7 +83,7 @@ class Plan:
 
     fold_steps: tuple[tuple[Step, ...], ...]
     final_stages: tuple[tuple[tuple[Step, ...], ...], ...]
-    out_dir: Path = field(default=Path('work_dirs/ensemble'))
+    out_dir: Path
 
     def text(self) -> str:
         """Return the plan, one line a step."""
@@ -249,7 +249,7 @@ def _final_stages(
     root = ['--work-root', work_root] if work_root is not None else []
     changes = ['--cfg-options', *options] if options else []
     test_dir = DataSettings.from_config(folds[0].cfg).data_root / 'test_release'
-    needless = '' if os.path.lexists(test_dir) else f'{test_dir} is not there'
+    missing = '' if os.path.lexists(test_dir) else f'{test_dir} is not there'
 
     def step(name: str, tool: str, *words: str | Path, needless: str = '') -> Step:
         return Step(
@@ -268,7 +268,7 @@ def _final_stages(
         f'--settings={out / INFERENCE}',
         '--overlays=8',
         *changes,
-        needless=needless,
+        needless=missing,
     )
     report = step('report', 'report.py')
     return ((scores,), (settings, answer)), ((report,),)
