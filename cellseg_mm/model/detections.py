@@ -63,11 +63,11 @@ def to_instance_set(data_sample: DetDataSample | Mapping) -> InstanceSet:
     )
 
 
-def to_pred_instances(instances: InstanceSet, device: torch.device | str = 'cpu') -> InstanceData:
+def to_pred_instances(instances: InstanceSet) -> InstanceData:
     """Return ``pred_instances`` as CellMaskHead makes them: ``masks`` is a list of COCO dicts."""
 
     def tensor(values: NDArray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(device)
+        return torch.from_numpy(np.ascontiguousarray(values))
 
     return InstanceData(
         bboxes=tensor(instances.boxes_xyxy),

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 WIDTH, HEIGHT = 420, 270  # at 390 px wide screens a 12-unit letter is about 10 px
+MOST_POINTS = 400  # of one curve
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 12, 40
 FEW_POINTS = 12  # a line through fewer values shows them
 DASHES = ('', '7 3', '2 3', '9 3 2 3', '12 4', '4 2 1 2', '1 4', '6 6')
@@ -145,10 +146,10 @@ def chart(axes: Axes, series: Sequence[Series]) -> str:
     return _svg(axes.title, ''.join(parts))
 
 
-def _svg(title: str, body: str, height: float = HEIGHT, width: float = WIDTH) -> str:
+def _svg(title: str, body: str, height: float = HEIGHT) -> str:
     label = escape(title, quote=True)
     return (
-        f'<svg class="chart" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{label}">'
+        f'<svg class="chart" viewBox="0 0 {WIDTH:g} {height:g}" role="img" aria-label="{label}">'
         f'<title>{label}</title>{body}</svg>'
     )
 
@@ -315,10 +316,10 @@ def bars(axes: Axes, edges: NDArray[np.float64], values: Sequence[float], colour
     return _svg(axes.title, ''.join(parts))
 
 
-def thinned(points: dict[int, float], most: int = 400) -> Iterator[tuple[int, float]]:
-    """Yield at most about ``most`` points by step, the last one always."""
+def thinned(points: dict[int, float]) -> Iterator[tuple[int, float]]:
+    """Yield at most about ``MOST_POINTS`` points by step, the last one always."""
     steps = sorted(points)
-    stride = max(1, math.ceil(len(steps) / most))
+    stride = max(1, math.ceil(len(steps) / MOST_POINTS))
     chosen = steps[::stride]
     if steps and chosen[-1] != steps[-1]:
         chosen.append(steps[-1])

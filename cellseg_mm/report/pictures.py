@@ -41,14 +41,14 @@ def data_uri(image: NDArray[np.uint8], long_side_px: int) -> str:
     return 'data:image/webp;base64,' + base64.b64encode(stream.getvalue()).decode()
 
 
-def outline_paths(instances: InstanceSet, tolerance_px: float = TOLERANCE_PX) -> list[str]:
+def outline_paths(instances: InstanceSet) -> list[str]:
     """Return SVG path data of each instance's outline, in whole px with relative steps.
 
     Outlines run through the centres of border pixels; draw them shifted by half a pixel.
     """
     crops, offsets = instances.crops()
     return [
-        outline_path(crop, (int(x), int(y)), tolerance_px)
+        outline_path(crop, (int(x), int(y)), TOLERANCE_PX)
         for crop, (y, x) in zip(crops, offsets.tolist(), strict=True)
     ]
 

@@ -61,9 +61,6 @@ def draw_overlay(
     instances: InstanceSet,
     class_colours: Sequence[Colour],
     *,
-    class_names: Sequence[str] = (),
-    scores: bool = False,
-    legend: bool = False,
     line_px: int = 2,
 ) -> Picture:
     """Outline every cell.
@@ -72,13 +69,10 @@ def draw_overlay(
         image_rgb: (H, W, 3) uint8; not changed.
         instances: Cells of this image.
         class_colours: RGB of each class.
-        class_names: Needed for ``legend``.
-        scores: Write each cell's score beside it.
-        legend: Add a strip below with each class's colour, name and number of cells.
         line_px: Width of the outlines, inwards from the mask's edge.
 
     Returns:
-        (H, W, 3) uint8; 28 rows more with ``legend``, or several times 28 if W is small.
+        (H, W, 3) uint8.
 
     Raises:
         ValueError: The image has another size than the instances', or a class has no colour.
@@ -91,13 +85,7 @@ def draw_overlay(
     _check_classes(instances, class_colours)
     picture = np.ascontiguousarray(image_rgb).copy()
     _draw_outlines(picture, instances, class_colours, line_px)
-    if scores:
-        _draw_scores(picture, instances)
-    if not legend:
-        return picture
-    counts = np.bincount(instances.class_ids, minlength=len(class_names)).tolist()
-    strip = draw_legend(picture.shape[1], class_colours, class_names, counts=counts)
-    return np.concatenate([picture, strip])
+    return picture
 
 
 def _check_classes(instances: InstanceSet, class_colours: Sequence[Colour]) -> None:
@@ -124,16 +112,6 @@ def _draw_outlines(
         (y, x), (h, w) = offsets[i].tolist(), mask.shape
         colour = np.asarray(class_colours[int(instances.class_ids[i])], dtype=np.uint8)
         picture[y : y + h, x : x + w][mask > inside] = colour
-
-
-def _draw_scores(picture: Picture, instances: InstanceSet) -> None:
-    for i in np.argsort(-instances.scores, kind='stable')[::-1].tolist():
-        x0, y0, x1, _ = instances.boxes_xyxy[i].tolist()
-        text = f'{instances.scores[i]:.2f}'
-        (width, height), _ = cv2.getTextSize(text, FONT, 0.35, 1)
-        at = (round((x0 + x1 - width) / 2), max(round(y0) - 2, height))
-        cv2.putText(picture, text, at, FONT, 0.35, (255, 255, 255), 3, cv2.LINE_AA)
-        cv2.putText(picture, text, at, FONT, 0.35, (0, 0, 0), 1, cv2.LINE_AA)
 
 
 def draw_large(
@@ -250,8 +228,6 @@ def draw_pair(
     *,
     class_names: Sequence[str] = (),
     score_thr: float = 0.0,
-    scores: bool = False,
-    line_px: int = 2,
 ) -> Picture:
     """Draw ground truth and prediction side by side, each under a title with its number of cells.
 
@@ -262,15 +238,13 @@ def draw_pair(
         class_colours: RGB of each class.
         class_names: Adds a legend below, which counts the predicted cells.
         score_thr: Least score.
-        scores: Write the scores of the predicted cells.
-        line_px: See :func:`draw_overlay`.
 
     Raises:
         ValueError: See :func:`draw_overlay`.
     """
     shown = pred[pred.scores >= score_thr]
-    left = draw_overlay(image_rgb, gt, class_colours, line_px=line_px)
-    right = draw_overlay(image_rgb, shown, class_colours, scores=scores, line_px=line_px)
+    left = draw_overlay(image_rgb, gt, class_colours)
+    right = draw_overlay(image_rgb, shown, class_colours)
     above = f', score >= {score_thr:g}' if score_thr > 0 else ''
     left = draw_title(left, f'ground truth: {len(gt)} cells')
     right = draw_title(right, f'prediction: {len(shown)} cells{above}')

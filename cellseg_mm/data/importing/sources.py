@@ -118,10 +118,6 @@ class Tally:
         """Count something that cannot be used; ``reason`` names the kind in the plural."""
         self.unusable.setdefault(reason, []).append(which)
 
-    def n_unusable(self) -> int:
-        """Return how many things could not be used."""
-        return sum(map(len, self.unusable.values()))
-
     def counts(self) -> Counter[str]:
         """Return reason -> number of everything that was left out."""
         return self.skipped + Counter({reason: len(w) for reason, w in self.unusable.items()})
