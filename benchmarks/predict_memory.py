@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cellseg_mm.core.provenance import code_commit, machine
 from cellseg_mm.predict import predict
-from cellseg_mm.predict.items import find_items
+from cellseg_mm.predict.items import look_for
 from cellseg_mm.predict.params import PredictParams
 from cellseg_mm.results.formats import FORMATS
 from cellseg_mm.results.predictions import load_predictions
@@ -53,7 +53,7 @@ def main() -> None:
         )
         before = peak_mib()
         start = time.perf_counter()
-        summary = predict.predict(find_items([str(path)]), DarkCells(), params)
+        summary = predict.predict(look_for([str(path)]).items, DarkCells(), params)
         seconds = time.perf_counter() - start
         peak = peak_mib()  # the check below is not part of predicting
         print(summary.describe())

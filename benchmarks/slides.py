@@ -31,7 +31,7 @@ from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.core.provenance import code_commit, machine
 from cellseg_mm.data.regions import ImageReader
 from cellseg_mm.predict import slide as slides
-from cellseg_mm.predict.items import find_items
+from cellseg_mm.predict.items import look_for
 from cellseg_mm.predict.many import predict_with_dask
 from cellseg_mm.predict.params import PredictParams
 from cellseg_mm.predict.predict import predict
@@ -90,7 +90,7 @@ def million(folder: Path, side: int, formats: Sequence[str]) -> None:
     n_cells = len(drawn.cells)
     params = slide_params(folder / 'out', formats=tuple(formats), n_workers=1)
     before, start = peak_mib(), time.perf_counter()
-    summary = predict(find_items([str(folder / 'slide.tif')]), DarkCells(), params)
+    summary = predict(look_for([str(folder / 'slide.tif')]).items, DarkCells(), params)
     seconds = time.perf_counter() - start
     print(summary.describe())
     print(
@@ -130,7 +130,7 @@ def pyramid(folder: Path, side: int, um_per_px: float, formats: Sequence[str]) -
     drawn.write(path)
     said = f'{side} x {side} px of {um_per_px:g} um, {len(drawn.cells):,} cells'
     print(f'{said}: {path.stat().st_size >> 20} MiB written in {time.perf_counter() - start:.0f} s')
-    items, more = find_items([str(path)]), {'formats': tuple(formats), 'n_workers': 1}
+    items, more = look_for([str(path)]).items, {'formats': tuple(formats), 'n_workers': 1}
     start = time.perf_counter()
     alone = predict(items, *recipe(folder / 'alone', UM_PER_PX, more))
     seconds = time.perf_counter() - start

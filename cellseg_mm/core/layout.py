@@ -23,6 +23,7 @@ CONFIG_SCHEME = 'cellseg_mm::'
 WORK_ROOT = Path('work_dirs')
 
 # In a data folder.
+TRAIN, TEST = 'train', 'test_release'  # folders
 FOLDS = 'folds.json'
 INDEX = 'index.json'
 VALUE_RANGE = 'range.json'

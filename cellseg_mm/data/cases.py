@@ -20,7 +20,7 @@ from typing import Literal
 
 from cellseg_mm.core.errors import CellSegError, DataError, IdMapError, ImageError
 from cellseg_mm.core.files import regular
-from cellseg_mm.core.layout import is_result
+from cellseg_mm.core.layout import ID_MAP, TEST, TRAIN, is_result
 from cellseg_mm.data import tiff
 from cellseg_mm.data.tiff import DEFAULT_MAX_PIXELS, size_text, swapped_text
 
@@ -75,12 +75,7 @@ def find_cases(
     split: Literal['train', 'test'],
     n_classes: int,
     *,
-    train_dir: str = 'train',
-    test_dir: str = 'test_release',
-    id_map: str = 'test_image_name_to_ids.json',
-    exclude_file: Path | str | None = None,
     exclude_names: Collection[str] | None = None,
-    max_pixels: int = DEFAULT_MAX_PIXELS,
 ) -> list[Case]:
     """Find all cases of a split; reads folders, image headers and the id map, no pixels.
 
@@ -88,14 +83,8 @@ def find_cases(
         data_root: The data folder.
         split: ``train`` or ``test``.
         n_classes: Number of classes; ``class{k}.tif`` with a larger k is an error.
-        train_dir: Folder of training cases, below ``data_root``.
-        test_dir: Folder of test images, below ``data_root``.
-        id_map: File of test image names and ids, below ``data_root``.
-        exclude_file: Names of cases to leave out, one a line, ``#`` begins a comment. Without it
-            ``exclude.txt`` in ``data_root`` is used where there is one.
-        exclude_names: The names themselves instead of a file, as ``folds.excluded_by`` gives them;
-            None takes the file.
-        max_pixels: Most pixels (height times width) of an image that are accepted.
+        exclude_names: Names of cases to leave out, as ``folds.excluded_by`` gives them; None takes
+            those in ``exclude.txt`` of ``data_root``, where there is one.
 
     Returns:
         Cases sorted by name. An id map entry without a file is no case (and is logged).
@@ -104,17 +93,7 @@ def find_cases(
         DataError: All problems together: no such folder, unreadable or missing files, doubled
             class files, classes beyond ``n_classes``, a wrong id map, paths that leave the folder.
     """
-    scan = scan_cases(
-        data_root,
-        split,
-        n_classes,
-        train_dir=train_dir,
-        test_dir=test_dir,
-        id_map=id_map,
-        exclude_file=exclude_file,
-        exclude_names=exclude_names,
-        max_pixels=max_pixels,
-    )
+    scan = scan_cases(data_root, split, n_classes, exclude_names=exclude_names)
     if scan.problems:
         raise DataError(scan.problems)
     for note in scan.notes:
@@ -127,23 +106,30 @@ def scan_cases(
     split: Literal['train', 'test'],
     n_classes: int,
     *,
-    train_dir: str = 'train',
-    test_dir: str = 'test_release',
-    id_map: str = 'test_image_name_to_ids.json',
     exclude_file: Path | str | None = None,
     exclude_names: Collection[str] | None = None,
     max_pixels: int = DEFAULT_MAX_PIXELS,
 ) -> Scan:
-    """Look at a split like :func:`find_cases`, and return problems instead of raising them."""
+    """Look at a split like :func:`find_cases`, and return problems instead of raising them.
+
+    Args:
+        data_root: The data folder.
+        split: See :func:`find_cases`.
+        n_classes: See :func:`find_cases`.
+        exclude_file: Names of cases to leave out, one a line, ``#`` begins a comment; read in place
+            of ``exclude.txt``.
+        exclude_names: The names themselves; no file is read then.
+        max_pixels: Most pixels (height times width) of an image that are accepted.
+    """
     root = Path(data_root)
     try:
         excluded = (
             read_exclude(root, exclude_file) if exclude_names is None else frozenset(exclude_names)
         )
         if split == 'train':
-            return _scan_train(root / train_dir, n_classes, excluded, max_pixels)
+            return _scan_train(root / TRAIN, n_classes, excluded, max_pixels)
         if split == 'test':
-            return _scan_test(root / test_dir, root / id_map, excluded, max_pixels)
+            return _scan_test(root / TEST, root / ID_MAP, excluded, max_pixels)
     except CellSegError as problem:
         return Scan([], [str(problem)])
     raise ValueError(f"split is {split!r}; expected 'train' or 'test'")

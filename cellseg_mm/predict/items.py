@@ -75,11 +75,6 @@ class Found:
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
-def find_items(inputs: Sequence[str], *, out_dir: Path | None = None) -> list[Item]:
-    """Return the items of :func:`look_for`."""
-    return list(look_for(inputs, out_dir=out_dir).items)
-
-
 def look_for(inputs: Sequence[str], *, out_dir: Path | None = None) -> Found:
     """Find the images that files, folders and patterns stand for.
 

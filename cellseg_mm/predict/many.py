@@ -159,7 +159,7 @@ def predict_with_dask(items: Sequence[Item], recipe: Recipe, where: str) -> Summ
     """Predict images with the workers of a Dask cluster.
 
     Args:
-        items: From ``find_items``.
+        items: From ``look_for``.
         recipe: Makes the detector and its parameters; is pickled.
         where: Address of a scheduler, or how many processes to start here.
 

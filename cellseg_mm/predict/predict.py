@@ -70,7 +70,7 @@ def predict(items: Sequence[Item], detector: Detector, params: PredictParams) ->
     """Predict images and write their results.
 
     Args:
-        items: From :func:`find_items`.
+        items: From :func:`look_for`.
         detector: What finds the cells.
         params: See :class:`PredictParams`.
 

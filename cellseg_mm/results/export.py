@@ -165,12 +165,11 @@ def write_geojson(
     class_names: Sequence[str],
     class_colours: Sequence[Sequence[int]],
     *,
-    object_type: str = 'detection',
     features: CellFeatures | None = None,
     um_per_px: Um | None = None,
     to_review: NDArray[np.intp] | None = None,
 ) -> Exported:
-    """Write a GeoJSON FeatureCollection that QuPath opens by drag and drop.
+    """Write a GeoJSON FeatureCollection of detections that QuPath opens by drag and drop.
 
     Coordinates are x, y px of the image from its upper left corner, the corners of pixels. Ids
     are made from the image's name and the cell, so they are the same when written again.
@@ -180,19 +179,14 @@ def write_geojson(
         instances: The cells.
         class_names: Name of each class; QuPath's classification.
         class_colours: RGB of each class.
-        object_type: ``detection``, ``cell`` or ``annotation``, QuPath's kinds of objects.
         features: From ``measure(instances)``, in the order of ``instances``: become measurements.
         um_per_px: Adds measurements in micrometres.
         to_review: Indices of cells to look at, the first first: become annotations, which QuPath
             lets people edit, with the measurement ``review rank`` from 1; None marks nothing.
 
     Raises:
-        ConfigError: ``object_type`` is another word, or a class has no name or colour.
+        ConfigError: A class has no name or colour.
     """
-    if object_type not in ('detection', 'cell', 'annotation'):
-        raise ConfigError(
-            f'GeoJSON: object type {object_type!r}; expected detection, cell or annotation'
-        )
     _check_classes(instances, class_names, class_colours)
     path, order = Path(path), np.argsort(-instances.scores, kind='stable')
     ranked, measures = instances[order], _measurements(features, order, um_per_px)
@@ -206,7 +200,7 @@ def write_geojson(
                 values, n_to_review = {'review rank': rank, **values}, n_to_review + 1
             class_id = int(ranked.class_ids[k])
             properties = {
-                'objectType': 'annotation' if rank else object_type,
+                'objectType': 'annotation' if rank else 'detection',
                 'classification': _class_of(class_id, class_names, class_colours),
                 'measurements': {'score': _short(ranked.scores[k]), **values},
             }

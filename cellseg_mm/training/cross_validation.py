@@ -27,6 +27,7 @@ from cellseg_mm.core.errors import ConfigError, PredictionError
 from cellseg_mm.core.layout import (
     FINISHED,
     INFERENCE,
+    TEST,
     TOOLS,
     as_typed,
     ensemble_dir,
@@ -248,7 +249,7 @@ def _final_stages(
     configs = [f.config for f in folds]
     root = ['--work-root', work_root] if work_root is not None else []
     changes = ['--cfg-options', *options] if options else []
-    test_dir = DataSettings.from_config(folds[0].cfg).data_root / 'test_release'
+    test_dir = DataSettings.from_config(folds[0].cfg).data_root / TEST
     missing = '' if os.path.lexists(test_dir) else f'{test_dir} is not there'
 
     def step(name: str, tool: str, *words: str | Path, needless: str = '') -> Step:

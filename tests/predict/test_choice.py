@@ -10,7 +10,7 @@ import tifffile
 
 from cellseg_mm.data.contents import Choice
 from cellseg_mm.predict import predict
-from cellseg_mm.predict.items import find_items
+from cellseg_mm.predict.items import look_for
 from tests.predict.test_predict import PaintedCells, params_for, run
 from tests.predict.test_tiling import paint_cells
 from tools.predict import parse_args
@@ -55,7 +55,7 @@ def test_long_names_are_predicted_or_refused_in_a_sentence(tmp_path: Path) -> No
     image[5:9, 5:9] = 7
     for n in (240, 250):
         tifffile.imwrite(folder / f'{"a" * n}.tif', image, photometric='rgb')
-    summary = predict.predict(find_items([str(folder)]), PaintedCells(), params_for(tmp_path))
+    summary = predict.predict(look_for([str(folder)]).items, PaintedCells(), params_for(tmp_path))
     assert summary.predicted == ['a' * 240]
     assert 'the names of its results would have 261 bytes' in summary.failed['a' * 250]
 

@@ -10,7 +10,7 @@ import pytest
 
 from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.core.layout import RESULT_SUFFIXES
-from cellseg_mm.predict.items import Item, find_items, look_for
+from cellseg_mm.predict.items import Item, look_for
 from cellseg_mm.results.formats import FORMATS
 from tests.support.dicom_slide import write_dicom_slide
 
@@ -31,12 +31,12 @@ def test_names(tmp_path: Path, path: str, name: str) -> None:
     file = tmp_path / path
     file.parent.mkdir(parents=True)
     file.write_bytes(b'.')
-    (item,) = find_items([str(file)])
+    (item,) = look_for([str(file)]).items
     assert (item.path, item.name) == (file, name)
 
 
 def test_a_missing_file_is_an_item_whose_own_turn_fails(tmp_path: Path) -> None:
-    (item,) = find_items([str(tmp_path / 'gone.tif')])
+    (item,) = look_for([str(tmp_path / 'gone.tif')]).items
     assert item.name == 'gone'
     with pytest.raises(FileNotFoundError):
         item.fingerprint()
@@ -44,13 +44,15 @@ def test_a_missing_file_is_an_item_whose_own_turn_fails(tmp_path: Path) -> None:
 
 def test_one_file_named_twice_is_one_item(tmp_path: Path) -> None:
     (tmp_path / 'a.png').write_bytes(b'.')
-    assert len(find_items([str(tmp_path), str(tmp_path / '*.png'), str(tmp_path / 'a.png')])) == 1
+    assert (
+        len(look_for([str(tmp_path), str(tmp_path / '*.png'), str(tmp_path / 'a.png')]).items) == 1
+    )
 
 
 def test_a_name_with_brackets_is_a_file_before_it_is_a_pattern(tmp_path: Path) -> None:
     (tmp_path / 'a[1].png').write_bytes(b'.')
     (tmp_path / 'a1.png').write_bytes(b'.')
-    assert [item.name for item in find_items([str(tmp_path / 'a[1].png')])] == ['a[1]']
+    assert [item.name for item in look_for([str(tmp_path / 'a[1].png')]).items] == ['a[1]']
 
 
 def test_label_maps_and_results_are_no_images(tmp_path: Path) -> None:
@@ -58,8 +60,8 @@ def test_label_maps_and_results_are_no_images(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b'.')
     with pytest.raises(ConfigError, match='there is no image'):
-        find_items([str(tmp_path / 'x')], out_dir=tmp_path / 'x/out')
-    assert [item.name for item in find_items([str(tmp_path / 'x')])] == ['a']
+        look_for([str(tmp_path / 'x')], out_dir=tmp_path / 'x/out')
+    assert [item.name for item in look_for([str(tmp_path / 'x')]).items] == ['a']
 
 
 def touch(root: Path, *names: str) -> None:
@@ -163,8 +165,8 @@ def test_a_zarr_store_is_one_image(tmp_path: Path) -> None:
         ('b', 'b'),
     ]
     assert not found.notes  # no chunk is a file of its own
-    (item,) = find_items([str(tmp_path / 's/a.ome.zarr')])
-    (same,) = find_items([str(tmp_path / 's/*.zarr')])
+    (item,) = look_for([str(tmp_path / 's/a.ome.zarr')]).items
+    (same,) = look_for([str(tmp_path / 's/*.zarr')]).items
     assert item == same
     before = item.fingerprint()
     assert before['bytes'] == 10
@@ -176,7 +178,7 @@ def test_a_mirax_slide_changes_with_its_folder(tmp_path: Path) -> None:
     (tmp_path / 'a').mkdir()
     for name in ('a.mrxs', 'a/Slidedat.ini', 'a/Data0000.dat'):
         (tmp_path / name).write_bytes(b'123')
-    (item,) = find_items([str(tmp_path)])
+    (item,) = look_for([str(tmp_path)]).items
     assert item.name == 'a'
     assert item.fingerprint()['bytes'] == 9
 
@@ -190,5 +192,5 @@ def test_a_dicom_slide_of_several_files_is_one_image(tmp_path: Path) -> None:
     assert 'left out: 4 further files of DICOM slides' in found.notes
     (tmp_path / 'c.dcm').write_bytes(b'no DICOM')
     (tmp_path / 'd.dcm').write_bytes(b'no DICOM')
-    names = [item.path.name for item in find_items([str(tmp_path)])]
+    names = [item.path.name for item in look_for([str(tmp_path)]).items]
     assert sorted(names) == ['0.dcm', '0.dcm', 'c.dcm', 'd.dcm']

@@ -13,7 +13,7 @@ import pytest
 
 from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.predict import many
-from cellseg_mm.predict.items import find_items
+from cellseg_mm.predict.items import look_for
 from cellseg_mm.predict.many import predict_with_dask, slurm_script
 from cellseg_mm.predict.params import PredictParams
 from cellseg_mm.predict.predict import predict
@@ -59,7 +59,7 @@ def killing_recipe(out_dir: Path, marks: Path) -> tuple[DarkCells, PredictParams
 def test_two_workers_write_what_one_process_writes_also_when_they_are_killed(
     images: Path, tmp_path: Path
 ) -> None:
-    items = find_items([str(images)])
+    items = look_for([str(images)]).items
     alone = predict(items, *recipe(tmp_path / 'alone', 0.5, CUT))
     (tmp_path / 'marks').mkdir()
     for k in (1, 2):
@@ -87,7 +87,7 @@ def failing_recipe() -> tuple[DarkCells, PredictParams]:
 
 
 def test_a_recipe_that_fails_is_the_failure_of_the_image(images: Path) -> None:
-    (item,) = find_items([str(images / 'c.tif')])
+    (item,) = look_for([str(images / 'c.tif')]).items
     found = many._in_worker('plan', pickle.dumps(failing_recipe), item, ())
     assert found == many._Problem('model.onnx: is not there; expected a model')
 
@@ -108,7 +108,7 @@ def test_the_script_of_a_job_array() -> None:
 
 def test_a_detector_is_made_once_in_a_process(tmp_path: Path, images: Path) -> None:
     made = pickle.dumps(partial(recipe, tmp_path / 'out', 0.5, CUT))
-    (item,) = find_items([str(images / 'c.tif')])
+    (item,) = look_for([str(images / 'c.tif')]).items
     many._in_worker('finish', made, item, ())
     first = many._prepared(made)[0]
     many._in_worker('plan', made, item, ())

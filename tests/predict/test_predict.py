@@ -19,7 +19,7 @@ from cellseg_mm.core.errors import CellSegError, ConfigError
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.data.intensity import ValueRange
 from cellseg_mm.predict import predict, slide
-from cellseg_mm.predict.items import Item, find_items
+from cellseg_mm.predict.items import Item, look_for
 from cellseg_mm.predict.params import VERSION, PredictParams
 from cellseg_mm.predict.summary import Summary
 from cellseg_mm.results.formats import FORMATS
@@ -82,7 +82,7 @@ def params_for(tmp_path: Path, **more) -> PredictParams:
 
 def run(images: Path, params: PredictParams, tag: str = 'a') -> tuple[Summary, list[str]]:
     detector = PaintedCells(tag)
-    summary = predict.predict(find_items([str(images)]), detector, params)
+    summary = predict.predict(look_for([str(images)]).items, detector, params)
     return summary, detector.calls
 
 
@@ -96,10 +96,10 @@ def test_files_folders_and_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b'.')
-    found = find_items(['x', 'z/*.png', 'z/s.d.jpg', 'z/q.png'], out_dir=Path('x/out'))
+    found = look_for(['x', 'z/*.png', 'z/s.d.jpg', 'z/q.png'], out_dir=Path('x/out')).items
     assert [item.name for item in found] == ['a', 'b', 'case7', 'q', 's.d']
     assert found[2].path == Path('x/case7/image.tif')
-    assert found == find_items(['z/s.d.jpg', 'z/q.png', 'x'], out_dir=Path('x/out'))
+    assert found == look_for(['z/s.d.jpg', 'z/q.png', 'x'], out_dir=Path('x/out')).items
     assert len({item.image_id for item in found}) == 5
     assert all(0 <= item.image_id < 2**31 for item in found)
 
@@ -107,12 +107,12 @@ def test_files_folders_and_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_inputs_that_make_no_sense(tmp_path: Path) -> None:
     (tmp_path / 'none').mkdir()
     with pytest.raises(ConfigError, match='there is no image'):
-        find_items([str(tmp_path / 'none')])
+        look_for([str(tmp_path / 'none')])
     with pytest.raises(ConfigError, match='there is no image'):
-        find_items([str(tmp_path / '*.tif')])
+        look_for([str(tmp_path / '*.tif')])
     paint(tmp_path / 'p' / 'a.tif')
     with pytest.raises(ConfigError, match='is the folder of the results too'):
-        find_items([str(tmp_path / 'p')], out_dir=tmp_path / 'p')
+        look_for([str(tmp_path / 'p')], out_dir=tmp_path / 'p')
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_a_cap_that_was_hit_is_told(tmp_path: Path) -> None:
     for cap, told in ((n, True), (n + 1, False), (0, False)):
         detector = PaintedCells()
         detector.cap = cap
-        items = find_items([str(tmp_path / 'in')])
+        items = look_for([str(tmp_path / 'in')]).items
         summary = predict.predict(items, detector, params_for(tmp_path, again=True))
         text = (
             f'1 of 1 tiles hit the cap of {n} instances, whatever was lost scored no more than 0.'
@@ -196,7 +196,7 @@ def test_what_a_detector_notes_of_an_image_is_told(tmp_path: Path) -> None:
 
     for name in ('a', 'b', 'c'):
         paint(tmp_path / 'in' / f'{name}.tif')
-    items = find_items([str(tmp_path / 'in')])
+    items = look_for([str(tmp_path / 'in')]).items
     summary = predict.predict(items, Noting(), params_for(tmp_path))
     assert summary.notes == {'b': 'half of it was out of focus'}
     assert '  b: half of it was out of focus' in summary.describe()
@@ -253,7 +253,7 @@ def test_how_wide_values_become_8_bit_is_said_in_one_line(
 ) -> None:
     source, detector = two_wide_images(tmp_path), Looking()
     params = params_for(tmp_path, value_range=given, range_from='as told')
-    summary = predict.predict(find_items([str(source)]), detector, params)
+    summary = predict.predict(look_for([str(source)]).items, detector, params)
     for name, high in zip('ab', highs, strict=True):
         stored = np.minimum(tifffile.imread(source / f'{name}.tif'), high)
         expected = np.rint(stored * (255 / high))
@@ -308,7 +308,7 @@ def test_cells_without_a_pixel_are_said_once(images: Path, tmp_path: Path) -> No
                 scores=np.full(3, 0.9),
             )
 
-    summary = predict.predict(find_items([str(images)]), Empty(), params_for(tmp_path))
+    summary = predict.predict(look_for([str(images)]).items, Empty(), params_for(tmp_path))
     assert summary.describe().count('without a pixel') == 1
     assert '6 cells without a pixel were dropped, in 3 images' in summary.describe()
     assert summary.notes == {}
@@ -320,7 +320,9 @@ def test_cells_without_a_pixel_are_said_once(images: Path, tmp_path: Path) -> No
 def test_all_formats_hold_the_cells_above_the_threshold(tmp_path: Path) -> None:
     label_map = paint(tmp_path / 'in' / 'a.tif')
     params = params_for(tmp_path, formats=tuple(FORMATS), score_thr=0.6)
-    said = predict.predict(find_items([str(tmp_path / 'in')]), PaintedCells(), params).describe()
+    said = predict.predict(
+        look_for([str(tmp_path / 'in')]).items, PaintedCells(), params
+    ).describe()
     out = tmp_path / 'out'
     expected = {k for k in np.unique(label_map).tolist() if k and k % 10 >= 6}
     assert len(expected) > 5
@@ -357,7 +359,7 @@ def test_formats_are_disjoint_and_the_npz_has_everything(tmp_path: Path) -> None
 
     paint(tmp_path / 'in' / 'a.tif')
     params = params_for(tmp_path, formats=tuple(FORMATS))
-    summary = predict.predict(find_items([str(tmp_path / 'in')]), Twice(), params)
+    summary = predict.predict(look_for([str(tmp_path / 'in')]).items, Twice(), params)
     said = '2 cells (and 1 below the score 0.5, 1 that better ones cover, in the npz only)'
     assert said in summary.describe()
     out = tmp_path / 'out'
@@ -475,7 +477,7 @@ def test_an_interrupted_run_goes_on(
 
 def test_one_bad_file_does_not_stop_the_rest(images: Path, tmp_path: Path) -> None:
     (images / 'aa.tif').write_bytes(b'no image')
-    items = find_items([str(images), str(tmp_path / 'missing.tif')])
+    items = look_for([str(images), str(tmp_path / 'missing.tif')]).items
     detector = PaintedCells()
     summary = predict.predict(items, detector, params_for(tmp_path))
     assert detector.calls == ['a', 'b', 'c']
@@ -517,7 +519,7 @@ def test_a_failing_detector_is_reported_and_old_results_do_not_pass_for_new(
                 raise RuntimeError('boom')
             return super().detect(pictures, name)
 
-    summary = predict.predict(find_items([str(images)]), Broken('new'), params)
+    summary = predict.predict(look_for([str(images)]).items, Broken('new'), params)
     assert summary.failed['b'].endswith('RuntimeError: boom')
     assert summary.predicted == ['a', 'c']
     _, calls = run(images, params, tag='new')

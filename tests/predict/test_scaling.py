@@ -11,7 +11,7 @@ import tifffile
 
 from cellseg_mm.core.errors import ConfigError, ImageError
 from cellseg_mm.data.image_reader import open_image
-from cellseg_mm.predict.items import find_items
+from cellseg_mm.predict.items import look_for
 from cellseg_mm.predict.predict import predict
 from cellseg_mm.predict.scaling import (
     ScaledReader,
@@ -110,7 +110,7 @@ def test_cells_are_found_at_any_pixel_size_and_measured_in_micrometres(
     params = slide_params(
         tmp_path / 'out', model_um_per_px=(0.5, 0.5), tile_px=256, overlap_px=32, whole_px=256
     )
-    summary = predict(find_items([str(tmp_path / 'in')]), DarkCells(0.5), params)
+    summary = predict(look_for([str(tmp_path / 'in')]).items, DarkCells(0.5), params)
     assert not summary.failed
     (found,) = load_predictions(tmp_path / 'out/a.npz').sets
     assert found.image_hw == (slide.side, slide.side)
@@ -136,7 +136,7 @@ def test_the_size_that_is_stated_holds_instead_of_the_files(tmp_path: Path) -> N
     sizes = {}
     for name, more in {'file': {}, 'stated': {'um_per_px': (0.5, 0.5)}}.items():
         params = slide_params(tmp_path / name, model_um_per_px=(0.5, 0.5), **more)
-        predict(find_items([str(tmp_path / 'in')]), DarkCells(0.5), params)
+        predict(look_for([str(tmp_path / 'in')]).items, DarkCells(0.5), params)
         provenance = load_predictions(tmp_path / name / 'a.npz').provenance
         sizes[name] = (provenance['um_per_px'], provenance['looked_at']['hw'])
     assert sizes == {'file': ([0.25, 0.25], [300, 300]), 'stated': ([0.5, 0.5], [600, 600])}

@@ -16,7 +16,7 @@ import pytest
 from cellseg_mm.core.errors import ConfigError
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.data.intensity import ValueRange
-from cellseg_mm.predict.items import find_items
+from cellseg_mm.predict.items import look_for
 from cellseg_mm.predict.params import share_of, takes_whole_images
 from cellseg_mm.predict.predict import predict
 from cellseg_mm.predict.tile_store import TileResult, TileStore
@@ -40,7 +40,7 @@ def slide(tmp_path: Path) -> DrawnSlide:
 def run(tmp_path: Path, out: str, detector: DarkCells | None = None, **more) -> DarkCells:
     detector = detector or DarkCells(0.5)
     params = slide_params(tmp_path / out, **{**CUT, 'model_um_per_px': (0.5, 0.5), **more})
-    summary = predict(find_items([str(tmp_path / 'in')]), detector, params)
+    summary = predict(look_for([str(tmp_path / 'in')]).items, detector, params)
     assert not summary.failed
     return detector
 
@@ -142,7 +142,7 @@ def test_a_full_disk_is_the_failure_of_the_image_and_what_is_there_stays(
     with monkeypatch.context() as patch:
         patch.setattr(TileStore, 'save', full)
         params = slide_params(tmp_path / 'full', **CUT, model_um_per_px=(0.5, 0.5))
-        summary = predict(find_items([str(tmp_path / 'in')]), DarkCells(0.5), params)
+        summary = predict(look_for([str(tmp_path / 'in')]).items, DarkCells(0.5), params)
     assert 'No space left on device' in summary.failed['a']
     assert run(tmp_path, 'full').n_calls == n_tiles - 5
     assert results_of(tmp_path / 'full') == results_of(tmp_path / 'whole')
@@ -215,7 +215,7 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 from tests.support.drawn_slide import DarkCells, slide_params
 from tests.predict.test_tile_store import CUT
-from cellseg_mm.predict.items import find_items
+from cellseg_mm.predict.items import look_for
 from cellseg_mm.predict.predict import predict
 
 class Slow(DarkCells):
@@ -225,7 +225,7 @@ class Slow(DarkCells):
 
 folder = Path({folder!r})
 params = slide_params(folder / 'killed', **CUT, model_um_per_px=(0.5, 0.5))
-predict(find_items([str(folder / 'in')]), Slow(0.5), params)
+predict(look_for([str(folder / 'in')]).items, Slow(0.5), params)
 """
 
 

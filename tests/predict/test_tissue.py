@@ -12,7 +12,7 @@ import pytest
 from cellseg_mm.core.errors import ConfigError, ImageError
 from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.predict import tissue
-from cellseg_mm.predict.items import find_items
+from cellseg_mm.predict.items import look_for
 from cellseg_mm.predict.predict import predict
 from cellseg_mm.predict.tissue import GLASS, PEN, TISSUE, TissueMap, find_tissue, read_regions
 from cellseg_mm.results.predictions import load_predictions
@@ -193,7 +193,7 @@ def slide(tmp_path: Path) -> DrawnSlide:
 def look(tmp_path: Path, name: str, **more) -> tuple[str, int, int]:
     """Return what is said, tiles that were looked at, and cells that were found."""
     detector, params = DarkCells(), slide_params(tmp_path / name, **CUT, **more)
-    summary = predict(find_items([str(tmp_path / 'in')]), detector, params)
+    summary = predict(look_for([str(tmp_path / 'in')]).items, detector, params)
     assert not summary.failed
     (found,) = load_predictions(tmp_path / name / 'a.npz').sets
     return summary.describe(), detector.n_calls, len(found)

@@ -94,16 +94,6 @@ def test_geojson_is_read_back(instances: InstanceSet, tmp_path: Path) -> None:
     assert len({feature.id for feature in found.features}) == len(ranked)
 
 
-def test_geojson_object_types(tmp_path: Path) -> None:
-    export.write_geojson(tmp_path / 'a', shapes_set(), NAMES, COLOURS, object_type='cell')
-    kinds = {
-        f['properties']['objectType'] for f in json.loads((tmp_path / 'a').read_text())['features']
-    }
-    assert kinds == {'cell'}
-    with pytest.raises(ConfigError, match='expected detection, cell or annotation'):
-        export.write_geojson(tmp_path / 'a', shapes_set(), NAMES, COLOURS, object_type='tile')
-
-
 def roi_pixels(roi: roifile.ImagejRoi, image_hw) -> np.ndarray:
     """Fill by the even-odd rule, as ImageJ does."""
     rings = roi.coordinates(multi=True) if roi.composite else [roi.coordinates()]

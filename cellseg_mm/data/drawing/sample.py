@@ -23,6 +23,7 @@ import numpy as np
 
 from cellseg_mm.core.errors import CellSegError
 from cellseg_mm.core.files import JsonValue, write_json, write_text
+from cellseg_mm.core.layout import ID_MAP, TEST, TRAIN
 from cellseg_mm.data.case_writer import write_case, write_image
 from cellseg_mm.data.config import N_CLASSES
 from cellseg_mm.data.drawing.cells import Rng
@@ -103,22 +104,22 @@ def _write_all(folder: Path, n_train: int, n_test: int, rng: Rng, *, dense: bool
     rows: list[list[str | int]] = []
     for patient, name, picture in _draw_split(rng, n_train, 'sample-train', dense=dense):
         stored = {k: picture.label_maps.get(k) for k in range(1, N_CLASSES + 1)}
-        write_case(folder / 'train' / name, picture.image[..., ::-1], picture.label_maps)
+        write_case(folder / TRAIN / name, picture.image[..., ::-1], picture.label_maps)
         counts = [0 if m is None else len(np.unique(m)) - 1 for m in stored.values()]
         rows.append([name, *picture.image.shape[:2], *counts, patient])
     _write_manifest(folder / 'manifest.csv', rows)
     ids = rng.permutation(n_test) + 1  # not in the order of names, as in the real file
     entries: list[JsonValue] = []
-    (folder / 'test_release').mkdir()
+    (folder / TEST).mkdir()
     for index, (_, name, picture) in enumerate(
         _draw_split(rng, n_test, 'sample-test', dense=dense)
     ):
-        write_image(folder / 'test_release' / f'{name}.tif', picture.image[..., ::-1])
+        write_image(folder / TEST / f'{name}.tif', picture.image[..., ::-1])
         height, width = picture.image.shape[:2]
         entries.append(
             {'file_name': f'{name}.tif', 'id': int(ids[index]), 'height': height, 'width': width}
         )
-    write_json(folder / 'test_image_name_to_ids.json', entries)
+    write_json(folder / ID_MAP, entries)
 
 
 def _draw_split(

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from cellseg_mm.core.errors import CellSegError
 from cellseg_mm.core.files import write_json
-from cellseg_mm.core.layout import REPLACED
+from cellseg_mm.core.layout import REPLACED, TRAIN
 from cellseg_mm.core.progress import track
 from cellseg_mm.data.case_writer import Pixels, write_case
 from cellseg_mm.data.importing.cellpose import find_cellpose
@@ -222,7 +222,7 @@ class _Run:
         notes: Sequence[str],
     ) -> None:
         self.out_dir, self.source_format = out_dir, source_format
-        self.train_dir = out_dir / 'train'
+        self.train_dir = out_dir / TRAIN
         self.classes, self.params = classes, params
         self.rows: list[dict[str, str]] = []
         self.notes = list(notes)

@@ -23,7 +23,7 @@ import numpy as np
 
 from cellseg_mm.core.errors import CellSegError, DataError, FoldError
 from cellseg_mm.core.files import write_json, write_text
-from cellseg_mm.core.layout import DATA_REPORT, FOLDS, INDEX, PIXEL_SIZE, VALUE_RANGE
+from cellseg_mm.core.layout import DATA_REPORT, FOLDS, INDEX, PIXEL_SIZE, TEST, VALUE_RANGE
 from cellseg_mm.core.progress import track
 from cellseg_mm.data import folds as fold_files
 from cellseg_mm.data import pixel_size
@@ -126,9 +126,9 @@ def _scan_both(root: Path, params: PrepareParams) -> tuple[Scan, Scan]:
         exclude_file=params.exclude_file,
         max_pixels=params.max_pixels,
     )
-    if os.path.lexists(root / 'test_release'):
+    if os.path.lexists(root / TEST):
         return scan('train'), scan('test')
-    note = f'{root / "test_release"}: not there; there are no test images to predict.'
+    note = f'{root / TEST}: not there; there are no test images to predict.'
     return scan('train'), Scan([], notes=[note])
 
 
