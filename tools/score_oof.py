@@ -4,9 +4,11 @@
     python tools/score_oof.py configs/*.py --tta flips                      # folds tested so
     python tools/score_oof.py configs/*.py --tta flips --new-scores         # docs/recipes.md
     python tools/score_oof.py configs/*.py --by organs.csv organ            # and each organ's
+    python tools/score_oof.py configs/laptop/*.py configs/laptop-quick/*.py # recipes, fused
     python tools/score_oof.py configs/*.py --held-out 4 --fusion nms soft_mask   # fusion's gain
 
-With --held-out, the members must have been trained without that fold (docs/fusion.md says how).
+Each folder of configs is a recipe. With --held-out, the members must have been trained without
+that fold (docs/fusion.md says how).
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('configs', nargs='+', help='one config per fold')
+    parser.add_argument('configs', nargs='+', help='one config per fold, of one recipe or several')
     parser.add_argument('--work-root', help='folder of the work folders (default: work_dirs)')
     parser.add_argument('--out', help='folder for the results (default: ensemble beside the folds)')
     parser.add_argument('--tta', default='', help='score what tools/test.py --tta of this left')
@@ -31,6 +33,11 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
         '--new-scores',
         action='store_true',
         help='score anew, as tools/find_best.py would: each fold by weights of the others',
+    )
+    parser.add_argument(
+        '--cap',
+        type=int,
+        help='detections per class and image that count (default: all)',
     )
     parser.add_argument(
         '--by',
@@ -45,10 +52,23 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument('--held-out', type=int, help='measure what fusion brings on this fold')
     parser.add_argument(
-        '--fusion', nargs='+', default=['nms', 'soft_mask'], help='rules to measure'
+        '--fusion',
+        nargs='+',
+        help='rule for several recipes (soft_mask); with --held-out those to measure '
+        '(nms soft_mask)',
     )
-    parser.add_argument('--post', default='', help='post-processing after each rule')
-    return parser.parse_args(words)
+    parser.add_argument('--post', default='', help='with --held-out: what follows each rule')
+    args = parser.parse_args(words)
+    if args.held_out is None:
+        n_recipes = len({Path(path).parent for path in args.configs})
+        if args.post:
+            parser.error('--post is for --held-out; without it nothing follows')
+        if args.fusion and (n_recipes == 1 or len(args.fusion) > 1):
+            parser.error(
+                f'--fusion: found {len(args.fusion)} rule(s) for {n_recipes} recipe(s); expected '
+                'one rule for several recipes, or --held-out'
+            )
+    return args
 
 
 def main() -> None:
@@ -72,15 +92,21 @@ def main() -> None:
     from cellseg_mm.data.preparing.groups import GroupRule, known_groups
     from cellseg_mm.ensemble import oof
     from cellseg_mm.ensemble.fusion_gain import fusion_gain
+    from cellseg_mm.fusion.views import DEFAULT_RULE
     from cellseg_mm.report.suspects import write_suspects
     from cellseg_mm.scores.matching import compare
+    from cellseg_mm.scores.records import ScoreParams
     from cellseg_mm.scores.table import score_table
     from cellseg_mm.selection.rescoring import cross_scored
 
-    work_dirs = [work_dir_of(path, args.work_root) for path in args.configs]
-    out = Path(args.out or ensemble_dir(work_dirs))
-    configs = [Config.fromfile(path) for path in args.configs]
-    data = DataSettings.from_config(configs[0], 'test_dataloader')
+    work_dirs = {path: work_dir_of(path, args.work_root) for path in args.configs}
+    recipes: dict[Path, list[str]] = {}
+    for path in args.configs:
+        recipes.setdefault(Path(path).parent, []).append(path)
+    out = Path(args.out or ensemble_dir(list(work_dirs.values())))
+    if len(recipes) > 1 and not args.out:  # the folder itself may hold what belongs to one recipe
+        out /= '+'.join(folder.name for folder in recipes)
+    data = DataSettings.from_config(Config.fromfile(args.configs[0]), 'test_dataloader')
     if args.held_out is not None:
         images = find_images(
             data.data_root,
@@ -89,22 +115,28 @@ def main() -> None:
             folds_path=data.folds_path,
             fold=args.held_out,
         )
-        paths = oof.held_out_files(args.configs, work_dirs, args.held_out)
-        gain = fusion_gain(paths, images, args.fusion, post=args.post)
+        paths = oof.held_out_files(args.configs, list(work_dirs.values()), args.held_out)
+        gain = fusion_gain(paths, images, args.fusion or ['nms', 'soft_mask'], post=args.post)
         path = out / f'fusion_gain_fold{args.held_out}.json'
         files.write_json(path, dataclasses.asdict(gain))
         print(f'{gain.table()}\nwritten: {path}')
         return
-    paths = oof.validation_files(args.configs, work_dirs, tta=args.tta)
     in_force = folds.load_folds(data.folds_path)
-    pool = oof.pool_predictions(paths, in_force, data.data_root, folds_path=data.folds_path)
-    oof.refuse_other_classes(pool, data.class_names)
-    settings = {DataSettings.from_config(cfg).fold: cfg.to_dict() for cfg in configs}
-    oof.refuse_other_recipes(pool, settings)
+    pools = {
+        str(folder): oof.pool_recipe(
+            {path: Config.fromfile(path) for path in paths},
+            [work_dirs[path] for path in paths],
+            in_force,
+            data,
+            tta=args.tta,
+        )
+        for folder, paths in recipes.items()
+    }
+    pool = oof.fuse_pools(pools, *(args.fusion or [DEFAULT_RULE]))
     if args.new_scores:
         sets = cross_scored(pool.gt_sets, pool.pred_sets, np.array(pool.fold_of), pool.class_names)
         pool = dataclasses.replace(pool, pred_sets=sets)
-    scores = oof.score_pool(pool)
+    scores = oof.score_pool(pool, ScoreParams(cap=args.cap))
     name = OOF_NEW_SCORES if args.new_scores else OOF
     paths = predictions_path(out, name, args.tta), scores_path(out, name, args.tta)
     oof.save_pool(paths[0], pool)

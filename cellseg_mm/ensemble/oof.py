@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mmengine.config import Config
+
 from cellseg_mm.core.errors import FoldError, PredictionError
 from cellseg_mm.core.files import JsonValue
 from cellseg_mm.core.instances import InstanceSet
@@ -21,9 +23,11 @@ from cellseg_mm.core.progress import track
 from cellseg_mm.core.provenance import code_commit, versions
 from cellseg_mm.core.text_table import text_table
 from cellseg_mm.core.trainings import refuse_other_recipe
+from cellseg_mm.data.config import DataSettings
 from cellseg_mm.data.folds import Folds
 from cellseg_mm.data.labels import Case, find_cases, read_gt
 from cellseg_mm.ensemble.members import list_of
+from cellseg_mm.fusion.fuse import from_spec, fuse
 from cellseg_mm.results.predictions import Predictions, load_predictions, save_predictions
 from cellseg_mm.results.whose import refuse_foreign
 from cellseg_mm.scores.records import ScoreParams, Scores
@@ -34,6 +38,7 @@ logger = logging.getLogger(__name__)
 COLUMNS = {'AP50': 'segm_AP50', 'AP': 'segm_AP', 'mPQ': 'mPQ'}
 NO_PART = '(not in the table)'
 FOLDS_PART = 'train_dataloader'  # of a recipe; it names the fold
+MEMBER_KEYS = ('checkpoint', 'checkpoint_hash', 'code_commit')
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +52,9 @@ class OofPool:
         class_names: Names of the classes.
         fold_hash: Hash of the folds that all members share.
         n_folds: Number of folds there are; the pool may hold fewer.
-        provenance: The files' provenance, by fold.
+        provenance: The files' provenance, by fold; empty if other pools were fused into this one.
         groups: Group (patient, slide) by image name, where one is known.
+        fused: The pools of several recipes that were fused into this one; see :func:`fuse_pools`.
     """
 
     pred_sets: tuple[InstanceSet, ...]
@@ -59,6 +65,12 @@ class OofPool:
     n_folds: int
     provenance: dict[int, dict[str, JsonValue]]
     groups: Mapping[str, str] = field(default_factory=dict)
+    fused: tuple[OofPool, ...] = ()
+
+    @property
+    def origins(self) -> list[dict[str, JsonValue]]:
+        """The provenance of all files, recipe by recipe and by fold."""
+        return [origin for pool in self.fused or (self,) for origin in pool.provenance.values()]
 
     @property
     def folds(self) -> tuple[int, ...]:
@@ -118,6 +130,63 @@ def pool_predictions(
         provenance={fold: dict(p.provenance) for fold, p in sorted(by_fold.items())},
         groups=dict(folds.groups),
     )
+
+
+def pool_recipe(
+    configs: Mapping[str, Config],
+    work_dirs: Sequence[Path],
+    folds: Folds,
+    data: DataSettings,
+    *,
+    tta: str = '',
+) -> OofPool:
+    """Join what the folds of one recipe were tested with.
+
+    Args:
+        configs: One per fold, by path.
+        work_dirs: Their work folders.
+        folds: The folds now in force.
+        data: Where ground truth and folds are, and the classes.
+        tta: See :func:`validation_files`.
+
+    Raises:
+        CellSegError: A fold was not tested, or trained by another recipe; see
+            :func:`pool_predictions` and the two checks after it.
+    """
+    paths = validation_files(list(configs), work_dirs, tta=tta)
+    pool = pool_predictions(paths, folds, data.data_root, folds_path=data.folds_path)
+    refuse_other_classes(pool, data.class_names)
+    settings = {DataSettings.from_config(cfg).fold: cfg.to_dict() for cfg in configs.values()}
+    refuse_other_recipes(pool, settings)
+    return pool
+
+
+def fuse_pools(pools: Mapping[str, OofPool], rule: str) -> OofPool:
+    """Fuse several recipes' answers; each image has one member a recipe, and none has seen it.
+
+    Args:
+        pools: By recipe, of the same folds; one alone is returned as it is.
+        rule: Spec of the fusion rule.
+
+    Raises:
+        PredictionError: The recipes were tested on other folds, or name other classes.
+        ConfigError: The rule is not known.
+    """
+    (name, first), *others = pools.items()
+    if not others:
+        return first
+    for other, pool in others:
+        refuse_other_classes(pool, first.class_names)
+        if pool.folds != first.folds:
+            raise PredictionError(
+                f'out of fold: {name} was tested on the folds {first.folds}, {other} on '
+                f'{pool.folds}; expected the same, so that each image has all members; test the '
+                'others, or leave their configs out'
+            )
+    how = from_spec(rule)
+    together = zip(*(pool.pred_sets for pool in pools.values()), strict=True)
+    sets = tuple(fuse(members, how) for members in track(list(together), description='fused'))
+    return replace(first, pred_sets=sets, provenance={}, fused=tuple(pools.values()))
 
 
 def refuse_other_classes(pool: OofPool, class_names: Sequence[str]) -> None:
@@ -259,10 +328,11 @@ def describe(pool: OofPool, scores: Scores, data_root: Path | str) -> str:
     interval = f' (95 % interval {low:.4f} to {high:.4f}, {drawn})' if scores.intervals else ''
     held_out = ', '.join(map(str, pool.folds))
     partial = '' if len(pool.folds) == pool.n_folds else ' ONLY'
-    views = sorted({str(origin['tta']) for origin in pool.provenance.values() if origin.get('tta')})
+    views = sorted({str(origin['tta']) for origin in pool.origins if origin.get('tta')})
     augmented = f' with test-time augmentation {"; ".join(views)}' if views else ''
+    together = f' of {len(pool.fused)} recipes fused' if pool.fused else ''
     return (
-        f'out-of-fold mask AP50{augmented} {value:.4f}{interval}\n'
+        f'out-of-fold mask AP50{together}{augmented} {value:.4f}{interval}\n'
         f'data {data_root}, {len(pool.pred_sets)} images of folds {held_out}{partial} '
         f'(of {pool.n_folds}, folds {pool.fold_hash}), at most {scores.cap} detections per class '
         f'and image, commit {code_commit() or "unknown"}'
@@ -271,12 +341,11 @@ def describe(pool: OofPool, scores: Scores, data_root: Path | str) -> str:
 
 def save_pool(path: Path | str, pool: OofPool) -> None:
     """Write the pooled predictions as one prediction file; see docs/formats.md."""
-    members: dict[str, JsonValue] = {
-        str(fold): {
-            key: provenance.get(key) for key in ('checkpoint', 'checkpoint_hash', 'code_commit')
-        }
-        for fold, provenance in pool.provenance.items()
-    }
+    members: dict[str, JsonValue] = {}
+    for fold in pool.folds:
+        of_fold = [one.provenance[fold] for one in pool.fused or (pool,)]
+        named = [{key: origin.get(key) for key in MEMBER_KEYS} for origin in of_fold]
+        members[str(fold)] = list(named) if pool.fused else named[0]
     keys = [set(s.extra) for s in pool.pred_sets if len(s)]
     kept = set.intersection(*keys) if keys else set()
     sets = tuple(
@@ -292,7 +361,7 @@ def save_pool(path: Path | str, pool: OofPool) -> None:
 
 def pool_origin(pool: OofPool) -> dict[str, JsonValue]:
     """Return where a pool's predictions and scores come from, as JSON values without paths."""
-    hashes = {str(p.get('data_hash') or '') for p in pool.provenance.values()}
+    hashes = {str(origin.get('data_hash') or '') for origin in pool.origins}
     return {
         'split': 'oof',
         'fold': None,

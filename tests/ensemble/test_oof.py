@@ -14,10 +14,13 @@ from cellseg_mm.core.instances import InstanceSet
 from cellseg_mm.core.trainings import recipe_parts
 from cellseg_mm.data.folds import Folds
 from cellseg_mm.ensemble import oof
+from cellseg_mm.fusion.fuse import from_spec, fuse
 from cellseg_mm.results.predictions import Predictions, load_predictions, save_predictions
 from cellseg_mm.scores.records import ScoreParams
 from cellseg_mm.scores.score import score
 from tests.support.drawn_world import CLASSES, World, trained_for, write
+from tests.support.fusion_members import assert_identical
+from tools import score_oof
 
 
 def pool(world: World, paths: list[Path]) -> oof.Pool:
@@ -223,3 +226,59 @@ def test_a_fold_that_was_trained_anew_is_tested_before_it_is_pooled(
     write(world, tmp_path / 'elsewhere/x.npz', fold=0, split='all')
     with pytest.raises(FoldError, match='is of the split all; expected'):
         pool(world, [tmp_path / 'elsewhere/x.npz'])
+
+
+def test_recipes_are_fused_fold_by_fold(world: World, tmp_path: Path) -> None:
+    """Against the slow way: each image's answers taken by name from the files, and fused."""
+    pools, files_of = {}, {}
+    for recipe, seed in (('a', 1), ('b', 20)):
+        files_of[recipe] = [
+            write(world, tmp_path / f'{recipe}{k}.npz', fold=k, seed=seed + k, data_hash='d')
+            for k in range(3)
+        ]
+        pools[recipe] = pool(world, files_of[recipe])
+    fused = oof.fuse_pools(pools, 'soft_mask')
+    fold_of = world.folds.fold_of()
+    for found, gt in zip(fused.pred_sets, fused.gt_sets, strict=True):
+        answers = [
+            next(s for s in load_predictions(paths[fold_of[gt.name]]).sets if s.name == gt.name)
+            for paths in files_of.values()
+        ]
+        assert_identical(found, fuse(answers, from_spec('soft_mask')))
+        assert found.extra['n_votes'].max(initial=0) <= 2
+    assert {2} <= {int(v) for s in fused.pred_sets for v in s.extra['n_votes']}
+    assert (fused.fold_of, fused.groups) == (pools['a'].fold_of, pools['a'].groups)
+    scores = oof.score_pool(fused, ScoreParams(n_bootstrap=0))
+    assert 'AP50 of 2 recipes fused 0.' in oof.describe(fused, scores, world.data_root)
+    assert oof.pool_origin(fused)['data_hash'] == 'd'
+    oof.save_pool(tmp_path / 'oof.npz', fused)
+    members = load_predictions(tmp_path / 'oof.npz').provenance['members']
+    assert [len(members[str(k)]) for k in range(3)] == [2, 2, 2]
+    assert oof.fuse_pools({'a': pools['a']}, 'soft_mask') is pools['a']
+
+
+def test_recipes_of_other_folds_or_classes_are_not_fused(world: World, tmp_path: Path) -> None:
+    whole = pool(world, [write(world, tmp_path / f'{k}.npz', fold=k) for k in range(3)])
+    part = pool(world, [tmp_path / '0.npz', tmp_path / '2.npz'])
+    with pytest.raises(PredictionError, match=r'a was tested on .*\(0, 1, 2\), b on \(0, 2\)'):
+        oof.fuse_pools({'a': whole, 'b': part}, 'soft_mask')
+    other = replace(whole, class_names=CLASSES[::-1])
+    with pytest.raises(PredictionError, match='the classes of the predictions are macrophage'):
+        oof.fuse_pools({'a': whole, 'b': other}, 'soft_mask')
+
+
+@pytest.mark.parametrize(
+    ('words', 'said'),
+    [
+        (['a/fold0.py', '--fusion', 'nms'], 'found 1 rule(s) for 1 recipe(s)'),
+        (['a/fold0.py', 'b/fold0.py', '--fusion', 'nms', 'wbf'], 'found 2 rule(s) for 2 recipe(s)'),
+        (['a/fold0.py', 'b/fold0.py', '--post', 'disjoint'], '--post is for --held-out'),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        score_oof.parse_args(words)
+    assert said in capsys.readouterr().err
+    assert score_oof.parse_args([*words, '--held-out', '0']).held_out == 0

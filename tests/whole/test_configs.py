@@ -145,7 +145,18 @@ def test_folders_of_any_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     'folder',
-    ['.', 'strong', 'lsj1024', 'scratch', 'laptop', 'sample', 'gpu', 'laptop-quick', 'laptop-long'],
+    [
+        '.',
+        'strong',
+        'lsj1024',
+        'scratch',
+        'laptop',
+        'laptop-quick',
+        'laptop-long',
+        'laptop-kept',
+        'gpu',
+        'sample',
+    ],
 )
 def test_own_classes_and_colours_are_said_once(folder: str, tmp_path: Path) -> None:
     """As README says: change the base file, and every recipe follows."""

@@ -1,0 +1,5 @@
+_base_ = '../_base_/mask_rcnn_laptop_kept.py'
+
+train_dataloader = dict(dataset=dict(dataset=dict(fold=3)))
+val_dataloader = dict(dataset=dict(fold=3))
+test_dataloader = dict(dataset=dict(fold=3))
