@@ -35,6 +35,7 @@ from cellseg_mm.fusion.fuse import (
     fuse_with_report,
     to_spec,
 )
+from cellseg_mm.fusion.rescoring import RESCORED
 from cellseg_mm.fusion.settings import InferenceSettings, cut_masks
 from cellseg_mm.results.predictions import (
     Predictions,
@@ -91,10 +92,10 @@ def ensemble_files(
         PredictionError: A file cannot be read, lacks images, or is of other classes or images.
         FoldError: A member has seen, or may have seen, images that would be scored.
         ConfigError: Masks cannot be cut at another threshold, or a file was
-            made with another augmentation than ``settings.tta``.
+            made with another augmentation than ``settings.tta``, or has new scores already.
     """
     rule, post = settings.rule, settings.post
-    members, sets_of = load_files(paths, images, tta=settings.tta)
+    members, sets_of = load_files(paths, images, settings)
     by_name = [{s.name: s for s in sets} for sets in sets_of]
     chosen = _clean(members, images, leave_out_seen=leave_out_seen)
     fused, counts, report = [], {}, FuseReport()
@@ -115,15 +116,15 @@ def ensemble_files(
 
 
 def load_files(
-    paths: Sequence[Path | str], images: Images, *, tta: str | None = None
+    paths: Sequence[Path | str], images: Images, settings: InferenceSettings | None = None
 ) -> tuple[list[Member], list[tuple[InstanceSet, ...]]]:
     """Read members' prediction files.
 
     Args:
         paths: The files, in any order.
         images: What must be in them.
-        tta: Test-time augmentation that they must have been made with; None does not ask. COCO
-            results do not say.
+        settings: What will be done with them: files must have been made with its test-time
+            augmentation, and are not scored anew twice; None does not ask. COCO results do not say.
 
     Returns:
         Members in the order of their content, and each one's sets in the order of the images.
@@ -131,9 +132,9 @@ def load_files(
     Raises:
         PredictionError: A file cannot be read, is given twice, lacks images, has other classes, or
             is not of the checkpoint that counts in its work folder.
-        ConfigError: A file was made with another augmentation.
+        ConfigError: A file was made with another augmentation, or has new scores already.
     """
-    loaded = [_load_file(Path(path), images, tta) for path in paths]
+    loaded = [_load_file(Path(path), images, settings) for path in paths]
     order = in_order([member for member, _ in loaded])
     members = [loaded[i][0] for i in order]
     check_classes(members, images.class_names)
@@ -154,7 +155,7 @@ def clean_sets(
 
 
 def _load_file(
-    path: Path, images: Images, tta: str | None
+    path: Path, images: Images, settings: InferenceSettings | None
 ) -> tuple[Member, tuple[InstanceSet, ...]]:
     """Read one member's file; sets in the order of ``images.cases``."""
     if path.suffix.lower() == '.npz':
@@ -163,13 +164,8 @@ def _load_file(
         if not predictions.provenance.get('class_names'):
             say_once(path, 'names no classes; they are taken for those of the config, in its order')
         sets, provenance = _matched(path, predictions, images), predictions.provenance
-        if tta is not None and provenance.get('tta') != tta:
-            made = f'augmentation {provenance["tta"]}' if provenance.get('tta') else 'none'
-            raise ConfigError(
-                f'{path}: the settings ask for test-time augmentation {tta}, the file was made '
-                f'with {made}; no model is run on files; predict again with {tta}, or choose '
-                'settings without it'
-            )
+        if settings is not None:
+            _refuse_unfit(path, provenance, settings)
     else:
         refs = image_refs(images.cases)
         if images.split == 'test':  # others predict images of the map that are not here
@@ -178,6 +174,24 @@ def _load_file(
         sets, provenance = _matched(path, Predictions(found), images), {}
     trained = {**_trained(provenance), 'class_names': provenance.get('class_names')}
     return trained_member(str(path), files.file_hash(path)[:16], trained), sets
+
+
+def _refuse_unfit(
+    path: Path, provenance: Mapping[str, JsonValue], settings: InferenceSettings
+) -> None:
+    if settings.tta is not None and provenance.get('tta') != settings.tta:
+        made = f'augmentation {provenance["tta"]}' if provenance.get('tta') else 'none'
+        raise ConfigError(
+            f'{path}: the settings ask for test-time augmentation {settings.tta}, the file was '
+            f'made with {made}; no model is run on files; predict again with {settings.tta}, or '
+            'choose settings without it'
+        )
+    if settings.rescoring is not None and RESCORED in str(provenance.get('fusion')):
+        raise ConfigError(
+            f'{path}: its scores were made anew when it was fused ({provenance["fusion"]}), and '
+            'the settings would do it again; give the files from which it was fused, or leave '
+            '--settings out'
+        )
 
 
 def _trained(provenance: Mapping[str, JsonValue]) -> Mapping[str, object]:

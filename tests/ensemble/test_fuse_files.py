@@ -15,6 +15,7 @@ from cellseg_mm.data.labels import read_id_map
 from cellseg_mm.ensemble.fuse_files import ensemble_files
 from cellseg_mm.ensemble.outcome import finish, outcome_text, submission_text, submit
 from cellseg_mm.fusion.fuse import fuse
+from cellseg_mm.fusion.rescoring import FEATURES, Rescoring
 from cellseg_mm.fusion.settings import InferenceSettings
 from cellseg_mm.results.predictions import Predictions, load_predictions, save_predictions
 from cellseg_mm.results.submission import write_submission
@@ -167,3 +168,17 @@ def test_files_of_unknown_origin_are_not_scored(world: World, tmp_path: Path) ->
     merged = ensemble_files([known], val, InferenceSettings(), tmp_path)
     assert merged.scores['segm_AP50'] >= 0
     assert (tmp_path / 'val.scores.json').is_file()
+
+
+def test_scores_are_made_anew_once(images: Images, tmp_path: Path) -> None:
+    """A fused file with new scores, fused again with the settings that made them."""
+    n = len(FEATURES)
+    rows = ((1.0,) + (0.0,) * n,) * len(CLASSES)
+    low, high = ((-1e6,) * n,) * len(CLASSES), ((1e6,) * n,) * len(CLASSES)
+    settings = InferenceSettings(rescoring=Rescoring(CLASSES, rows, low, high))
+    plain = npz(tmp_path / 'plain.npz', squares(images, 0, 0.9))
+    once = ensemble_files([plain], images, settings, tmp_path / 'once').predictions_path
+    with pytest.raises(ConfigError, match=r'its scores were made anew when it was fused'):
+        ensemble_files([plain, once], images, settings, tmp_path / 'twice')
+    assert not (tmp_path / 'twice').exists()
+    ensemble_files([plain, once], images, InferenceSettings(), tmp_path / 'as they are')
