@@ -122,16 +122,16 @@ def main() -> None:
         print(f'{gain.table()}\nwritten: {path}')
         return
     in_force = folds.load_folds(data.folds_path)
-    pools = {
-        str(folder): oof.pool_recipe(
-            {path: Config.fromfile(path) for path in paths},
-            [work_dirs[path] for path in paths],
-            in_force,
-            data,
-            tta=args.tta,
+    pools = {}
+    for folder, names in recipes.items():
+        paths = oof.validation_files(names, [work_dirs[name] for name in names], tta=args.tta)
+        pool = oof.pool_predictions(paths, in_force, data.data_root, folds_path=data.folds_path)
+        oof.refuse_other_classes(pool, data.class_names)
+        configs = [Config.fromfile(name) for name in names]
+        oof.refuse_other_recipes(
+            pool, {DataSettings.from_config(cfg).fold: cfg.to_dict() for cfg in configs}
         )
-        for folder, paths in recipes.items()
-    }
+        pools[str(folder)] = pool
     pool = oof.fuse_pools(pools, *(args.fusion or [DEFAULT_RULE]))
     if args.new_scores:
         sets = cross_scored(pool.gt_sets, pool.pred_sets, np.array(pool.fold_of), pool.class_names)

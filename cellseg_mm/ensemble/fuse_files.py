@@ -91,10 +91,16 @@ def ensemble_files(
     Raises:
         PredictionError: A file cannot be read, lacks images, or is of other classes or images.
         FoldError: A member has seen, or may have seen, images that would be scored.
-        ConfigError: Masks cannot be cut at another threshold, or a file was
-            made with another augmentation than ``settings.tta``, or has new scores already.
+        ConfigError: Masks cannot be cut at another threshold; a file was made with another
+            augmentation than ``settings.tta``, has new scores already, or would be overwritten.
     """
     rule, post = settings.rule, settings.post
+    path = predictions_path(out_dir, images.split)
+    if path.resolve() in [Path(one).resolve() for one in paths]:
+        raise ConfigError(
+            f'{path}: is one of the files to merge, and the result would take its place; give '
+            'another folder for it'
+        )
     members, sets_of = load_files(paths, images, settings)
     by_name = [{s.name: s for s in sets} for sets in sets_of]
     chosen = _clean(members, images, leave_out_seen=leave_out_seen)
@@ -108,7 +114,6 @@ def ensemble_files(
         sizes = dict(zip(indices, map(len, sets), strict=True))
         counts[case.name] = tuple(sizes.get(i, -1) for i in range(len(members)))
         fused.append(result.without_probs())
-    path = predictions_path(out_dir, images.split)
     origin = _provenance(members, images, settings)
     save_predictions(path, Predictions(tuple(fused), origin))
     scores = _score(fused, images, path, origin) if images.split != 'test' else {}
@@ -189,8 +194,8 @@ def _refuse_unfit(
     if settings.rescoring is not None and RESCORED in str(provenance.get('fusion')):
         raise ConfigError(
             f'{path}: its scores were made anew when it was fused ({provenance["fusion"]}), and '
-            'the settings would do it again; give the files from which it was fused, or leave '
-            '--settings out'
+            'the settings would do it again; give the files from which it was fused, or choose '
+            'settings without new scores'
         )
 
 

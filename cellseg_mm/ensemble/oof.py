@@ -13,8 +13,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config
-
 from cellseg_mm.core.errors import FoldError, PredictionError
 from cellseg_mm.core.files import JsonValue
 from cellseg_mm.core.instances import InstanceSet
@@ -23,7 +21,6 @@ from cellseg_mm.core.progress import track
 from cellseg_mm.core.provenance import code_commit, versions
 from cellseg_mm.core.text_table import text_table
 from cellseg_mm.core.trainings import refuse_other_recipe
-from cellseg_mm.data.config import DataSettings
 from cellseg_mm.data.folds import Folds
 from cellseg_mm.data.labels import Case, find_cases, read_gt
 from cellseg_mm.ensemble.members import list_of
@@ -130,35 +127,6 @@ def pool_predictions(
         provenance={fold: dict(p.provenance) for fold, p in sorted(by_fold.items())},
         groups=dict(folds.groups),
     )
-
-
-def pool_recipe(
-    configs: Mapping[str, Config],
-    work_dirs: Sequence[Path],
-    folds: Folds,
-    data: DataSettings,
-    *,
-    tta: str = '',
-) -> OofPool:
-    """Join what the folds of one recipe were tested with.
-
-    Args:
-        configs: One per fold, by path.
-        work_dirs: Their work folders.
-        folds: The folds now in force.
-        data: Where ground truth and folds are, and the classes.
-        tta: See :func:`validation_files`.
-
-    Raises:
-        CellSegError: A fold was not tested, or trained by another recipe; see
-            :func:`pool_predictions` and the two checks after it.
-    """
-    paths = validation_files(list(configs), work_dirs, tta=tta)
-    pool = pool_predictions(paths, folds, data.data_root, folds_path=data.folds_path)
-    refuse_other_classes(pool, data.class_names)
-    settings = {DataSettings.from_config(cfg).fold: cfg.to_dict() for cfg in configs.values()}
-    refuse_other_recipes(pool, settings)
-    return pool
 
 
 def fuse_pools(pools: Mapping[str, OofPool], rule: str) -> OofPool:

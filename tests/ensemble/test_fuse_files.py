@@ -182,3 +182,12 @@ def test_scores_are_made_anew_once(images: Images, tmp_path: Path) -> None:
         ensemble_files([plain, once], images, settings, tmp_path / 'twice')
     assert not (tmp_path / 'twice').exists()
     ensemble_files([plain, once], images, InferenceSettings(), tmp_path / 'as they are')
+
+
+def test_a_result_takes_no_members_place(images: Images, tmp_path: Path) -> None:
+    inside = tmp_path / 'out' / 'test.predictions.npz'
+    inside.parent.mkdir()
+    before = npz(inside, squares(images, 0, 0.9)).read_bytes()
+    with pytest.raises(ConfigError, match=r'is one of the files to merge'):
+        ensemble_files([inside], images, InferenceSettings(), tmp_path / 'out')
+    assert inside.read_bytes() == before

@@ -51,7 +51,8 @@ def drawn(folder: Path, name: str, class_ids: tuple[int, ...] = (1,)) -> Path:
         scores=np.ones(n),
     )
     folder.mkdir(exist_ok=True)
-    write_geojson(folder / f'{name}.geojson', cells, NAMES, COLOURS, object_type='annotation')
+    path = folder / f'{name}.geojson'
+    write_geojson(path, cells, NAMES, COLOURS, to_review=np.arange(n))  # as annotations
     return folder
 
 
