@@ -133,6 +133,12 @@ class InferenceSettings:
         post = post_from_spec(text)
         return replace(self, **{one.name: getattr(post, one.name) for one in fields(post)})
 
+    def down_to(self, score_thr: float | None) -> InferenceSettings:
+        """Return the settings with no threshold above ``score_thr``; None leaves all."""
+        if score_thr is None:
+            return self
+        return replace(self, score_thr=tuple(min(thr, score_thr) for thr in self.score_thr))
+
     def to_json(self) -> dict[str, JsonValue]:
         """Return one profile of ``inference.json``."""
         n_classes = len(self.class_names)

@@ -77,7 +77,8 @@ class PredictOptions:
         inputs: Images, folders or patterns.
         out_dir: Gets the results.
         formats: Words of ``formats.FORMATS``, some joined by commas.
-        score_thr: Least score in the formats; None leaves that of the settings.
+        score_thr: Least score in the formats, of the settings' thresholds in place; None leaves
+            these.
         tile_px: Side of the tiles; None takes the usual one.
         overlap_px: Least overlap of tiles.
         level: Level of image pyramids that is read as it is; None chooses by the sizes of pixels.
