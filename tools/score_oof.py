@@ -60,7 +60,7 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--post', default='', help='with --held-out: what follows each rule')
     args = parser.parse_args(words)
     if args.held_out is None:
-        n_recipes = len({Path(path).parent for path in args.configs})
+        n_recipes = len(recipes_of(args.configs))
         if args.post:
             parser.error('--post is for --held-out; without it nothing follows')
         if args.fusion and (n_recipes == 1 or len(args.fusion) > 1):
@@ -69,6 +69,14 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
                 'one rule for several recipes, or --held-out'
             )
     return args
+
+
+def recipes_of(configs: list[str]) -> dict[Path, list[str]]:
+    """Return the configs by recipe, which is the folder that they are in."""
+    recipes: dict[Path, list[str]] = {}
+    for path in configs:
+        recipes.setdefault(Path(path).parent, []).append(path)
+    return recipes
 
 
 def main() -> None:
@@ -100,13 +108,12 @@ def main() -> None:
     from cellseg_mm.selection.rescoring import cross_scored
 
     work_dirs = {path: work_dir_of(path, args.work_root) for path in args.configs}
-    recipes: dict[Path, list[str]] = {}
-    for path in args.configs:
-        recipes.setdefault(Path(path).parent, []).append(path)
+    configs = {path: Config.fromfile(path) for path in args.configs}
+    recipes = recipes_of(args.configs)
     out = Path(args.out or ensemble_dir(list(work_dirs.values())))
     if len(recipes) > 1 and not args.out:  # the folder itself may hold what belongs to one recipe
         out /= '+'.join(folder.name for folder in recipes)
-    data = DataSettings.from_config(Config.fromfile(args.configs[0]), 'test_dataloader')
+    data = DataSettings.from_config(configs[args.configs[0]], 'test_dataloader')
     if args.held_out is not None:
         images = find_images(
             data.data_root,
@@ -127,9 +134,9 @@ def main() -> None:
         paths = oof.validation_files(names, [work_dirs[name] for name in names], tta=args.tta)
         pool = oof.pool_predictions(paths, in_force, data.data_root, folds_path=data.folds_path)
         oof.refuse_other_classes(pool, data.class_names)
-        configs = [Config.fromfile(name) for name in names]
+        cfgs = [configs[name] for name in names]
         oof.refuse_other_recipes(
-            pool, {DataSettings.from_config(cfg).fold: cfg.to_dict() for cfg in configs}
+            pool, {DataSettings.from_config(cfg).fold: cfg.to_dict() for cfg in cfgs}
         )
         pools[str(folder)] = pool
     pool = oof.fuse_pools(pools, *(args.fusion or [DEFAULT_RULE]))

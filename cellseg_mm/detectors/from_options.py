@@ -111,7 +111,7 @@ def make_detector(
     names = DataSettings.from_config(cfg, 'test_dataloader').class_names
     # Without a file the prediction files keep every cell; the formats show those for people.
     profile: Profile = 'submission' if members.settings_path is None else 'instances'
-    how = members.settings(names, profile).down_to(options.score_thr)
+    how = members.settings(names, profile, most_thr=options.score_thr)
     return build_detector(
         sources_of(configs, members),
         how=None if members.is_plain else how,

@@ -133,12 +133,6 @@ class InferenceSettings:
         post = post_from_spec(text)
         return replace(self, **{one.name: getattr(post, one.name) for one in fields(post)})
 
-    def down_to(self, score_thr: float | None) -> InferenceSettings:
-        """Return the settings with no threshold above ``score_thr``; None leaves all."""
-        if score_thr is None:
-            return self
-        return replace(self, score_thr=tuple(min(thr, score_thr) for thr in self.score_thr))
-
     def to_json(self) -> dict[str, JsonValue]:
         """Return one profile of ``inference.json``."""
         n_classes = len(self.class_names)
@@ -336,6 +330,7 @@ def choose_settings(
     fusion: str | None = None,
     post: str | None = None,
     tta: str | None = None,
+    most_thr: float | None = None,
 ) -> InferenceSettings:
     """Join a profile of the settings file with single settings, which win.
 
@@ -347,6 +342,7 @@ def choose_settings(
         fusion: Rule; None leaves the file's.
         post: All steps after fusion; None leaves the file's.
         tta: Test-time augmentation; None leaves the file's.
+        most_thr: The file's score thresholds are lowered to it, those of ``post`` are not.
 
     Raises:
         ConfigError: See :func:`load_settings`; or a setting is none.
@@ -357,6 +353,9 @@ def choose_settings(
         settings = default_settings(profile, class_names)
     else:
         settings = load_settings(path, profile, class_names)
+    if most_thr is not None:
+        lowered = tuple(min(thr, most_thr) for thr in settings.score_thr)
+        settings = replace(settings, score_thr=lowered)
     if fusion is not None:
         settings = replace(settings, fusion=fusion)
     if tta is not None:

@@ -97,7 +97,9 @@ def make_detector(
     models = [OnnxModel(one, options.device) for file in files for one in file.members]
     return LightDetector(
         models,
-        how=_how(models[0].record.class_names, _settings(files, members), members, options),
+        how=_how(
+            models[0].record.class_names, _settings(files, members), members, options.score_thr
+        ),
         tta_spec=members.tta,
         red_blue_swapped=options.red_blue_swapped,
         is_haematoxylin=all(file.card.get('stain') == HAEMATOXYLIN for file in files),
@@ -120,7 +122,7 @@ def _how(
     class_names: Sequence[str],
     settings: _Settings,
     members: MemberOptions,
-    options: PredictOptions,
+    most_thr: float | None,
 ) -> InferenceSettings | None:
     """Return how members are fused and what follows; None leaves one model's own answer."""
     if members.is_plain and not settings.are_there:
@@ -133,4 +135,5 @@ def _how(
         fusion=members.fusion,
         post=members.post,
         tta=members.tta,
-    ).down_to(options.score_thr)
+        most_thr=most_thr,
+    )

@@ -53,8 +53,10 @@ class MemberOptions:
         """Whether nothing was asked of fusion: one model gives its own answer."""
         return self.settings_path is None and self.fusion is None and self.post is None
 
-    def settings(self, class_names: Sequence[str], profile: Profile) -> InferenceSettings:
-        """Return how members are fused and what is done afterwards.
+    def settings(
+        self, class_names: Sequence[str], profile: Profile, *, most_thr: float | None = None
+    ) -> InferenceSettings:
+        """Return how members are fused and what is done afterwards; see ``choose_settings``.
 
         Raises:
             ConfigError: The file or a setting is wrong.
@@ -66,6 +68,7 @@ class MemberOptions:
             fusion=self.fusion,
             post=self.post,
             tta=self.tta,
+            most_thr=most_thr,
         )
 
 
@@ -77,8 +80,8 @@ class PredictOptions:
         inputs: Images, folders or patterns.
         out_dir: Gets the results.
         formats: Words of ``formats.FORMATS``, some joined by commas.
-        score_thr: Least score in the formats, of the settings' thresholds in place; None leaves
-            these.
+        score_thr: Least score in the formats. Thresholds that settings bring are lowered to it;
+            None leaves them.
         tile_px: Side of the tiles; None takes the usual one.
         overlap_px: Least overlap of tiles.
         level: Level of image pyramids that is read as it is; None chooses by the sizes of pixels.

@@ -269,6 +269,8 @@ def test_settings_of_a_file_hold_until_others_are_named(
     assert found.scores.min() >= 0.55
     assert len(run(inside, image, score_thr=0.9)[1]) <= len(found)
     assert len(run(inside, image, score_thr=0.1)[1]) == N_CELLS  # asked for, so not hidden
+    said = MemberOptions(post='score_thr=0.55')  # and what is said of the steps holds
+    assert run(inside, image, members=said, score_thr=0.1)[1].scores.min() >= 0.55
     with pytest.raises(ConfigError, match='holds settings that were found for its own members'):
         run([inside, model], image)
     assert len(run(inside, image, members=MemberOptions(post='disjoint'))[1]) == N_CELLS

@@ -44,9 +44,8 @@ def test_a_missing_file_is_an_item_whose_own_turn_fails(tmp_path: Path) -> None:
 
 def test_one_file_named_twice_is_one_item(tmp_path: Path) -> None:
     (tmp_path / 'a.png').write_bytes(b'.')
-    assert (
-        len(look_for([str(tmp_path), str(tmp_path / '*.png'), str(tmp_path / 'a.png')]).items) == 1
-    )
+    words = [str(tmp_path), str(tmp_path / '*.png'), str(tmp_path / 'a.png')]
+    assert len(look_for(words).items) == 1
 
 
 def test_a_name_with_brackets_is_a_file_before_it_is_a_pattern(tmp_path: Path) -> None:
